@@ -1,0 +1,174 @@
+import json
+import re
+
+import datasets
+import pytest
+
+from toolkit.data import DataConfig, load_rows
+from toolkit.data.config import unknown
+
+ROWS = [{"prompt": "What is two?", "response": "A number."}, {"prompt": "And NA?", "response": "None"}]
+
+
+def texts(rows):
+    return [{"prompt": r["prompt"], "response": r["response"]} for r in rows]
+
+
+def stopped(source, **settings):
+    """The message that load_rows stops with."""
+    with pytest.raises(ValueError) as caught:
+        load_rows(DataConfig(source=source, **settings), source)
+    return str(caught.value)
+
+
+def test_jsonl_fields_are_renamed_and_blank_lines_passed_over(write_jsonl):
+    source = write_jsonl(
+        ["", {"ask": "Q", "say": "A", "more": "I"}, "  ", {"ask": "Q2", "say": "A2", "more": None}]
+    )
+    config = DataConfig(source=source, prompt_field="ask", response_field="say", input_field="more")
+    want = [{"prompt": "Q", "input": "I", "response": "A"}, {"prompt": "Q2", "input": "", "response": "A2"}]
+    assert load_rows(config, source) == (want, 0)
+
+
+def test_jsonl_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "bom.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8-sig")
+    assert texts(load_rows(DataConfig(), str(path))[0]) == ROWS[:1]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet", "arrow"])
+def test_round_trip_through_datasets(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    table = datasets.Dataset.from_list([*ROWS, {"prompt": "007", "response": "42"}])
+    if suffix == "arrow":
+        table.save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path)
+    else:
+        getattr(table, f"to_{suffix}")(str(path))
+    rows, skipped = load_rows(DataConfig(cache_dir=str(tmp_path / "cache")), str(path))
+    assert (texts(rows), skipped) == ([*ROWS, {"prompt": "007", "response": "42"}], 0)
+
+
+def test_max_rows_counts_usable_rows(write_jsonl):
+    source = write_jsonl(["broken", *ROWS, ROWS[0]])
+    rows, skipped = load_rows(DataConfig(max_rows=2, on_bad_row="skip"), source)
+    assert (texts(rows), skipped) == (ROWS, 1)
+
+
+BAD_LINES = {
+    '{"prompt": "a", "resp': r":2: not valid JSON \(.*mend the line",
+    '["a", "b"]': ":2: a list, not an object",
+    '{"prompt": "a"}': ":2: no field 'response', the row has 'prompt'; set data.response_field",
+    '{"question": "a", "answer": "b"}': ":2: no field 'prompt', the row has 'question', 'answer'; set data",
+    '{"prompt": "a", "response": ""}': ":2: 'response' is empty.*give the row a response",
+    '{"prompt": "a", "response": " \\n"}': ":2: 'response' is empty",
+    '{"prompt": "a", "response": null}': r":2: 'response' is empty \(None\)",
+    '{"prompt": "", "response": "b"}': ":2: 'prompt' is empty",
+    '{"prompt": "a", "response": 42}': r":2: 'response' is 42 \(int\), not text",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_row_stops_by_file_and_line_or_is_skipped_and_counted(write_jsonl, line):
+    source = write_jsonl([ROWS[0], line, ROWS[1]])
+    message = stopped(source)
+    assert re.search(re.escape(source) + BAD_LINES[line], message) and 'data.on_bad_row to "skip"' in message
+    rows, skipped = load_rows(DataConfig(on_bad_row="skip"), source)
+    assert (texts(rows), skipped) == (ROWS, 1)
+
+
+def test_bytes_that_are_not_utf8_are_a_broken_line(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b'\n{"prompt": "\xe9", "response": "b"}\n')
+    assert f"{path}:2: not valid JSON" in stopped(str(path))
+
+
+def test_bad_rows_of_a_table_are_named_too(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response\na,b\nc,\n")
+    assert f"{path} row 2: 'response' is empty" in stopped(str(path), cache_dir=str(tmp_path / "cache"))
+    assert load_rows(DataConfig(on_bad_row="skip", cache_dir=str(tmp_path / "cache")), str(path))[1] == 1
+
+
+def test_missing_field_of_a_table_names_its_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,output\na,b\n")
+    assert "no field 'response', the row has 'prompt', 'output'" in stopped(
+        str(path), cache_dir=str(tmp_path / "cache")
+    )
+
+
+def test_unreadable_table_is_a_clear_error(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"not parquet at all")
+    assert f"{path}: could not be read as parquet" in stopped(str(path), cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "name", ["missing.jsonl", "missing.parquet", "./no/such/file", "a/b/c", "~/none/x.csv"]
+)
+def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(monkeypatch, name):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    message = stopped(name)
+    assert message.startswith(f"{name}: the file is missing (looked at /")
+
+
+def test_folder_unknown_ending_and_empty_files(tmp_path, write_jsonl):
+    assert "the file is a folder" in stopped(str(tmp_path))
+    (tmp_path / "rows.txt").write_text("a")
+    assert "unknown ending '.txt'; use one of .jsonl, .json, .csv" in stopped(str(tmp_path / "rows.txt"))
+    for suffix in ("jsonl", "csv", "parquet"):
+        (tmp_path / f"empty.{suffix}").touch()
+        assert "the file is empty (0 bytes)" in stopped(str(tmp_path / f"empty.{suffix}"))
+    assert "no usable row; it holds none" in stopped(write_jsonl(["", ""]))
+    message = stopped(write_jsonl(["x", "y"]), on_bad_row="skip")
+    assert "no usable row; all 2 were skipped" in message and ":1: not valid JSON" in message
+
+
+def test_hub_names_are_passed_on_and_their_failure_explained(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        if args[0] == "no/such":
+            raise FileNotFoundError("not on the hub")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DataConfig(source="some/set", subset="main", split="train[:5]", validation_split="test")
+    assert texts(load_rows(config, "some/set")[0]) == ROWS
+    load_rows(config, "some/set", is_validation=True)
+    assert [a for a, _ in asked] == [("some/set", "main")] * 2
+    assert [o["split"] for _, o in asked] == ["train[:5]", "test"]
+    assert not any("trust_remote_code" in options for _, options in asked)
+    message = stopped("no/such")
+    assert (
+        "no/such: no such file here" in message and "not on the hub" in message and "'python_docs'" in message
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"template": "alpacca"},
+            "data.template = 'alpacca' is not one of chat, alpaca, plain; did you mean 'alpaca'",
+        ),
+        ({"on_bad_row": "ignore"}, "data.on_bad_row = 'ignore' is not one of stop, skip"),
+        ({"on_long_response": "cut"}, "data.on_long_response = 'cut' is not one of truncate, skip, stop"),
+        ({"source": ""}, "data.source = ''"),
+        ({"input_field": "prompt"}, r"\['prompt', 'response', 'prompt'\]; give a different name"),
+        ({"validation_fraction": 1.0}, "data.validation_fraction = 1.0"),
+        ({"max_prompt_length": 512}, "data.max_prompt_length = 512 with data.max_length = 512"),
+        ({"max_prompt_length": 0}, "data.max_prompt_length = 0"),
+        ({"max_rows": 0}, "data.max_rows = 0"),
+    ],
+)
+def test_config_errors(settings, message):
+    DataConfig().validate()
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings).validate()
+
+
+def test_unknown_names_without_a_near_one_guess_nothing():
+    assert "did you mean" not in str(unknown("x", "zzz", ["chat"]))

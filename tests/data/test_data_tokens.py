@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+
+from toolkit.batch import TokenBatch
+from toolkit.data import DataConfig, encode_prompts, get_template, load_data, split_rows, tokenize_rows
+from toolkit.data.templates import ALPACA_MARKER
+
+MARKERS = {"chat": "<|end|>\n<|assistant|>\n", "alpaca": ALPACA_MARKER}
+
+
+def row(prompt="What does it return?", response="Return the number.", input=""):
+    return {"prompt": prompt, "input": input, "response": response}
+
+
+def one(tokenizer, the_row, **settings):
+    (example,) = tokenize_rows([the_row], tokenizer, DataConfig(**settings)).examples
+    return example
+
+
+def test_chat_prompt_response_and_eos(tokenizer):
+    example = one(tokenizer, row(), template="chat")
+    assert tokenizer.decode(example.prompt) == "<|user|>\nWhat does it return?<|end|>\n<|assistant|>\n"
+    assert tokenizer.decode(example.response) == "Return the number.<|end|>"
+
+
+def test_alpaca_is_the_standard_text(tokenizer):
+    head = "Below is an instruction that describes a task"
+    tail = "Write a response that appropriately completes the request.\n\n### Instruction:\nDo {it}\n\n"
+    assert get_template("alpaca").prompt(tokenizer, row("Do {it}")) == f"{head}. {tail}### Response:\n"
+    assert get_template("alpaca").prompt(tokenizer, row("Do {it}", input="{x}")) == (
+        f"{head}, paired with an input that provides further context. {tail}### Input:\n{{x}}\n\n### "
+        "Response:\n"
+    )
+
+
+def test_plain_is_the_prompt_itself(tokenizer):
+    assert tokenizer.decode(one(tokenizer, row(), template="plain").prompt) == "What does it return?"
+    assert (
+        tokenizer.decode(one(tokenizer, row(input="x"), template="plain").prompt)
+        == "What does it return?\n\nx"
+    )
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+def test_the_response_and_its_eos_are_predicted_and_the_prompt_is_not(tokenizer, template):
+    eos = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == eos  # the case in which others lose the EOS
+    rows = [row(), row("Copy?", "Copy a file to a folder, or return None.")]
+    examples = tokenize_rows(rows, tokenizer, DataConfig(template=template)).examples
+    batch = TokenBatch.from_examples(examples, tokenizer.pad_token_id)
+    want = [t for r in rows for t in tokenizer(r["response"])["input_ids"] + [eos]]
+    assert batch.targets_N.tolist() == want
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+def test_an_overlong_prompt_keeps_its_end_and_the_marker(tokenizer, template):
+    text = " ".join(f"word{n}" for n in range(200)) + " LAST"
+    config = DataConfig(template=template, max_prompt_length=40, max_length=60)
+    full = encode_prompts(
+        [row(text)], tokenizer, DataConfig(template=template, max_prompt_length=9999, max_length=10000)
+    )[0]
+    part = tokenize_rows([row(text)], tokenizer, config)
+    prompt = part.examples[0].prompt
+    assert prompt.tolist() == full[-40:] and len(full) > 40
+    assert "LAST" in tokenizer.decode(prompt) and tokenizer.decode(prompt).endswith(MARKERS[template])
+    assert part.counts["truncated_prompts"] == 1
+
+
+def test_bos_is_put_once_and_kept_and_an_eos_after_the_prompt_is_not(bos_tokenizer):
+    bos, eos = bos_tokenizer.bos_token_id, bos_tokenizer.eos_token_id
+    for text in ("Copy?", "word " * 100):
+        example = one(bos_tokenizer, row(text), template="alpaca", max_prompt_length=40, max_length=60)
+        assert example.prompt[0] == bos and (example.tokens == bos).sum() == 1
+        assert len(example.prompt) <= 40 and bos_tokenizer.decode(example.prompt).endswith(ALPACA_MARKER)
+        assert np.flatnonzero(example.tokens == eos).tolist() == [len(example.tokens) - 1]
+    assert one(bos_tokenizer, row(), template="chat").prompt[0] != bos  # the template decides, and has none
+
+
+def test_long_responses_are_cut_without_eos_or_skipped_or_stop(tokenizer):
+    rows = [row(), row(response="number " * 50)]
+    settings = {"template": "plain", "max_prompt_length": 10, "max_length": 30}
+    part = tokenize_rows(rows, tokenizer, DataConfig(**settings))
+    assert len(part.examples[1].tokens) == 30 and tokenizer.eos_token_id not in part.examples[1].tokens
+    assert part.examples[0].tokens[-1] == tokenizer.eos_token_id and part.counts["truncated_responses"] == 1
+    part = tokenize_rows(rows, tokenizer, DataConfig(**settings, on_long_response="skip"))
+    assert len(part.examples) == 1 and part.rows == rows[:1] and part.counts["skipped_long"] == 1
+    with pytest.raises(
+        ValueError, match=r"usable row 2 \('What.* prompt and \d+ response.*data.max_length = 30; raise"
+    ):
+        tokenize_rows(rows, tokenizer, DataConfig(**settings, on_long_response="stop"))
+
+
+def test_a_response_that_just_fits_is_whole(tokenizer):
+    length = len(one(tokenizer, row()).tokens)
+    for max_length, is_whole in ((length, True), (length - 1, False)):
+        example = one(tokenizer, row(), max_length=max_length, max_prompt_length=max_length - 1)
+        assert (example.tokens[-1] == tokenizer.eos_token_id) == is_whole and len(
+            example.tokens
+        ) == max_length
+
+
+def test_a_response_that_brings_its_eos_gets_no_second(tokenizer):
+    assert tokenizer.decode(one(tokenizer, row(response="Copy<|end|>")).response) == "Copy<|end|>"
+    with pytest.raises(ValueError, match=r"usable row 1 .* 0 response tokens"):
+        one(tokenizer, row(response="<|end|>"))
+    part = tokenize_rows([row(response="<|end|>"), row()], tokenizer, DataConfig(on_bad_row="skip"))
+    assert part.counts["skipped_bad"] == 1 and part.rows == [row()]
+
+
+def test_tokenizers_that_cannot_serve_are_refused(new_tokenizer, tokenizer):
+    with pytest.raises(ValueError, match='no chat template; use "alpaca" or "plain"'):
+        one(new_tokenizer(chat=False), row(), template="chat")
+    with pytest.raises(ValueError, match="no EOS token"):
+        one(new_tokenizer(eos=False), row(), template="plain")
+    with pytest.raises(
+        ValueError, match=r'max_prompt_length = 3, but the end of a "alpaca" prompt .* needs \d+'
+    ):
+        one(tokenizer, row(), template="alpaca", max_prompt_length=3)
+    with pytest.raises(ValueError, match="did you mean 'plain'"):
+        get_template("plan")
+
+
+def test_load_data_splits_a_file(write_jsonl, tokenizer):
+    rows = [row(f"Question {n}?", f"Answer {n}.") for n in range(100)]
+    config = DataConfig(source=write_jsonl(["broken", *rows]), on_bad_row="skip", validation_fraction=0.1)
+    data = load_data(config, tokenizer, seed=3)
+    assert (len(data.train), len(data.validation)) == (90, 10)
+    assert data.counts["train_rows"] == 90 and data.counts["train_skipped_bad"] == 1
+    for example, the_row in zip(data.validation, data.validation_rows, strict=True):
+        assert the_row["prompt"] in tokenizer.decode(example.prompt)
+    prompts = {tokenizer.decode(e.prompt) for e in data.train + data.validation}
+    assert len(prompts) == 100
+    again, other = load_data(config, tokenizer, seed=3), load_data(config, tokenizer, seed=4)
+    assert again.validation_rows == data.validation_rows != other.validation_rows
+
+
+def test_load_data_takes_a_validation_file(write_jsonl, tokenizer):
+    train = write_jsonl([row(f"T{n}?") for n in range(4)])
+    validation = write_jsonl([row(f"V{n}?") for n in range(3)], "validation.jsonl")
+    data = load_data(DataConfig(source=train, validation_source=validation), tokenizer, 0)
+    assert len(data.train) == 4 and [r["prompt"] for r in data.validation_rows] == ["V0?", "V1?", "V2?"]
+
+
+def test_load_data_of_python_docs(tokenizer):
+    data = load_data(DataConfig(max_rows=50), tokenizer, 0)
+    assert (len(data.train), len(data.validation)) == (50, 50)
+    assert not {e.tokens.tobytes() for e in data.train} & {e.tokens.tobytes() for e in data.validation}
+
+
+def test_load_data_with_nothing_left(write_jsonl, tokenizer):
+    source = write_jsonl([row(f"Q{n}?", "number " * 90) for n in range(4)])
+    config = DataConfig(source=source, on_long_response="skip", max_prompt_length=30, max_length=40)
+    with pytest.raises(
+        ValueError, match=r"none of 3 train rows is left.*'skipped_long': 3.*data.max_length \(40\)"
+    ):
+        load_data(config, tokenizer, 0)
+
+
+def test_equal_prompts_stay_on_one_side():
+    rows = [row(f"Q{n % 20}?", f"A{n}") for n in range(200)]
+    train, validation = split_rows(rows, 0.1)
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in validation}
+    assert len(train) + len(validation) == 200 and 10 <= len(validation) <= 40
+    assert {r["response"] for r in split_rows(rows[::-1], 0.1)[1]} == {r["response"] for r in validation}
+
+
+def test_a_split_without_training_rows_is_refused():
+    with pytest.raises(
+        ValueError, match=r"1 rows with 1 different prompts and data.validation_fraction = 0.05"
+    ):
+        split_rows([row()], 0.05)

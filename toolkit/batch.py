@@ -1,0 +1,138 @@
+"""Token batches: what one micro-batch of a causal language model carries, and an optimizer step's window.
+
+Shapes: B rows, T padded length (a multiple of `pad_to_multiple`), N predicted (response) tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One prompt and its response as token ids.
+
+    tokens: int32 [L], prompt then response; the response includes its EOS where it has one (a truncated one
+    has none).
+    prompt_length: number of prompt tokens, 1 <= prompt_length < L, so that at least one response token is
+    predicted.
+
+    Raises ValueError if `tokens` is not one-dimensional, holds a negative id, or if `prompt_length` is out of
+    range.
+    """
+
+    tokens: np.ndarray
+    prompt_length: int
+
+    def __post_init__(self) -> None:
+        tokens = np.asarray(self.tokens)
+        if tokens.ndim != 1:
+            raise ValueError(
+                f"Example.tokens has shape {tokens.shape}; give a one-dimensional array of token ids"
+            )
+        if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"Example.tokens has dtype {tokens.dtype}; give integer token ids")
+        if tokens.size and tokens.min() < 0:
+            raise ValueError(
+                f"Example.tokens holds the id {tokens.min()}; ids are 0 or more, masks are not kept in them"
+            )
+        if not 1 <= self.prompt_length < len(tokens):
+            raise ValueError(
+                f"Example.prompt_length = {self.prompt_length} with {len(tokens)} tokens; "
+                "an example needs at least one prompt token and one response token"
+            )
+        object.__setattr__(self, "tokens", tokens.astype(np.int32, copy=False))
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """int32 [prompt_length], what a model is given to continue."""
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def response(self) -> np.ndarray:
+        """int32 [L - prompt_length], at least one token."""
+        return self.tokens[self.prompt_length :]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """One micro-batch, padded on the right.
+
+    input_ids_BT: int64. attention_mask_BT: int64, 1 on real tokens; it comes from lengths, so pad == eos is
+    harmless. predicts_BT: bool, True at t iff token t + 1 is a response token of the same row. This is the
+    one place in the project that shifts labels: logits at predicts_BT[b, t] are held against input_ids_BT[b,
+    t + 1].
+    """
+
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor
+    predicts_BT: torch.Tensor
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
+        """Pads `examples` (order kept) to the longest of them, rounded up to `pad_to_multiple`.
+
+        Raises ValueError for no examples, for a pad id that is not an id, and for pad_to_multiple < 1.
+        """
+        if not examples:
+            raise ValueError("a TokenBatch of 0 examples; every rank needs at least one row per micro-batch")
+        if pad_id is None or pad_id < 0:
+            raise ValueError(
+                f"pad_id = {pad_id}; give a token id, the EOS id does where the tokenizer has no pad token"
+            )
+        if pad_to_multiple < 1:
+            raise ValueError(f"pad_to_multiple = {pad_to_multiple}; give 1 or more")
+        longest = max(len(e.tokens) for e in examples)
+        shape = len(examples), -(-longest // pad_to_multiple) * pad_to_multiple
+        input_ids_BT = np.full(shape, pad_id, dtype=np.int64)
+        attention_mask_BT = np.zeros(shape, dtype=np.int64)
+        predicts_BT = np.zeros(shape, dtype=bool)
+        for b, example in enumerate(examples):
+            length = len(example.tokens)
+            input_ids_BT[b, :length] = example.tokens
+            attention_mask_BT[b, :length] = 1
+            predicts_BT[b, example.prompt_length - 1 : length - 1] = True
+        return cls(*map(torch.from_numpy, (input_ids_BT, attention_mask_BT, predicts_BT)))
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Number of predicted tokens N, the denominator's share of this batch."""
+        return int(self.predicts_BT.sum())
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of real tokens, prompts included, padding not."""
+        return int(self.attention_mask_BT.sum())
+
+    @property
+    def targets_N(self) -> torch.Tensor:
+        """int64 [N], ids of the predicted tokens in the order of hidden_BTH[predicts_BT]."""
+        return self.input_ids_BT[:, 1:][self.predicts_BT[:, :-1]]
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        """The same batch on `device`."""
+        fields = self.input_ids_BT, self.attention_mask_BT, self.predicts_BT
+        return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in fields))
+
+
+def make_window(
+    examples: Sequence[Example], micro_size: int, pad_id: int, pad_to_multiple: int = 8
+) -> list[TokenBatch]:
+    """One rank's share of an optimizer step as len(examples) / micro_size micro-batches, order kept.
+
+    Raises ValueError if micro_size < 1, or if it does not divide len(examples).
+    """
+    if micro_size < 1 or not examples or len(examples) % micro_size:
+        raise ValueError(
+            f"a window of {len(examples)} examples in micro-batches of {micro_size}; "
+            "the window must hold at least one micro-batch and be a multiple of its size"
+        )
+    return [
+        TokenBatch.from_examples(examples[start : start + micro_size], pad_id, pad_to_multiple)
+        for start in range(0, len(examples), micro_size)
+    ]

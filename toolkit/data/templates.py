@@ -1,0 +1,77 @@
+"""How a row of text becomes a prompt for a model: an exact-name table.
+
+A template ends its prompts in a fixed marker after which the response begins. The paper's protocol uses
+"alpaca".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.data.config import TEMPLATE_NAMES, unknown
+
+ALPACA_MARKER = "### Response:\n"
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n" + ALPACA_MARKER
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n" + ALPACA_MARKER
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """prompt(tokenizer, row) is the prompt's text; marker(tokenizer) is the tail that all its prompts share.
+
+    has_specials: the prompt's text holds BOS and the like already, so the tokenizer must add none.
+    """
+
+    prompt: Callable[[PreTrainedTokenizerBase, dict], str]
+    marker: Callable[[PreTrainedTokenizerBase], str]
+    has_specials: bool
+
+
+def get_template(name: str) -> Template:
+    """Raises ValueError for a name not in the table."""
+    if name not in TEMPLATES:
+        raise unknown("data.template", name, TEMPLATES)
+    return TEMPLATES[name]
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
+    return f"{row['prompt']}\n\n{row['input']}" if row.get("input") else row["prompt"]
+
+
+def _alpaca(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
+    return ALPACA_INPUT.format(**row) if row.get("input") else ALPACA.format(prompt=row["prompt"])
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f'data.template = "chat", but the tokenizer {tokenizer.name_or_path!r} has no chat template; '
+            'use "alpaca" or "plain", or set tokenizer.chat_template'
+        )
+    messages = [{"role": "user", "content": _plain(tokenizer, row)}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _chat_marker(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes after the user's text, up to where the assistant begins."""
+    probe = "the user's text"
+    return _chat(tokenizer, {"prompt": probe}).rpartition(probe)[2]
+
+
+TEMPLATES = {
+    "chat": Template(_chat, _chat_marker, has_specials=True),
+    "alpaca": Template(_alpaca, lambda tokenizer: ALPACA_MARKER, has_specials=False),
+    "plain": Template(_plain, lambda tokenizer: "", has_specials=False),
+}
+assert tuple(TEMPLATES) == TEMPLATE_NAMES

@@ -1,0 +1,280 @@
+"""What a run tells about itself: metrics.jsonl, a progress bar or plain lines, deepspeed's monitor, seconds, peaks.
+
+Numbers arrive here already summed over ranks; only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
+GIB = 2**30
+
+
+class Monitor:
+    """Writes one record per optimizer step on rank 0; on other ranks every method does nothing.
+
+    run_dir: gets `metrics.jsonl`; made if missing. Lines are appended, also by a resumed run: see `read_metrics`.
+    start_step: optimizer steps done before this process, after a resume.
+    deepspeed_monitor: from `monitor_master`, or None.
+    progress: True for a bar on stderr, False for a plain line on stdout every `line_every_steps`;
+        None picks the bar if stderr is a terminal, so that log files stay short.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        rank: int,
+        deepspeed_monitor: Any = None,
+        progress: bool | None = None,
+        start_step: int = 0,
+        line_every_steps: int = 10,
+    ) -> None:
+        self.is_writer = rank == 0
+        if not self.is_writer:
+            return
+        self.total_steps, self.start_step, self.line_every_steps = total_steps, start_step, line_every_steps
+        self.deepspeed_monitor = deepspeed_monitor
+        self.started_s = time.monotonic()
+        path = Path(run_dir) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a+b")
+        if _ends_torn(self.file):  # a run killed inside a write must not spoil the first line of the next one
+            self.file.write(b"\n")
+        self.bar = None
+        if sys.stderr.isatty() if progress is None else progress:
+            self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def log_step(self, record: Mapping[str, Any]) -> None:
+        """Writes `record`; its "step" counts finished optimizer steps from 1. The display knows loss, phi, tokens_per_s.
+
+        Values: numbers, strings, booleans, None, and mappings or sequences of them. JSON has no NaN or infinity: they
+        are written as the strings "NaN", "Infinity", "-Infinity", which `read_metrics` turns back. Numbers also go to
+        deepspeed's monitor, those of an inner mapping as "outer/inner".
+
+        Raises ValueError for a record without an integer step, and for a value that JSON cannot hold.
+        """
+        if not self.is_writer:
+            return
+        step = record.get("step")
+        if type(step) is not int:
+            raise ValueError(f"a metrics record needs an integer 'step', this one has {step!r}; its keys: {list(record)}")
+        line = json.dumps(_to_json(record, "record"), allow_nan=False)
+        self.file.write(line.encode() + b"\n")
+        self.file.flush()
+        if self.deepspeed_monitor is not None:
+            self.deepspeed_monitor.write_events([(name, value, step) for name, value in _scalars(record) if name != "step"])
+        self._show(step, record)
+
+    def note(self, text: str) -> None:
+        """Prints one line to stdout on rank 0, above the bar where there is one."""
+        if self.is_writer:
+            tqdm.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
+
+    def close(self) -> None:
+        """Closes the file and the bar; more than once is harmless."""
+        if self.is_writer:
+            self.file.close()
+            if self.bar is not None:
+                self.bar.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _show(self, step: int, record: Mapping[str, Any]) -> None:
+        formats = {"loss": "{:.4f}", "phi": "{:.3f}", "tokens_per_s": "{:,.0f}"}
+        shown = {name: form.format(record[name]) for name, form in formats.items() if record.get(name) is not None}
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif step % self.line_every_steps == 0 or step in (self.start_step + 1, self.total_steps):
+            elapsed_s = time.monotonic() - self.started_s
+            left_s = (self.total_steps - step) * elapsed_s / max(1, step - self.start_step)
+            fields = [f"step {step}/{self.total_steps}", *(f"{name} {value}" for name, value in shown.items())]
+            print("  ".join(fields), f" left {tqdm.format_interval(left_s)}", flush=True)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of `run_dir`, steps rising; each is the run's last word on its step.
+
+    A run that resumes from a checkpoint repeats steps. A record of an earlier step than the one before it therefore
+    drops what was read from that step on; records of the same step are merged. Lines cut off by a kill are skipped.
+    """
+    records: list[dict[str, Any]] = []
+    for line in (Path(run_dir) / METRICS_FILE).read_bytes().splitlines():
+        try:
+            record = _from_json(json.loads(line))
+        except ValueError:
+            continue
+        if records and record["step"] < records[-1]["step"]:
+            while records and records[-1]["step"] >= record["step"]:
+                records.pop()
+        if records and record["step"] == records[-1]["step"]:
+            records[-1].update(record)
+        else:
+            records.append(record)
+    return records
+
+
+def without_monitors(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`ds_config` for deepspeed.initialize: with the sections left in, the engine too writes there, counting samples."""
+    return {key: value for key, value in ds_config.items() if key not in MONITOR_SECTIONS}
+
+
+def monitor_master(ds_config: Mapping[str, Any], run_dir: str | Path, rank: int) -> Any:
+    """deepspeed's MonitorMaster from the config's own sections (MONITOR_SECTIONS), or None.
+
+    None on ranks other than 0 and where no section is enabled. Files go to run_dir/tensorboard and run_dir/csv_monitor
+    unless the section says otherwise. deepspeed's process group must exist.
+
+    Raises ValueError (pydantic's) for an unknown key in a section, and ImportError for a service not installed.
+    """
+    sections = {name: dict(ds_config[name]) for name in MONITOR_SECTIONS if ds_config.get(name, {}).get("enabled")}
+    if rank != 0 or not sections:
+        return None
+    from deepspeed.monitor.config import get_monitor_config  # seconds of import that other users of this file are spared
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    for name in {"tensorboard", "csv_monitor"} & sections.keys():
+        sections[name] = {"output_path": str(run_dir), "job_name": name} | sections[name]
+    return MonitorMaster(get_monitor_config(sections))
+
+
+class PhaseTimer:
+    """Seconds per named phase of a step, in order; phases do not nest. `sync` (torch.cuda.synchronize) runs at each edge.
+
+    Without `sync` on a GPU, a phase holds the time to queue its kernels, and the wait falls into a later one.
+    """
+
+    def __init__(self, sync: Callable[[], None] | None = None) -> None:
+        self.sync = sync or (lambda: None)
+        self.totals: dict[str, float] = {}  # seconds over all steps taken so far
+        self.step_s: dict[str, float] = {}
+        self.current: str | None = None
+        self.step_started_s = self._now()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the `with` block to `name`, also if the block raises."""
+        assert self.current is None, f"phase {name!r} inside phase {self.current!r}"
+        assert name != "other", "'other' is the time outside all phases"
+        self.current, started_s = name, self._now()
+        try:
+            yield
+        finally:
+            self.step_s[name] = self.step_s.get(name, 0.0) + self._now() - started_s
+            self.current = None
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last take, with `other` for the rest: the values sum to the wall time."""
+        assert self.current is None, f"take() inside phase {self.current!r}"
+        now_s = self._now()
+        wall_s = now_s - self.step_started_s
+        taken = self.step_s | {"other": max(0.0, wall_s - sum(self.step_s.values()))}
+        for name, seconds in taken.items():
+            self.totals[name] = self.totals.get(name, 0.0) + seconds
+        self.step_s, self.step_started_s = {}, now_s
+        return taken
+
+    def _now(self) -> float:
+        self.sync()
+        return time.perf_counter()
+
+
+def peak_rss_gib() -> float:
+    """Most memory this process has had resident. Over ranks, shared pages are counted once per rank."""
+    try:
+        # Not ru_maxrss: on Linux a child starts with its parent's value, so a small rank of a big parent reports that.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GIB
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def peak_device_gib() -> float:
+    """Most memory that tensors held on the current GPU since the start or torch's last reset; 0.0 without a GPU."""
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """An aligned table in plain text that is valid Markdown too; numbers to the right, None as "-".
+
+    Floats get four significant digits, and whole thousands from 1,000 on. Raises ValueError for a row of another length.
+    """
+    for row in rows:
+        if len(row) != len(headers):
+            raise ValueError(f"a row of {len(row)} cells under {len(headers)} headers: {list(row)}")
+    columns = [[header, *map(_cell, cells)] for header, *cells in zip(headers, *rows, strict=True)]
+    widths = [max(3, *map(len, column)) for column in columns]
+    right = [
+        bool(rows) and all(isinstance(row[c], (int, float, type(None))) for row in rows) for c in range(len(headers))
+    ]
+    rule = ["-" * (width - 1) + ":" if is_right else "-" * width for width, is_right in zip(widths, right, strict=True)]
+    lines = [
+        [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)]
+        for line in zip(*columns, strict=True)
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _to_json(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _to_json(inner, f"{where}.{name}") for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(inner, f"{where}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold; pass a number (tensor.item()) or a string")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _from_json(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_from_json(inner) for inner in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _ends_torn(file: Any) -> bool:
+    if file.seek(0, 2) == 0:
+        return False
+    file.seek(-1, 2)
+    return file.read(1) != b"\n"

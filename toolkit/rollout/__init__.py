@@ -1,0 +1,1 @@
+"""Where training windows come from: the schedule, the replay buffer, and generation."""

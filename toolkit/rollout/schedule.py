@@ -1,0 +1,173 @@
+"""When the student generates: pure decisions, equal on all ranks and after a resume (Algorithm 1, arXiv 2402.03898)."""
+
+import difflib
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+
+class Source(Enum):
+    """Where the window of one optimizer step comes from."""
+
+    DATASET = "dataset"
+    REPLAY = "replay"
+    GENERATE = "generate"
+
+
+# Each returns (P(GENERATE), P(GENERATE or REPLAY)); the rest is DATASET. progress = step / total_steps.
+POLICIES = {
+    "adaptive": lambda config, phi, progress: (phi * GENERATION_SHARES[config.generation_share](progress), phi),
+    "on_policy": lambda config, phi, progress: (1.0, 1.0),
+    "mixed": lambda config, phi, progress: (config.mixed_share, config.mixed_share),
+    "off": lambda config, phi, progress: (0.0, 0.0),
+}
+GENERATION_SHARES = {
+    "decreasing": lambda progress: 1 - progress,
+    "constant": lambda progress: 0.5,
+    "increasing": lambda progress: progress,
+}
+REFERENCE_LOSSES = ("previous", "released")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How often to train on student text, and how much of that text to generate anew.
+
+    policy            "adaptive": Algorithm 1 of arXiv 2402.03898, by phi, below. "on_policy": generate at every step.
+                      "mixed": generate with probability `mixed_share` (GKD, ImitKD). "off": the data set only.
+    phi_initial       phi at the start: the probability that a step trains on student text, fresh or replayed.
+    phi_step          1 / N_phi: what phi gains at a validation whose loss rose. At most 1 is reached.
+    epsilon           nats a token by which the validation loss may rise without moving phi.
+    generation_share  the part of phi that is generated anew at step t of T; the rest of phi is replayed.
+                      "decreasing": 1 - t/T (the paper), "constant": 1/2, "increasing": t/T (its ablations). All three
+                      generate equally often over a run at constant phi. The replayed share runs the other way.
+    mixed_share       P(GENERATE) of the "mixed" policy.
+    reference_loss    what a validation loss is compared with. "previous": the validation before it (the paper).
+                      "released": the loss at the last rise, or the first one seen (the authors' code), so that a loss
+                      which first falls and then rises by less than it fell does not move phi.
+    """
+
+    policy: str = "adaptive"
+    phi_initial: float = 0.0
+    phi_step: float = 0.1
+    epsilon: float = 0.1
+    generation_share: str = "decreasing"
+    mixed_share: float = 0.5
+    reference_loss: str = "previous"
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the field, where a name is unknown or a number out of range."""
+        _check_name("policy", self.policy, POLICIES)
+        _check_name("generation_share", self.generation_share, GENERATION_SHARES)
+        _check_name("reference_loss", self.reference_loss, REFERENCE_LOSSES)
+        for field in ("phi_initial", "phi_step", "mixed_share"):
+            value = getattr(self, field)
+            if not 0 <= value <= 1:
+                raise ValueError(f"schedule.{field} is {value}, but it is a probability: give a number from 0 to 1")
+        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
+            raise ValueError(f"schedule.epsilon is {self.epsilon}: give a finite number of nats, 0 or more")
+
+
+class Schedule:
+    """Decides the source of every step, and moves phi at validations.
+
+    All ranks hold an equal Schedule as long as they pass equal losses to `observe_validation`: pass the loss reduced
+    over ranks, in nats a token. `history` is a list of (step, loss_nats, phi after it).
+    Raises ValueError for an invalid config, a total_steps below 1, or a seed outside [0, 2**64).
+    """
+
+    def __init__(self, config: ScheduleConfig, seed: int, total_steps: int):
+        config.validate()
+        if total_steps < 1:
+            raise ValueError(f"total_steps is {total_steps}: give at least 1")
+        uniform(seed)  # a seed out of range fails here, not at the first step
+        self.config, self.seed, self.total_steps = config, seed, total_steps
+        self.phi = config.phi_initial
+        self.reference_nats: float | None = None
+        self.history: list[tuple[int, float, float]] = []
+
+    def probabilities(self, step: int) -> dict[Source, float]:
+        """P(source) at `step`, with the present phi. Raises ValueError outside 0 <= step <= total_steps."""
+        generate, student = self._thresholds(step)
+        return {Source.GENERATE: generate, Source.REPLAY: student - generate, Source.DATASET: 1 - student}
+
+    def decide(self, step: int) -> Source:
+        """Where this step's window comes from; a function of (seed, step, phi) alone.
+
+        u ~ U(0,1): GENERATE if u < phi (1 - t/T), else REPLAY if u < phi, else DATASET (Alg. 1, arXiv 2402.03898; the
+        other shares and policies replace the two thresholds). It does not know whether the buffer can serve a
+        REPLAY; the caller settles that, alike on all ranks. Raises ValueError outside 0 <= step <= total_steps.
+        """
+        generate, student = self._thresholds(step)
+        draw = uniform(self.seed, step)  # counter-based: no state to lose
+        if draw < generate:
+            return Source.GENERATE
+        return Source.REPLAY if draw < student else Source.DATASET
+
+    def observe_validation(self, step: int, loss_nats: float) -> bool:
+        """Record a validation loss and say whether phi moved.
+
+        If loss > reference + epsilon: phi = min(phi + phi_step, 1) (Alg. 1). The reference is the previous loss, or
+        the loss at the last rise, by `config.reference_loss`. The first loss only sets it: validate before training,
+        as the released code does. Under policies other than "adaptive" the loss is recorded and phi stays.
+        Raises ValueError for a loss that is not finite or a step before the last one observed; nothing is recorded.
+        """
+        loss_nats = float(loss_nats)
+        if not math.isfinite(loss_nats):
+            raise ValueError(f"validation loss at step {step} is {loss_nats}: training has diverged, or a validation "
+                             "batch has no response tokens")
+        if self.history and step < self.history[-1][0]:
+            raise ValueError(f"validation at step {step} comes after one at step {self.history[-1][0]}: load the "
+                             "schedule's state from the checkpoint that training went back to")
+        rose = self.reference_nats is not None and loss_nats > self.reference_nats + self.config.epsilon
+        if self.reference_nats is None or rose or self.config.reference_loss == "previous":
+            self.reference_nats = loss_nats
+        phi_before = self.phi
+        if rose and self.config.policy == "adaptive":
+            raised = self.phi + self.config.phi_step
+            self.phi = 1.0 if raised > 1 - 1e-9 else raised  # ten times 0.1 is 1, whatever the rounding
+        self.history.append((int(step), loss_nats, self.phi))
+        return self.phi != phi_before
+
+    def state_dict(self) -> dict:
+        """Everything a resume needs, as plain JSON types."""
+        return {"seed": self.seed, "phi": self.phi, "reference_nats": self.reference_nats,
+                "history": [list(entry) for entry in self.history]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a `state_dict`. Raises ValueError if it was made under another seed: decisions would differ."""
+        if state["seed"] != self.seed:
+            raise ValueError(f"schedule state was made with seed {state['seed']}, this run has seed {self.seed}: "
+                             "resume with the seed of the checkpoint")
+        self.phi, self.reference_nats = state["phi"], state["reference_nats"]
+        self.history = [(step, loss_nats, phi) for step, loss_nats, phi in state["history"]]
+
+    def _thresholds(self, step: int) -> tuple[float, float]:
+        if not 0 <= step <= self.total_steps:
+            raise ValueError(f"step {step} is outside 0..{self.total_steps}: set total_steps to the length of the run")
+        return POLICIES[self.config.policy](self.config, self.phi, step / self.total_steps)
+
+
+def uniform(seed: int, *counters: int) -> float:
+    """A number of U[0,1) that is a pure function of its arguments: 53 bits of Philox-4x64 (Salmon et al., SC 2011)."""
+    return float(int(philox(seed, *counters).random_raw()) >> 11) * 2.0**-53
+
+
+def philox(seed: int, *counters: int) -> np.random.Philox:
+    """A fresh counter-based stream for (seed, counters); different arguments, their number included, never overlap.
+
+    Raises ValueError for more than 3 counters or an argument outside [0, 2**64).
+    """
+    if len(counters) > 3 or not all(0 <= value < 2**64 for value in (seed, *counters)):
+        raise ValueError(f"seed {seed} and counters {counters}: give at most 3 counters, all in [0, 2**64)")
+    words = [0, *counters, 0, 0, 0][:4]  # word 0 is what the stream itself advances
+    return np.random.Philox(key=np.array([seed, len(counters)], np.uint64), counter=np.array(words, np.uint64))
+
+
+def _check_name(field: str, name: str, known) -> None:
+    if name in known:
+        return
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    raise ValueError(f"schedule.{field} {name!r} is unknown; known: {', '.join(known)}; nearest: {nearest!r}")
