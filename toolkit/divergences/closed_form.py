@@ -1,4 +1,5 @@
-"""Values and closed-form gradients of a block of rows, in four buffers and without autograd; `formulas` is the twin.
+"""Values and closed-form gradients of a block of rows, in four buffers and without autograd; `formulas` is
+the twin.
 
 Legend: r rows. Buffers without a suffix are [r, V]. p is the teacher, q the student.
 """
@@ -16,10 +17,11 @@ SMALL_ALPHA = 1e-6
 
 
 def divergence_rows(spec: Divergence, log_p: Tensor, log_q: Tensor, x: Tensor, y: Tensor, alpha) -> Tensor:
-    """Values [r]; leaves the gradient with respect to the student's logits in `log_q`. All four buffers are used up.
+    """Values [r]; leaves the gradient with respect to the student's logits in `log_q`. All four buffers
+    are used up.
 
-    d = log q - log p. For a mixture m = a own + (1-a) other, c = a own / m = sigmoid(-(d' + log((1-a)/a))) with
-    d' = log other - log own, and u = log(own / m) = log c - log a.
+    d = log q - log p. For a mixture m = a own + (1-a) other, c = a own / m = sigmoid(-(d' + log((1-a)/a)))
+    with d' = log other - log own, and u = log(own / m) = log c - log a.
     """
     p, q = log_p, log_q  # names of the buffers once they hold probabilities
     match spec.name:
@@ -78,7 +80,8 @@ def _mixture(d: Tensor, alpha, u: Tensor) -> None:
         d.add_(torch.logit(alpha).neg().to(d.dtype)).neg_().sigmoid_()
         return
     d.neg_().add_(math.log(alpha) - math.log1p(-alpha)).sigmoid_()
-    # Where c underflows, own < e^-80 and its share of every sum is nil; the floor only keeps 0 * log 0 from NaN.
+    # Where c underflows, own < e^-80 and its share of every sum is nil; the floor only keeps 0 * log 0
+    # from NaN.
     torch.clamp(d, min=torch.finfo(d.dtype).tiny, out=u).log_().sub_(math.log(alpha))
 
 

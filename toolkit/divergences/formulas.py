@@ -1,8 +1,8 @@
 """Divergences between two next-token distributions: readable, exact, differentiated by autograd.
 
-Legend: N tokens, V vocabulary. p is the teacher, q the student, log_p_NV and log_q_NV their log-probabilities.
-Every value is in nats per token, includes the teacher's entropy (so it is 0 where p == q), and is formed in log space:
-`fused` computes the same numbers without anything of size [N, V].
+Legend: N tokens, V vocabulary. p is the teacher, q the student, log_p_NV and log_q_NV their
+log-probabilities. Every value is in nats per token, includes the teacher's entropy (so it is 0 where p ==
+q), and is formed in log space: `fused` computes the same numbers without anything of size [N, V].
 """
 
 import math
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from toolkit.divergences.spec import SKEWED, Divergence
 
-#: Stands for log 0. Finite, so that 0 * log 0 is 0 and a difference of two of them is 0, in values and in gradients.
+#: Stands for log 0. Finite, so that 0 * log 0 is 0 and a difference of two of them is 0, in values and in
+#: gradients.
 LOG_ZERO = -1e30
 
 
@@ -24,19 +25,21 @@ def token_divergence(
     temperature: float = 1.0,
     alpha_N: Tensor | None = None,
 ) -> Tensor:
-    """The divergence of every token [N], in nats; differentiable in the student's logits, constant in the teacher's.
+    """The divergence of every token [N], in nats; differentiable in the student's logits, constant in the
+    teacher's.
 
-    Works in fp32, or float64 if either input is. Logits may hold minus infinity (not a whole row of it). Where a
-    divergence is infinite (fkl with q = 0 < p, rkl with p = 0 < q) the value is finite and of the order 1e30, so that
-    a weight of 0 still removes it. `alpha_N` replaces `spec.alpha` token by token. Logits are divided by
-    `temperature`; no factor T^2 is applied.
+    Works in fp32, or float64 if either input is. Logits may hold minus infinity (not a whole row of it).
+    Where a divergence is infinite (fkl with q = 0 < p, rkl with p = 0 < q) the value is finite and of the
+    order 1e30, so that a weight of 0 still removes it. `alpha_N` replaces `spec.alpha` token by token.
+    Logits are divided by `temperature`; no factor T^2 is applied.
 
     Raises ValueError for a temperature that is not positive, shapes that differ, or an unfit `alpha_N`.
     """
     check_temperature(temperature)
     if student_logits_NV.shape != teacher_logits_NV.shape:
         raise ValueError(
-            f"student logits are {tuple(student_logits_NV.shape)}, teacher logits {tuple(teacher_logits_NV.shape)}: "
+            f"student logits are {tuple(student_logits_NV.shape)}, "
+            f"teacher logits {tuple(teacher_logits_NV.shape)}: "
             "cut both to the tokenizer's real vocabulary and to the same tokens"
         )
     dtype = compute_dtype(student_logits_NV, teacher_logits_NV)
@@ -68,7 +71,8 @@ def token_cross_entropy(student_logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 
 
 def forward_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """KL(p, q) = sum p (log p - log q); with the arguments exchanged, reverse KL. Hinton et al., arXiv 1503.02531."""
+    """KL(p, q) = sum p (log p - log q); with the arguments exchanged, reverse KL. Hinton et al., arXiv
+    1503.02531."""
     return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
 
 
@@ -115,7 +119,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def check_temperature(temperature: float) -> None:
     if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, but must be positive and finite; 1.0 leaves logits as they are")
+        raise ValueError(
+            f"temperature is {temperature}, but must be positive and finite; 1.0 leaves logits as they are"
+        )
 
 
 def check_alpha(spec: Divergence, alpha_N: Tensor | None, n_tokens: int) -> float | Tensor:
@@ -125,7 +131,9 @@ def check_alpha(spec: Divergence, alpha_N: Tensor | None, n_tokens: int) -> floa
     if spec.name not in SKEWED:
         raise ValueError(f"alpha_N was given, but {spec.name!r} has no alpha; use one of {', '.join(SKEWED)}")
     if alpha_N.shape != (n_tokens,):
-        raise ValueError(f"alpha_N has shape {tuple(alpha_N.shape)}, but there are {n_tokens} tokens: give one each")
+        raise ValueError(
+            f"alpha_N has shape {tuple(alpha_N.shape)}, but there are {n_tokens} tokens: give one each"
+        )
     if n_tokens and not ((alpha_N >= 0) & (alpha_N < 1)).all():
         low, high = alpha_N.min().item(), alpha_N.max().item()
         raise ValueError(f"alpha_N spans [{low}, {high}], but must lie in [0, 1): clamp it before the loss")

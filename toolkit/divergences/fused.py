@@ -1,17 +1,19 @@
-"""Projection and divergence in one operation: gradients are formed in forward, tile by tile, and no [N, V] tensor exists.
+"""Projection and divergence in one operation: gradients are formed in forward, tile by tile, and no [N, V]
+tensor exists.
 
 `formulas` is the readable twin; a test holds the two together.
 
-Legend: N tokens, V vocabulary, S and T hidden sizes of student and teacher, n tokens of a tile, r rows of a row block.
-A tile is n tokens x the whole vocabulary: one matrix product per model fills it, a row-blocked pass (a block stays in
-cache) turns the student's logits into their gradient in place, and two matrix products consume that.
+Legend: N tokens, V vocabulary, S and T hidden sizes of student and teacher, n tokens of a tile, r rows of
+a row block. A tile is n tokens x the whole vocabulary: one matrix product per model fills it, a
+row-blocked pass (a block stays in cache) turns the student's logits into their gradient in place, and two
+matrix products consume that.
 
-Precision. Softmax, row sums and head gradient are fp32 (float64 for float64 inputs), and logits are fp32 where the
-machine has a product that returns them: CUDA (`out_dtype`), and fp32 operands on CPU. torch has no CPU product from
-bf16 to fp32, so a CPU has two ways. With bf16 instructions (AVX512-BF16 or AMX) operands stay bf16 and logits are
-rounded to bf16, as in the plain formula and with its error: products in fp32 would be slower than the plain formula
-there. Without them torch's bf16 product is several times slower than its fp32 one, so head blocks are widened to fp32,
-which is exact.
+Precision. Softmax, row sums and head gradient are fp32 (float64 for float64 inputs), and logits are fp32
+where the machine has a product that returns them: CUDA (`out_dtype`), and fp32 operands on CPU. torch has
+no CPU product from bf16 to fp32, so a CPU has two ways. With bf16 instructions (AVX512-BF16 or AMX)
+operands stay bf16 and logits are rounded to bf16, as in the plain formula and with its error: products in
+fp32 would be slower than the plain formula there. Without them torch's bf16 product is several times
+slower than its fp32 one, so head blocks are widened to fp32, which is exact.
 """
 
 import math
@@ -66,19 +68,21 @@ def fused_linear_divergence(
 ) -> FusedLoss:
     """Weighted sum of token divergences between two language-model heads, from hidden states.
 
-    Logits are cap(scale * (hidden @ head.T + bias)), with cap(z) = c tanh(z / c); divided by `temperature` for the
-    divergence only: the cross entropy with `targets_N` is that of the model, at temperature 1. Columns from
-    `valid_vocab` on are minus infinity on both sides, so the heads may be padded to different sizes. A bias may hold
-    minus infinity. The teacher's side is constant. `memory_budget_mib` (256 by default) bounds all buffers but the
-    head gradient (fp32, [V, S]) and what the caller passed in; smaller is slower.
+    Logits are cap(scale * (hidden @ head.T + bias)), with cap(z) = c tanh(z / c); divided by `temperature`
+    for the divergence only: the cross entropy with `targets_N` is that of the model, at temperature 1.
+    Columns from `valid_vocab` on are minus infinity on both sides, so the heads may be padded to different
+    sizes. A bias may hold minus infinity. The teacher's side is constant. `memory_budget_mib` (256 by
+    default) bounds all buffers but the head gradient (fp32 [V, S], with half-precision products also one
+    tile's share of it) and what the caller passed in; smaller is slower.
 
     Gradients reach student hidden, head and bias, each only if it requires grad; they are formed here, so the
-    weights must be final, and backward only scales them by the incoming scalar. The heads are not kept for backward.
-    Without grad mode the same values are computed and the gradient work is left out. N = 0 gives 0, connected.
+    weights must be final, and backward only scales them by the incoming scalar. The heads are not kept for
+    backward. Without grad mode the same values are computed and the gradient work is left out. N = 0 gives
+    0, connected.
 
-    Raises ValueError for shapes, token ids, weights' or alpha's shapes that do not fit, unequal vocabularies without
-    `valid_vocab`, a cross-entropy weight without targets, and a budget too small for one token.
-    Source: skewed divergences of DistiLLM, arXiv 2402.03898; the others as in `formulas`.
+    Raises ValueError for shapes, token ids, weights' or alpha's shapes that do not fit, unequal
+    vocabularies without `valid_vocab`, a cross-entropy weight without targets, and a budget too small for
+    one token. Source: skewed divergences of DistiLLM, arXiv 2402.03898; the others as in `formulas`.
     """
     _check_side("student", student_hidden_NS, student_head_VS, student_bias_V)
     _check_side("teacher", teacher_hidden_NT, teacher_head_VT, teacher_bias_V)
@@ -90,19 +94,22 @@ def fused_linear_divergence(
         )
     if valid_vocab is None and v_student != v_teacher:
         raise ValueError(
-            f"the student's head has {v_student} rows, the teacher's {v_teacher}: pass valid_vocab, the size of the "
-            "tokenizer's real vocabulary, so that padding is cut on both sides"
+            f"the student's head has {v_student} rows, the teacher's {v_teacher}: pass valid_vocab, "
+            "the size of the tokenizer's real vocabulary, so that padding is cut on both sides"
         )
     check_temperature(temperature)
     if cross_entropy_weight and targets_N is None:
-        raise ValueError(f"cross_entropy_weight is {cross_entropy_weight}, but targets_N is None: pass the target ids")
+        raise ValueError(
+            f"cross_entropy_weight is {cross_entropy_weight}, but targets_N is None: pass the target ids"
+        )
     alpha = check_alpha(spec, alpha_N, n_tokens)
     v_valid = _valid_vocab(valid_vocab, v_student, v_teacher)
     student = _Side(student_head_VS, student_bias_V, student_logit_scale, student_soft_cap)
     teacher = _Side(teacher_head_VT, teacher_bias_V, teacher_logit_scale, teacher_soft_cap)
     problem = _Problem(
         spec, student, teacher_hidden_NT, teacher, _weights(weights_N, student_hidden_NS),
-        _targets(targets_N, n_tokens, v_valid), cross_entropy_weight, temperature, v_valid, alpha, memory_budget_mib,
+        _targets(targets_N, n_tokens, v_valid), cross_entropy_weight, temperature, v_valid, alpha,
+        memory_budget_mib,
     )  # fmt: skip
     return _solve(student_hidden_NS, student_head_VS, student_bias_V, problem)
 
@@ -119,7 +126,8 @@ def fused_linear_cross_entropy(
     soft_cap: float | None = None,
     memory_budget_mib: float | None = None,
 ) -> FusedLoss:
-    """Weighted sum of token cross entropies, in nats: `fused_linear_divergence` without a teacher, same arguments."""
+    """Weighted sum of token cross entropies, in nats: `fused_linear_divergence` without a teacher, same
+    arguments."""
     _check_side("student", hidden_NS, head_VS, bias_V)
     v_valid = _valid_vocab(valid_vocab, len(head_VS))
     problem = _Problem(
@@ -193,9 +201,15 @@ def _run_tiles_in_own_dtype(hidden_NS: Tensor, problem: _Problem, wanted: tuple[
     divergence_N, cross_entropy_N = torch.zeros(2, n_tokens, dtype=dtype, device=device)
     agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
     wants_hidden, wants_head, wants_bias = wanted
-    hidden_grad_NS = torch.zeros_like(hidden_NS, memory_format=torch.contiguous_format) if wants_hidden else None
-    head_grad_VS = torch.zeros(problem.student.head_VH.shape, dtype=dtype, device=device) if wants_head else None
-    bias_grad_V = torch.zeros(len(problem.student.head_VH), dtype=dtype, device=device) if wants_bias else None
+    hidden_grad_NS = (
+        torch.zeros_like(hidden_NS, memory_format=torch.contiguous_format) if wants_hidden else None
+    )
+    head_grad_VS = (
+        torch.zeros(problem.student.head_VH.shape, dtype=dtype, device=device) if wants_head else None
+    )
+    bias_grad_V = (
+        torch.zeros(len(problem.student.head_VH), dtype=dtype, device=device) if wants_bias else None
+    )
 
     for start in range(0, n_tokens, plan.tile_rows):
         tile = slice(start, min(start + plan.tile_rows, n_tokens))
@@ -226,7 +240,8 @@ def _run_tiles_in_own_dtype(hidden_NS: Tensor, problem: _Problem, wanted: tuple[
 
 
 class _Plan:
-    """Tile height, row-block height and head blocks within the budget: half for tiles, a quarter for each head block."""
+    """Tile height, row-block height and head blocks within the budget: half for tiles, a quarter for each
+    head block."""
 
     def __init__(self, n_tokens: int, v: int, dtype: torch.dtype, device: torch.device, problem: _Problem):
         budget_mib = DEFAULT_BUDGET_MIB if problem.budget_mib is None else problem.budget_mib
@@ -251,7 +266,8 @@ class _Plan:
 
 
 class _Head:
-    """One model's head: products in the best precision and speed the machine offers, and this model's logit tile."""
+    """One model's head: products in the best precision and speed the machine offers, and this model's
+    logit tile."""
 
     def __init__(self, side: _Side, v: int, hidden_dtype: torch.dtype, dtype: torch.dtype, plan: _Plan):
         self.weight_VH = side.head_VH.detach()[:v]
@@ -261,7 +277,10 @@ class _Head:
         half_operands = hidden_dtype == self.weight_VH.dtype in (torch.bfloat16, torch.float16)
         self.out_dtype_product = half_operands and device.type == "cuda" and dtype == torch.float32
         self.native = (
-            half_operands and hidden_dtype == torch.bfloat16 and device.type == "cpu" and cpu_has_bf16_products()
+            half_operands
+            and hidden_dtype == torch.bfloat16
+            and device.type == "cpu"
+            and cpu_has_bf16_products()
         )
         self.operand = self.weight_VH.dtype if self.native or self.out_dtype_product else dtype
         self.tile_nV = torch.empty(
@@ -270,7 +289,7 @@ class _Head:
         self.wide_BH, self.block, self.scratch_VH = None, v, None
         if self.operand != self.weight_VH.dtype:
             fit = max(64, plan.head_block_bytes // (hidden_size * dtype.itemsize))
-            self.block = math.ceil(v / math.ceil(v / fit)) 
+            self.block = math.ceil(v / math.ceil(v / fit))
             self.wide_BH = torch.empty(self.block, hidden_size, dtype=dtype, device=device)
             if self.block >= v:
                 self.wide_BH.copy_(self.weight_VH)
@@ -296,13 +315,16 @@ class _Head:
         return total_nH
 
     def add_head_gradient(self, total_VH: Tensor, gradient_nV: Tensor, hidden_nH: Tensor) -> None:
-        """total += gradient.T @ hidden. Half-precision operands: a product per tile, summed in `total`'s fp32."""
+        """total += gradient.T @ hidden. Half-precision operands: a product per tile, summed in `total`'s
+        fp32."""
         hidden_nH = hidden_nH.to(self.operand)
         if self.operand == total_VH.dtype:
             total_VH.addmm_(gradient_nV.t(), hidden_nH)
             return
         if self.scratch_VH is None:
-            self.scratch_VH = torch.empty_like(total_VH, dtype=torch.float32 if self.out_dtype_product else self.operand)
+            self.scratch_VH = torch.empty_like(
+                total_VH, dtype=torch.float32 if self.out_dtype_product else self.operand
+            )
         if self.out_dtype_product:
             torch.mm(gradient_nV.t(), hidden_nH, out_dtype=torch.float32, out=self.scratch_VH)
         else:
@@ -338,8 +360,15 @@ class _Head:
 class _RowPass:
     """Logits of a row block -> values, and the gradient written over the student's raw logits."""
 
-    def __init__(self, problem: _Problem, student: _Head, teacher: _Head | None, plan: _Plan, wants_gradient: bool):
-        self.problem, self.student, self.teacher, self.wants_gradient = problem, student, teacher, wants_gradient
+    def __init__(
+        self, problem: _Problem, student: _Head, teacher: _Head | None, plan: _Plan, wants_gradient: bool
+    ):
+        self.problem, self.student, self.teacher, self.wants_gradient = (
+            problem,
+            student,
+            teacher,
+            wants_gradient,
+        )
         self.with_share = wants_gradient and problem.cross_entropy_weight != 0.0
 
         def buffer(needed=True):
@@ -374,7 +403,9 @@ class _RowPass:
             alpha = alpha if isinstance(alpha, float | int) else alpha[rows]
             divergence_r = divergence_rows(problem.spec, log_p, log_q, x, y, alpha)
         if self.wants_gradient:
-            self._write_gradient(student_rV, log_q if self.teacher is not None else None, q1, tanh, rows, bias_grad_V)
+            self._write_gradient(
+                student_rV, log_q if self.teacher is not None else None, q1, tanh, rows, bias_grad_V
+            )
         return divergence_r, cross_entropy_r, agreement_r
 
     def _write_gradient(self, out_rV, g, q1, tanh, rows, bias_grad_V):
@@ -382,7 +413,11 @@ class _RowPass:
         if g is not None and problem.temperature != 1.0:
             g.div_(problem.temperature)
         if self.with_share:
-            g = q1.mul_(problem.cross_entropy_weight) if g is None else g.add_(q1, alpha=problem.cross_entropy_weight)
+            g = (
+                q1.mul_(problem.cross_entropy_weight)
+                if g is None
+                else g.add_(q1, alpha=problem.cross_entropy_weight)
+            )
         if problem.weights_N is not None:
             g.mul_(problem.weights_N[rows].to(g.dtype).unsqueeze(-1))
         if self.student.cap is not None:
@@ -416,7 +451,9 @@ def _check_side(name: str, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | 
             "[tokens, hidden] and [vocabulary, hidden]; under ZeRO-3 gather the head first"
         )
     if bias_V is not None and bias_V.shape != (len(head_VH),):
-        raise ValueError(f"the {name}'s bias is {tuple(bias_V.shape)}, but its head has {len(head_VH)} rows: give one each")
+        raise ValueError(
+            f"the {name}'s bias is {tuple(bias_V.shape)}, but its head has {len(head_VH)} rows: give one each"
+        )
 
 
 def _valid_vocab(valid_vocab: int | None, *head_sizes: int) -> int:
@@ -431,7 +468,9 @@ def _valid_vocab(valid_vocab: int | None, *head_sizes: int) -> int:
 
 def _weights(weights_N: Tensor | None, hidden_NS: Tensor) -> Tensor | None:
     if weights_N is not None and weights_N.shape != (len(hidden_NS),):
-        raise ValueError(f"weights_N is {tuple(weights_N.shape)}, but there are {len(hidden_NS)} tokens: give one each")
+        raise ValueError(
+            f"weights_N is {tuple(weights_N.shape)}, but there are {len(hidden_NS)} tokens: give one each"
+        )
     return None if weights_N is None else weights_N.detach()
 
 
@@ -439,11 +478,13 @@ def _targets(targets_N: Tensor | None, n_tokens: int, v: int) -> Tensor | None:
     if targets_N is None:
         return None
     if targets_N.shape != (n_tokens,):
-        raise ValueError(f"targets_N is {tuple(targets_N.shape)}, but there are {n_tokens} tokens: give one each")
+        raise ValueError(
+            f"targets_N is {tuple(targets_N.shape)}, but there are {n_tokens} tokens: give one each"
+        )
     if n_tokens and (targets_N.min() < 0 or targets_N.max() >= v):
         low, high = targets_N.min().item(), targets_N.max().item()
         raise ValueError(
-            f"target ids span [{low}, {high}], but the vocabulary is 0 to {v - 1}: leave ignored positions (-100) out "
-            "before the loss"
+            f"target ids span [{low}, {high}], but the vocabulary is 0 to {v - 1}: leave ignored "
+            "positions (-100) out before the loss"
         )
     return targets_N.long()

@@ -21,7 +21,8 @@ class Divergence:
     """A divergence by name; `alpha` is read by skl and srkl, `beta` by jsd.
 
     alpha = 0 makes skl the forward and srkl the reverse KL. `beta` weighs the teacher in the mixture of jsd.
-    Raises ValueError for a name that is not in `KNOWN`, alpha outside [0, 1) or, for jsd, beta outside (0, 1).
+    Raises ValueError for a name that is not in `KNOWN`, alpha outside [0, 1) or, for jsd, beta outside (0,
+    1).
     """
 
     name: str
@@ -36,8 +37,8 @@ class Divergence:
             )
         if not 0.0 <= self.alpha < 1.0:
             raise ValueError(
-                f"alpha is {self.alpha}, but must lie in [0, 1): at 1 the mixture is its own target and nothing is "
-                "learned. Use alpha=0.1 (the paper's choice), or alpha=0 for the plain KL"
+                f"alpha is {self.alpha}, but must lie in [0, 1): at 1 the mixture is its own target "
+                "and nothing is learned. Use alpha=0.1 (the paper's choice), or alpha=0 for the plain KL"
             )
         if self.name == "jsd" and not 0.0 < self.beta < 1.0:
             raise ValueError(

@@ -1,0 +1,511 @@
+"""The divergences against float64 references written here, and the fused operation against both.
+
+Legend: N tokens, V vocabulary, S and T hidden sizes of student and teacher.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolkit.divergences import (
+    Divergence,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+    token_cross_entropy,
+    token_divergence,
+)
+from toolkit.divergences import fused as fused_module
+
+NAMES = ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl"]
+SMALL_BUDGET_MIB = 0.08  # several tiles, the last one shorter, and several head blocks
+
+
+def kl(log_a, log_b):
+    """sum a (log a - log b) in float64, where terms with a = 0 are 0."""
+    a = log_a.exp()
+    return torch.where(a > 0, a * (log_a - log_b), torch.zeros_like(a)).sum(-1)
+
+
+def log_mixture(weight, log_a, log_b):
+    return torch.logsumexp(torch.stack([log_a + math.log(weight), log_b + math.log(1 - weight)]), 0)
+
+
+def reference(name, s, t, alpha=0.1, beta=0.5):
+    """Value per token in float64, from log-probabilities; independent of the package."""
+    assert s.dtype == t.dtype == torch.float64
+    log_q, log_p = s - s.logsumexp(-1, keepdim=True), t - t.logsumexp(-1, keepdim=True)
+    if name == "fkl":
+        return kl(log_p, log_q)
+    if name == "rkl":
+        return kl(log_q, log_p)
+    if name == "symmetric_kl":
+        return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
+    if name == "tvd":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    if name == "skl":
+        return kl(log_p, log_mixture(alpha, log_p, log_q))
+    if name == "srkl":
+        return kl(log_q, log_mixture(alpha, log_q, log_p))
+    mixture = log_mixture(beta, log_p, log_q)
+    return beta * kl(log_p, mixture) + (1 - beta) * kl(log_q, mixture)
+
+
+def from_probabilities(name, s, t, alpha=0.1, beta=0.5):
+    """The textbook formulas on softmax probabilities, for logits that keep every probability well above 0."""
+    q, p = s.softmax(-1), t.softmax(-1)
+    a = {"skl": alpha, "srkl": 1 - alpha}.get(name, beta)
+    m = a * p + (1 - a) * q
+    forward, reverse = (p * (p / q).log()).sum(-1), (q * (q / p).log()).sum(-1)
+    to_mixture, from_student = (p * (p / m).log()).sum(-1), (q * (q / m).log()).sum(-1)
+    return {
+        "fkl": forward, "rkl": reverse, "symmetric_kl": (forward + reverse) / 2, "tvd": (p -
+        q).abs().sum(-1) / 2, "skl": to_mixture, "srkl": from_student, "jsd": beta * to_mixture + (1 -
+        beta) * from_student, }[name]  # fmt: skip
+
+
+def inputs(n=13, v=301, hs=24, ht=40, std=2.0, dtype=torch.float32, seed=0):
+    """Hidden states and heads whose logits have the given standard deviation, rounded to `dtype`."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(rows, columns, scale=1.0):
+        return (torch.randn(rows, columns, generator=g) * scale).to(dtype)
+
+    tensors = draw(n, hs), draw(v, hs, std / hs**0.5), draw(n, ht), draw(v, ht, std / ht**0.5)
+    for x in tensors[:2]:
+        x.requires_grad_()
+    return tensors
+
+
+def gradients(loss, *tensors):
+    return [g.double() for g in torch.autograd.grad(loss, tensors)]
+
+
+def relative_error(ours, truth):
+    return ((ours.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+
+
+def truth_of(tensors, value_of, weights):
+    """Values and gradients in float64 of the same (already rounded) inputs."""
+    h, w, ht, wt = (x.detach().double() for x in tensors)
+    for x in (h, w):
+        x.requires_grad_()
+    value = value_of(h @ w.T, ht @ wt.T)
+    return value.detach(), gradients((value * weights.double()).sum(), h, w)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_two_references_agree(name):
+    g = torch.Generator().manual_seed(1)
+    s, t = torch.randn(2, 5, 31, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(reference(name, s, t), from_probabilities(name, s, t), rtol=1e-12, atol=1e-13)
+    ours = token_divergence(Divergence(name), s, t)
+    torch.testing.assert_close(ours, from_probabilities(name, s, t), rtol=1e-12, atol=1e-13)
+
+
+@pytest.fixture(params=["exact", "native"])
+def products(request, monkeypatch):
+    """Both ways a CPU may form its products, whichever this machine would choose."""
+    monkeypatch.setattr(fused_module, "cpu_has_bf16_products", lambda: request.param == "native")
+    return request.param
+
+
+@pytest.mark.parametrize("std", [2.0, 8.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_error_is_within_twice_the_plain_formula(name, dtype, std, products):
+    """Ours <= 2 x plain + 1e-5 for the value and each gradient; plain is logits in `dtype`, then fp32
+    autograd."""
+    if products == "native" and dtype == torch.float32:
+        pytest.skip("fp32 operands have one way only")
+    tensors = inputs(std=std, dtype=dtype)
+    h, w, ht, wt = tensors
+    weights = torch.linspace(0.1, 1.5, len(h))
+    value, (h_grad, w_grad) = truth_of(tensors, lambda s, t: reference(name, s, t), weights)
+
+    def errors(value_N, loss):
+        mine = gradients(loss, h, w)
+        return [relative_error(a, b) for a, b in zip((value_N, *mine), (value, h_grad, w_grad), strict=True)]
+
+    plain_N = token_divergence(Divergence(name), F.linear(h, w), F.linear(ht, wt))
+    plain = errors(plain_N, (plain_N * weights).sum())
+    result = fused_linear_divergence(
+        Divergence(name), h, w, ht, wt, weights_N=weights, memory_budget_mib=SMALL_BUDGET_MIB
+    )
+    ours = errors(result.divergence_N, result.loss)
+    assert all(a <= 2 * b + 1e-5 for a, b in zip(ours, plain, strict=True)), (ours, plain)
+    torch.testing.assert_close(result.loss.detach(), (result.divergence_N * weights).sum())
+
+
+def test_full_precision_logits_beat_rounded_ones(monkeypatch):
+    """What widening the head buys: gradients of bf16 models closer to the truth than the plain formula's."""
+    monkeypatch.setattr(fused_module, "cpu_has_bf16_products", lambda: False)
+    tensors = inputs(std=8.0, dtype=torch.bfloat16)
+    h, w, ht, wt = tensors
+    _, (truth, _) = truth_of(tensors, lambda s, t: reference("skl", s, t), torch.ones(len(h)))
+    ours = gradients(fused_linear_divergence(Divergence("skl"), h, w, ht, wt).loss, h)[0]
+    plain = gradients(token_divergence(Divergence("skl"), F.linear(h, w), F.linear(ht, wt)).sum(), h)[0]
+    assert relative_error(ours, truth) < 0.5 * relative_error(plain, truth)
+
+
+OPTIONS = {
+    "temperature": dict(temperature=2.5),
+    "scale": dict(student_logit_scale=0.25, teacher_logit_scale=1.5),
+    "soft cap": dict(student_soft_cap=5.0, teacher_soft_cap=8.0),
+    "cross entropy": dict(cross_entropy_weight=0.3),
+    "everything": dict(
+        temperature=0.7,
+        student_logit_scale=0.5,
+        student_soft_cap=4.0,
+        teacher_soft_cap=6.0,
+        cross_entropy_weight=0.4,
+    ),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_match_autograd_of_the_reference(options, bias):
+    name, v_valid = "srkl", 250
+    h, w, ht, wt = inputs(v=256)
+    wt = torch.cat([wt, torch.full((44, wt.shape[1]), 7.0)])
+    student_bias, teacher_bias = torch.randn(256).requires_grad_(), torch.randn(300)
+    targets = torch.arange(len(h)) * 17 % v_valid
+    weights = torch.linspace(0.1, 1.5, len(h))
+
+    def logits(hidden, head, b, scale, cap):
+        z = (hidden.double() @ head.double()[:v_valid].T + (b.double()[:v_valid] if bias else 0.0)) * scale
+        return z if cap is None else cap * (z / cap).tanh()
+
+    s = logits(h, w, student_bias, options.get("student_logit_scale", 1.0), options.get("student_soft_cap"))
+    t = logits(ht, wt, teacher_bias, options.get("teacher_logit_scale", 1.0), options.get("teacher_soft_cap"))
+    temperature = options.get("temperature", 1.0)
+    divergence = reference(name, s / temperature, t.detach() / temperature)
+    entropy = F.cross_entropy(s, targets, reduction="none")
+    loss = ((divergence + options.get("cross_entropy_weight", 0.0) * entropy) * weights).sum()
+    result = fused_linear_divergence(
+        Divergence(name), h, w, ht, wt, weights_N=weights, targets_N=targets, valid_vocab=v_valid,
+        student_bias_V=student_bias if bias else None, teacher_bias_V=teacher_bias if bias else None,
+        memory_budget_mib=SMALL_BUDGET_MIB, **options,
+    )  # fmt: skip
+    close = dict(rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(result.divergence_N.double(), divergence, **close)
+    torch.testing.assert_close(result.cross_entropy_N.double(), entropy, **close)
+    torch.testing.assert_close(result.loss.double(), loss, **close)
+    assert torch.equal(result.agreement_N, s.argmax(-1) == t.argmax(-1))
+    wanted = (h, w, student_bias) if bias else (h, w)
+    for ours, truth in zip(gradients(result.loss, *wanted), gradients(loss, *wanted), strict=True):
+        torch.testing.assert_close(ours, truth, **close)
+        assert bias is False or ours.dim() == 2 or (ours[v_valid:] == 0).all()
+    torch.testing.assert_close(
+        token_divergence(Divergence(name), s, t, temperature=temperature), divergence, rtol=1e-11, atol=1e-12
+    )
+
+
+def test_padding_columns_have_no_influence_and_no_gradient():
+    h, w, ht, wt = inputs(v=200)
+    padded = torch.cat([w.detach(), torch.full((56, w.shape[1]), 9.0)]).requires_grad_()
+    teacher_padded = torch.cat([wt, torch.full((24, wt.shape[1]), -9.0)])
+    bare = fused_linear_divergence(Divergence("jsd", beta=0.2), h, w, ht, wt)
+    cut = fused_linear_divergence(Divergence("jsd", beta=0.2), h, padded, ht, teacher_padded, valid_vocab=200)
+    assert torch.equal(bare.loss, cut.loss)
+    gradient, expected = gradients(cut.loss, padded)[0], gradients(bare.loss, w)[0]
+    assert torch.equal(gradient[:200], expected) and (gradient[200:] == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_minus_infinity_columns(name):
+    """Columns masked on both sides, on the student's only and on the teacher's only: finite, and right if
+    finite."""
+    h, w, ht, wt = inputs(v=60)
+    both, one = torch.zeros(60), torch.zeros(60)
+    both[:7] = one[:7] = -math.inf
+    one[20:24] = -math.inf
+    for student_bias, teacher_bias in ((both, both), (one, both), (both, one)):
+        result = fused_linear_divergence(
+            Divergence(name), h, w, ht, wt, student_bias_V=student_bias, teacher_bias_V=teacher_bias
+        )
+        s = (h @ w.T + student_bias).double().detach().requires_grad_()
+        truth = reference(name, s, (ht @ wt.T + teacher_bias).double())
+        formula_logits = (h @ w.T + student_bias).detach().requires_grad_()
+        formula = token_divergence(Divergence(name), formula_logits, ht @ wt.T + teacher_bias)
+        assert result.divergence_N.isfinite().all() and formula.isfinite().all()
+        h_grad, w_grad = gradients(result.loss, h, w)
+        assert h_grad.isfinite().all() and w_grad.isfinite().all()
+        assert torch.autograd.grad(formula.sum(), formula_logits)[0].isfinite().all()
+        if truth.isfinite().all():
+            torch.testing.assert_close(result.divergence_N.double(), truth.detach(), rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(formula.double(), truth.detach(), rtol=2e-5, atol=2e-6)
+            kept = (student_bias == 0) & (teacher_bias == 0)
+            if student_bias is teacher_bias:
+                expected = gradient_over(kept, name, h, w, ht, wt)
+                torch.testing.assert_close(h_grad, expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert (result.divergence_N > 1e20).all()
+
+
+def gradient_over(kept, name, h, w, ht, wt):
+    """With one mask on both sides, the gradient is that of the vocabulary without the masked columns."""
+    h = h.detach().double().requires_grad_()
+    value = reference(name, h @ w.detach().double()[kept].T, ht.double() @ wt.double()[kept].T)
+    return torch.autograd.grad(value.sum(), h)[0]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 13])
+def test_any_number_of_tokens(n):
+    h, w, ht, wt = inputs(n=n)
+    targets = torch.zeros(n, dtype=torch.long)
+    result = fused_linear_divergence(
+        Divergence("skl"), h, w, ht, wt, targets_N=targets, cross_entropy_weight=0.5,
+        memory_budget_mib=SMALL_BUDGET_MIB,
+    )  # fmt: skip
+    result.loss.backward()
+    assert [x.shape for x in result] == [(), (n,), (n,), (n,)] and result.agreement_N.dtype == torch.bool
+    assert h.grad.shape == h.shape and w.grad.shape == w.shape
+    truth = reference("skl", (h @ w.T).double(), (ht @ wt.T).double())
+    truth = (truth + 0.5 * F.cross_entropy((h @ w.T).double(), targets, reduction="none")).sum()
+    torch.testing.assert_close(result.loss.double(), truth, rtol=2e-5, atol=1e-6)
+    assert n or (result.loss == 0 and (w.grad == 0).all())
+
+
+def test_tile_height_changes_nothing_and_head_blocks_neither():
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        h, w, ht, wt = inputs(n=29, v=1000, dtype=dtype)
+        results = []
+        for budget in (None, 1.0, 0.12):
+            result = fused_linear_divergence(Divergence("skl"), h, w, ht, wt, memory_budget_mib=budget)
+            results.append([result.loss.detach().double(), *gradients(result.loss, h, w)])
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_frozen_head_frozen_hidden_and_frozen_both():
+    h, w, ht, wt = inputs()
+    full = gradients(fused_linear_divergence(Divergence("skl"), h, w, ht, wt).loss, h, w)
+    frozen_head = fused_linear_divergence(Divergence("skl"), h, w.detach(), ht, wt)
+    frozen_hidden = fused_linear_divergence(Divergence("skl"), h.detach(), w, ht, wt)
+    assert torch.equal(gradients(frozen_head.loss, h)[0], full[0])
+    assert torch.equal(gradients(frozen_hidden.loss, w)[0], full[1])
+    assert not fused_linear_divergence(Divergence("skl"), h.detach(), w.detach(), ht, wt).loss.requires_grad
+    teacher_hidden = ht.clone().requires_grad_()
+    loss = fused_linear_divergence(Divergence("skl"), h, w, teacher_hidden, wt).loss
+    assert torch.autograd.grad(loss, teacher_hidden, allow_unused=True) == (None,)
+
+
+def test_tied_head_used_twice_and_incoming_scalar():
+    """The embedding is the head, and the loss is divided after: gradients add up and scale as autograd's
+    do."""
+    table = inputs()[1].detach().requires_grad_()
+    _, _, ht, wt = inputs()
+    ids = torch.arange(len(ht)) * 5
+    mine = fused_linear_divergence(Divergence("rkl"), table[ids].tanh(), table, ht, wt).loss
+    mine = mine + fused_linear_cross_entropy(table[ids].sin(), table, ids).loss
+    plain = token_divergence(Divergence("rkl"), table[ids].tanh() @ table.T, ht @ wt.T).sum()
+    plain = plain + token_cross_entropy(table[ids].sin() @ table.T, ids).sum()
+    ours, truth = gradients(mine / 7, table)[0], gradients(plain / 7, table)[0]
+    torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["skl", "srkl"])
+def test_alpha_per_token(name):
+    """Alpha 0 for a token is the plain KL, whatever the size of the logits."""
+    h, w, ht, wt = inputs(std=8.0)
+    alpha = torch.tensor([0.0, 0.1, 0.5, 0.9, 1e-9] * 3)[: len(h)]
+    s, t = (h.double() @ w.double().T), (ht.double() @ wt.double().T)
+    plain = {"skl": "fkl", "srkl": "rkl"}[name]
+    truth = torch.cat([
+        reference(name, s[i : i + 1], t[i : i + 1], alpha=a) if a else reference(plain, s[i : i + 1], t[i :
+        i + 1]) for i, a in enumerate(alpha.tolist())
+    ])  # fmt: skip
+    result = fused_linear_divergence(
+        Divergence(name), h, w, ht, wt, alpha_N=alpha, memory_budget_mib=SMALL_BUDGET_MIB
+    )
+    formula = token_divergence(Divergence(name), h @ w.T, ht @ wt.T, alpha_N=alpha)
+    for value in (result.divergence_N, formula):
+        torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
+    expected = gradients(truth.sum(), h, w)
+    for loss in (result.loss, formula.sum()):
+        for ours, theirs in zip(gradients(loss, h, w), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("skewed", "plain"), [("skl", "fkl"), ("srkl", "rkl")])
+def test_alpha_zero_is_the_plain_kl(skewed, plain):
+    h, w, ht, wt = inputs(std=30.0)
+    a = fused_linear_divergence(Divergence(skewed, alpha=0.0), h, w, ht, wt)
+    b = fused_linear_divergence(Divergence(plain), h, w, ht, wt)
+    assert torch.equal(a.loss, b.loss)
+    formula = token_divergence(Divergence(skewed, alpha=0.0), h @ w.T, ht @ wt.T)
+    torch.testing.assert_close(formula, b.divergence_N, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_models_give_zero_and_no_gradient(name):
+    h, w, _, _ = inputs(std=8.0)
+    result = fused_linear_divergence(Divergence(name), h, w, h.detach(), w.detach())
+    assert result.divergence_N.abs().max() < 2e-6 and result.agreement_N.all()
+    assert all(g.abs().max() < 1e-5 for g in gradients(result.loss, h, w))
+
+
+@pytest.mark.parametrize("name", ["skl", "srkl"])
+@pytest.mark.parametrize("alpha", [1e-8, 0.01, 0.1, 0.7])
+def test_skewed_divergences_are_bounded(name, alpha):
+    h, w, ht, wt = inputs(std=60.0)
+    for value in (
+        fused_linear_divergence(Divergence(name, alpha=alpha), h, w, ht, wt).divergence_N,
+        token_divergence(Divergence(name, alpha=alpha), h @ w.T, ht @ wt.T),
+    ):
+        assert value.min() >= -1e-6 and value.max() <= -math.log(alpha) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_rows_sum_to_zero(name, dtype, tolerance):
+    """Softmax does not see a constant added to all logits. The identity as head shows the gradient of the
+    logits.
+
+    The row's value is subtracted in some gradients, so its rounding, in proportion to the value, is in the
+    sum.
+    """
+    g = torch.Generator().manual_seed(3)
+    s, t = (8 * torch.randn(2, 9, 64, generator=g).to(dtype)).unbind()
+    s.requires_grad_()
+    identity = torch.eye(64, dtype=dtype)
+    result = fused_linear_divergence(Divergence(name), s, identity, t, identity)
+    gradient = gradients(result.loss, s)[0]
+    assert gradient.abs().max() > 1e-3
+    assert (gradient.sum(-1).abs() <= tolerance * result.divergence_N.double().clamp(min=1.0)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck_of_the_formulas_and_of_the_closed_forms(name):
+    g = torch.Generator().manual_seed(4)
+    s, t, head = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((3, 7), (3, 7), (7, 7)))
+    for x in (s, head):
+        x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: token_divergence(Divergence(name), x, t), s)
+    assert torch.autograd.gradcheck(
+        lambda x, y: fused_linear_divergence(Divergence(name), x, y, t, torch.eye(7).double()).loss, (s, head)
+    )
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "validation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_nothing_of_size_tokens_times_vocabulary_is_allocated(dtype, grad, products):
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    n, v = 150, 700
+    h, w, ht, wt = inputs(n=n, v=v, dtype=dtype)
+    targets = torch.zeros(n, dtype=torch.long)
+    with Largest() as largest, torch.set_grad_enabled(grad):
+        result = fused_linear_divergence(
+            Divergence("skl"), h, w, ht, wt, targets_N=targets, cross_entropy_weight=0.1,
+            memory_budget_mib=0.3,
+        )  # fmt: skip
+        if grad:
+            result.loss.backward()
+    assert 0 < largest.numel <= v * max(h.shape[1], ht.shape[1]) < n * v / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_validation_gives_the_values_of_training(dtype, products):
+    tensors = inputs(dtype=dtype)
+    options = dict(targets_N=torch.arange(13), cross_entropy_weight=0.2, student_soft_cap=9.0)
+    training = fused_linear_divergence(Divergence("srkl"), *tensors, **options)
+    with torch.no_grad():
+        validation = fused_linear_divergence(Divergence("srkl"), *tensors, **options)
+    assert training.loss.requires_grad and not validation.loss.requires_grad
+    assert not any(x.requires_grad for x in training[1:])
+    assert all(torch.equal(a, b) for a, b in zip(training, validation, strict=True))
+
+
+def test_cross_entropy_without_a_teacher(products):
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w, _, _ = inputs(dtype=dtype, v=304)
+        targets, weights = torch.arange(13) * 3, torch.linspace(0, 2, 13)
+        options = dict(weights_N=weights, valid_vocab=301, soft_cap=9.0, logit_scale=0.5)
+        result = fused_linear_cross_entropy(h, w, targets, memory_budget_mib=SMALL_BUDGET_MIB, **options)
+        z = 9 * ((h.double() @ w.double()[:301].T) * 0.5 / 9).tanh()
+        truth = F.cross_entropy(z, targets, reduction="none")
+        tolerance = dict(rtol=2e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(result.cross_entropy_N.double(), truth, **tolerance)
+        assert not result.agreement_N.any() and not result.divergence_N.any()
+        for ours, theirs in zip(
+            gradients(result.loss, h, w), gradients((truth * weights).sum(), h, w), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, **tolerance)
+        with torch.no_grad():
+            validation = fused_linear_cross_entropy(h, w, targets, **options)
+        torch.testing.assert_close(validation.cross_entropy_N, result.cross_entropy_N, **tolerance)
+
+
+def test_strided_inputs_and_mixed_dtypes():
+    h, w, ht, wt = inputs()
+    plain = fused_linear_divergence(Divergence("fkl"), h, w, ht, wt)
+    strided = [torch.stack([x.detach(), x.detach()], -1)[..., 0] for x in (h, w, ht, wt)]
+    strided = [x.T.contiguous().T if i % 2 else x for i, x in enumerate(strided)]
+    for x in strided[:2]:
+        x.requires_grad_()
+    other = fused_linear_divergence(Divergence("fkl"), *strided)
+    for a, b in zip(gradients(plain.loss, h, w), gradients(other.loss, *strided[:2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    mixed = fused_linear_divergence(Divergence("fkl"), h.bfloat16(), w, ht.double(), wt.bfloat16())
+    torch.testing.assert_close(mixed.loss, plain.loss, rtol=2e-2, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fused_linear_divergence(Divergence("fkl"), h, w, ht, wt).loss, plain.loss)
+
+
+def call(**changes):
+    h, w, ht, wt = inputs()
+    arguments = dict(
+        spec=Divergence("skl"),
+        student_hidden_NS=h,
+        student_head_VS=w,
+        teacher_hidden_NT=ht,
+        teacher_head_VT=wt,
+    )
+    return fused_linear_divergence(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: Divergence("slk"), r"'slk'.*fkl, rkl.*mean 'skl'"),
+        (lambda: Divergence("skl", alpha=1.0), r"alpha is 1\.0.*\[0, 1\).*alpha=0\.1"),
+        (lambda: Divergence("srkl", alpha=-0.1), r"alpha is -0\.1"),
+        (lambda: Divergence("skl", alpha=math.nan), r"alpha is nan"),
+        (lambda: Divergence("jsd", beta=1.0), r"beta is 1\.0.*\(0, 1\)"),
+        (lambda: call(temperature=0.0), r"temperature is 0\.0"),
+        (lambda: call(teacher_head_VT=torch.zeros(320, 40)), r"301 rows.*320.*valid_vocab"),
+        (lambda: call(valid_vocab=302), r"valid_vocab is 302.*301"),
+        (lambda: call(student_head_VS=torch.zeros(301, 23)), r"student's.*\(13, 24\).*\(301, 23\)"),
+        (lambda: call(teacher_hidden_NT=torch.zeros(12, 40)), r"13 tokens.*12"),
+        (lambda: call(student_bias_V=torch.zeros(3)), r"student's bias is \(3,\).*301"),
+        (lambda: call(weights_N=torch.ones(12)), r"weights_N is \(12,\).*13"),
+        (lambda: call(cross_entropy_weight=0.5), r"cross_entropy_weight is 0\.5.*targets_N"),
+        (lambda: call(targets_N=torch.full((13,), -100)), r"\[-100, -100\].*0 to 300"),
+        (lambda: call(targets_N=torch.full((13,), 301)), r"\[301, 301\].*0 to 300"),
+        (lambda: call(alpha_N=torch.full((13,), 1.0)), r"alpha_N spans \[1\.0, 1\.0\]"),
+        (lambda: call(alpha_N=torch.zeros(12)), r"alpha_N has shape \(12,\).*13"),
+        (lambda: call(spec=Divergence("fkl"), alpha_N=torch.zeros(13)), r"'fkl' has no alpha"),
+        (lambda: call(memory_budget_mib=0.001), r"memory_budget_mib is 0\.001.*301 columns"),
+        (
+            lambda: token_divergence(Divergence("fkl"), torch.ones(2, 3), torch.ones(2, 4)),
+            r"\(2, 3\).*\(2, 4\)",
+        ),
+    ],
+)
+def test_errors_say_what_was_wrong_and_what_to_do(action, message):
+    with pytest.raises(ValueError, match=message):
+        action()

@@ -1,0 +1,324 @@
+"""RunConfig: every setting of a run, typed, in sections; `section.key=value` changes one from the command line.
+
+Each setting has one owner. What is sharded, offloaded or communicated, and how, belongs to the DeepSpeed JSON
+files in ds_configs/; everything else, batch, precision, optimizer and clipping included, belongs here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toolkit.data.config import DataConfig, unknown
+from toolkit.rollout.schedule import ScheduleConfig
+
+PRECISIONS = ("auto", "bf16", "fp32")
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A causal language model, and how DeepSpeed shards it.
+
+    path: hub name, folder, or .gguf file; `package:NAME` finds the one .gguf file in an installed package.
+    tokenizer: hub name, folder or sentencepiece .model file; "" is the one that comes with `path`.
+    random_weights: build from a configuration at random, weights are not looked for: from `shape` where it is
+    given (`model_type` and the fields of its Hugging Face configuration), else from the configuration at `path`.
+    num_layers: keep this many layers of a randomly built model (None: as configured).
+    drop_layers: leave these layers of `path` out; a folder without them is made once and kept in the cache.
+    ds_config: DeepSpeed JSON file with the sharding; relative to the repository or the working directory.
+    pass_rows: rows in one forward pass of the teacher; None is a rank's whole window, so that its all-gathers are
+    paid once per optimizer step. Lower it when the teacher's activations do not fit.
+    gradient_checkpointing: recompute activations in the student's backward pass.
+    """
+
+    path: str = ""
+    tokenizer: str = ""
+    random_weights: bool = False
+    shape: dict = field(default_factory=dict)
+    num_layers: int | None = None
+    drop_layers: tuple[int, ...] = ()
+    ds_config: str = ""
+    pass_rows: int | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+    def validate(self, section: str) -> None:
+        if not self.path and not (self.random_weights and self.shape):
+            raise ValueError(
+                f"{section}.path is empty; name a model, or set {section}.random_weights=true and {section}.shape"
+            )
+        if not self.ds_config:
+            raise ValueError(f"{section}.ds_config is empty; name a file of ds_configs/")
+        if self.num_layers is not None and not self.random_weights:
+            raise ValueError(
+                f"{section}.num_layers = {self.num_layers} cuts randomly built models only, but "
+                f"{section}.random_weights is false; use {section}.drop_layers to take layers out of real weights"
+            )
+        for name in ("num_layers", "pass_rows"):
+            _at_least(f"{section}.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised at each response token, in nats.
+
+    divergence, alpha, beta: see toolkit.divergences. temperature divides both models' logits.
+    cross_entropy_weight: share of the data's own next token beside the divergence.
+    memory_budget_mib: bound on the logit tiles; None is the operation's default.
+    """
+
+    divergence: str = "skl"
+    alpha: float = 0.1
+    beta: float = 0.5
+    temperature: float = 1.0
+    cross_entropy_weight: float = 0.0
+    memory_budget_mib: int | None = None
+
+    def validate(self) -> None:
+        from toolkit.divergences import Divergence
+
+        Divergence(self.divergence, alpha=self.alpha, beta=self.beta)
+        _above_zero("loss.temperature", self.temperature)
+        _at_least("loss.cross_entropy_weight", self.cross_entropy_weight, 0)
+        _at_least("loss.memory_budget_mib", self.memory_budget_mib, 1)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (or plain SGD) with a cosine from `lr` to `min_lr` after `warmup_steps`; decoupled weight decay."""
+
+    name: str = "adamw"
+    lr: float = 5e-4
+    min_lr: float = 1e-7
+    warmup_steps: int = 0
+    weight_decay: float = 1e-2
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+    def validate(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise unknown("optimizer.name", self.name, OPTIMIZERS)
+        _above_zero("optimizer.lr", self.lr)
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr = {self.min_lr} is above optimizer.lr = {self.lr}; lower it")
+        for name in ("min_lr", "warmup_steps", "weight_decay", "max_grad_norm"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas = {self.betas}; give two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """steps: optimizer steps. batch_rows: sequences of one step, over all ranks. micro_rows: of one micro-batch on
+    one rank; batch_rows has to be a multiple of micro_rows x ranks."""
+
+    steps: int = 100
+    batch_rows: int = 8
+    micro_rows: int = 4
+
+    def validate(self) -> None:
+        for name in ("steps", "batch_rows", "micro_rows"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Text generated by the student, and the buffer that keeps it.
+
+    capacity: entries of the replay buffer, over all ranks. max_age_steps: older entries are not used (None: no limit).
+    train_on_fresh: a GENERATE step trains on the text it just made (the released code) and not on a draw from the
+    buffer (Algorithm 1). max_new_tokens: None is data.max_length - data.max_prompt_length.
+    batch_rows: rows generated together on one rank; None is a rank's whole window.
+    temperature 0 is greedy; top_p = 1 and top_k = 0 switch their filters off.
+    """
+
+    capacity: int = 1000
+    max_age_steps: int | None = None
+    train_on_fresh: bool = False
+    max_new_tokens: int | None = None
+    batch_rows: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def validate(self) -> None:
+        for name in ("capacity", "max_age_steps", "max_new_tokens", "batch_rows"):
+            _at_least(f"rollout.{name}", getattr(self, name), 1)
+        _at_least("rollout.temperature", self.temperature, 0)
+        _at_least("rollout.top_k", self.top_k, 0)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rollout.top_p = {self.top_p} lies outside (0, 1]; 1 switches it off")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """every_steps: between two validations, one before the first step and one after the last come on top.
+    rows: validation rows used (None: all). batch_rows: rows of one pass on one rank.
+    rouge_rows: rows answered by sampling and scored with ROUGE-L, before and after (0: none). sampling_temperature
+    is theirs. samples: answers printed beside each other at the end, greedy.
+    """
+
+    every_steps: int = 50
+    rows: int | None = None
+    batch_rows: int = 8
+    rouge_rows: int = 0
+    sampling_temperature: float = 1.0
+    samples: int = 0
+
+    def validate(self) -> None:
+        for name, least in (("every_steps", 1), ("rows", 1), ("batch_rows", 1), ("rouge_rows", 0), ("samples", 0)):
+            _at_least(f"validation.{name}", getattr(self, name), least)
+        _at_least("validation.sampling_temperature", self.sampling_temperature, 0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. `precision` "auto" is bf16 where the device multiplies it in hardware, else fp32.
+    The run's folder is output_dir/name; cache_dir keeps converted models ("" is ~/.cache/distillation-toolkit)."""
+
+    name: str = "run"
+    seed: int = 10
+    precision: str = "auto"
+    output_dir: str = "runs"
+    cache_dir: str = ""
+    teacher: ModelConfig = ModelConfig(ds_config="ds_configs/teacher_zero3.json")
+    student: ModelConfig = ModelConfig(ds_config="ds_configs/student_zero3.json")
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+    def validate(self) -> None:
+        """Raises ValueError for the first setting that cannot work."""
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+        if not self.name or self.name in (".", "..") or "/" in self.name:
+            raise ValueError(f"name = {self.name!r} has to be the name of one folder below output_dir")
+        self.teacher.validate("teacher")
+        self.student.validate("student")
+        for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation):
+            section.validate()
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of train.steps = "
+                f"{self.train.steps}; shorten the warm-up"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest generated response, in tokens."""
+        return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches of one optimizer step on one rank; raises ValueError where the batch does not divide."""
+        per_step = self.train.micro_rows * world
+        if self.train.batch_rows % per_step:
+            raise ValueError(
+                f"train.batch_rows = {self.train.batch_rows} is not a multiple of train.micro_rows x ranks = "
+                f"{self.train.micro_rows} x {world}; change one of them"
+            )
+        return self.train.batch_rows // per_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only; `from_dict` gives an equal config back."""
+        return _plain(dataclasses.asdict(self))
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        config = cls()
+        for key, value in values.items():
+            config = _replaced(config, key.split("."), value, key)
+        return config
+
+    def with_overrides(self, overrides: list[str]) -> RunConfig:
+        """`["train.steps=3", "name=x"]` applied in order; values are YAML. Unknown keys raise ValueError."""
+        config = self
+        for text in overrides:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"{text!r} is not key=value; write for example train.steps=10")
+            try:
+                parsed = yaml.safe_load(value) if value else ""
+            except yaml.YAMLError as error:
+                raise ValueError(f"the value of {text!r} is not valid YAML: {error}") from None
+            config = _replaced(config, key.strip().split("."), parsed, key)
+        return config
+
+
+def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
+    hints = typing.get_type_hints(type(section))
+    if keys[0] not in hints:
+        prefix = full_key[: len(full_key) - len(".".join(keys))]
+        raise unknown("config key", full_key, [prefix + name for name in hints])
+    old, hint = getattr(section, keys[0]), hints[keys[0]]
+    if dataclasses.is_dataclass(hint):
+        if len(keys) > 1:
+            return dataclasses.replace(section, **{keys[0]: _replaced(old, keys[1:], value, full_key)})
+        if not isinstance(value, dict):
+            raise ValueError(f"{full_key} is a section; set one of its keys, as in {full_key}.{hint_names(hint)[0]}=...")
+        for key, part in value.items():
+            old = _replaced(old, [key], part, f"{full_key}.{key}")
+        return dataclasses.replace(section, **{keys[0]: old})
+    if len(keys) > 1:
+        if isinstance(old, dict):
+            return dataclasses.replace(section, **{keys[0]: {**old, ".".join(keys[1:]): value}})
+        raise ValueError(f"{full_key}: {keys[0]} is a single setting and has no key {'.'.join(keys[1:])!r}")
+    return dataclasses.replace(section, **{keys[0]: _typed(value, hint, full_key)})
+
+
+def hint_names(hint: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(hint)]
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the annotated type; an int is taken for a float, "5e-4" too (YAML reads that as text)."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and types.NoneType in options:
+        return None
+    wanted = next(o for o in options if o is not types.NoneType)
+    if typing.get_origin(wanted) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, typing.get_args(wanted)[0], key) for item in value)
+    if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif wanted is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    elif isinstance(wanted, type) and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{key} = {value!r} is a {type(value).__name__}; it takes {hint}".replace("<class ", "").replace(">", ""))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ValueError(f"{name} = {value}; it has to be at least {least}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} = {value}; it has to be above 0")

@@ -1,0 +1,91 @@
+"""Processes: start them, add numbers over them, and fail together so that none waits for one that stopped."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def start() -> None:
+    """Join the process group. Plain `python recipe.py` is a group of one; a launcher's variables are used as set."""
+    import deepspeed
+
+    if torch.distributed.is_initialized():
+        return
+    if "RANK" not in os.environ:  # deepspeed would ask for mpi4py
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            os.environ.setdefault(name, value)
+    deepspeed.init_distributed(verbose=False)
+
+
+def stop() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Element by element, in float64; every rank calls it with as many numbers."""
+    return _reduce(values, torch.distributed.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    return _reduce(values, torch.distributed.ReduceOp.MAX)
+
+
+def _reduce(values: Sequence[float], op: torch.distributed.ReduceOp) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    if world() > 1:
+        torch.distributed.all_reduce(total, op=op)
+    return total.tolist()
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """Every rank's value, in rank order, on every rank."""
+    if world() == 1:
+        return [value]
+    values: list = [None] * world()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Run `work`, which may not communicate, on every rank; if it fails on any, every rank raises the first error."""
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as failure:
+        error = failure
+    texts = gather_objects(None if error is None else f"{error}")
+    first = next((text for text in texts if text is not None), None)
+    if first is not None:
+        raise ValueError(first) from error
+    return result
+
+
+def main_rank_first(work: Callable[[], Result]) -> Result:
+    """Rank 0 does `work` alone, the others after it: for results kept in files, which the others then only read."""
+    result = together(lambda: work() if rank() == 0 else None)
+    return together(lambda: result if rank() == 0 else work())

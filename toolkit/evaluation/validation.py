@@ -1,0 +1,54 @@
+"""Held-out distance between student and teacher, weighted by tokens, over all ranks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from toolkit import distributed
+from toolkit.batch import Example, TokenBatch
+from toolkit.divergences import Divergence
+from toolkit.models.engines import Student, Teacher
+
+
+class Validation(NamedTuple):
+    """Means per response token: forward KL of teacher to student, cross-entropy with the data, and the share of tokens
+    where both models' first choices agree."""
+
+    kl_nats: float
+    ce_nats: float
+    top1_agreement: float
+
+
+class Validator:
+    """Measures on `examples`, dealt over the ranks. Every rank makes as many passes, whatever its share."""
+
+    def __init__(self, examples: list[Example], batch_rows: int, pad_id: int):
+        rank, world = distributed.rank(), distributed.world()
+        own = examples[rank::world]
+        passes = -(-(-(-len(examples) // world)) // batch_rows)
+        parts = [own[start : start + batch_rows] for start in range(0, len(own), batch_rows)]
+        # A rank that runs out of rows still enters the all-gathers, with a row that does not count.
+        self.batches = [TokenBatch.from_examples(part, pad_id).to(distributed.device()) for part in parts]
+        spare = TokenBatch.from_examples(examples[:1], pad_id).to(distributed.device())
+        self.spares = [spare] * (passes - len(parts))
+
+    @torch.no_grad()
+    def measure(self, student: Student, teacher: Teacher) -> Validation:
+        """Every rank gets the same numbers. Temperature 1 and the forward KL, whatever training minimises, so that runs
+        with different losses can be compared."""
+        sums = [0.0, 0.0, 0.0, 0.0]
+        student.engine.eval()
+        try:
+            with teacher.head() as head:
+                for index, batch in enumerate(self.batches + self.spares):
+                    (hidden_NT,) = teacher.hidden_states([batch])
+                    out = student.loss(batch, hidden_NT, head, divergence=Divergence("fkl"))
+                    if index < len(self.batches):
+                        found = (out.divergence_nats, out.cross_entropy_nats, out.agreements, batch.num_targets)
+                        sums = [total + float(value) for total, value in zip(sums, found, strict=True)]
+        finally:
+            student.engine.train()
+        kl, cross_entropy, agreements, tokens = distributed.sum_over_ranks(sums)
+        return Validation(kl / tokens, cross_entropy / tokens, agreements / tokens)

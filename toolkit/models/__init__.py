@@ -1,0 +1,17 @@
+"""Teacher and student: loading under ZeRO, the vocabulary they share, and the two engines."""
+
+from toolkit.models.engines import Student, Teacher, build_student, build_teacher
+from toolkit.models.load import load_model, load_tokenizer, materialize
+from toolkit.models.vocabulary import Vocabulary, shared_vocabulary
+
+__all__ = [
+    "Student",
+    "Teacher",
+    "Vocabulary",
+    "build_student",
+    "build_teacher",
+    "load_model",
+    "load_tokenizer",
+    "materialize",
+    "shared_vocabulary",
+]

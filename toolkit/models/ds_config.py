@@ -1,0 +1,64 @@
+"""DeepSpeed JSON files: sharding, offload, communication, monitors. What RunConfig owns is refused in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import RunConfig
+from toolkit.monitor import without_monitors
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: key of a DeepSpeed config -> the setting of RunConfig that owns it
+OWNED = {
+    "train_batch_size": "train.batch_rows",
+    "train_micro_batch_size_per_gpu": "train.micro_rows",
+    "gradient_accumulation_steps": "train.batch_rows",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.warmup_steps and min_lr",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """Raises ValueError for a file that is missing, is not JSON, holds "auto" or a key that RunConfig owns."""
+    file = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
+    if file is None:
+        known = sorted(f"ds_configs/{p.name}" for p in (REPOSITORY / "ds_configs").glob("*.json"))
+        raise ValueError(f"no DeepSpeed config at {path}; there are {', '.join(known)}")
+    try:
+        config = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    for key, owner in OWNED.items():
+        if key in config:
+            raise ValueError(f"{file} sets {key!r}, which belongs to {owner} of the run's config; take it out of the file")
+    if '"auto"' in json.dumps(config):
+        raise ValueError(f'{file} holds "auto": nothing fills it in here; write the value')
+    return config
+
+
+def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[str, Any]:
+    """The student's file, with batch, precision and clipping from `config`."""
+    return {
+        **without_monitors(read_ds_config(config.student.ds_config)),  # the loop's monitor writes there
+        "train_micro_batch_size_per_gpu": config.train.micro_rows,
+        "gradient_accumulation_steps": config.accumulation(world),
+        "train_batch_size": config.train.batch_rows,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": dtype_name == "bf16"},
+        "zero_allow_untrusted_optimizer": True,  # plain SGD; AdamW is on deepspeed's own list
+        "steps_per_print": 10**9,
+    }
+
+
+def teacher_ds_config(config: RunConfig, dtype_name: str) -> dict[str, Any]:
+    return {
+        **read_ds_config(config.teacher.ds_config),
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype_name == "bf16"},
+        "steps_per_print": 10**9,
+    }

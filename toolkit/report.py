@@ -1,0 +1,55 @@
+"""What a run prints at its end: before and after, answers beside each other, where the time went."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any, NamedTuple
+
+from toolkit.monitor import format_table
+
+
+class Sample(NamedTuple):
+    """One question and what each model said to it, greedily."""
+
+    prompt: str
+    reference: str
+    teacher: str
+    student_before: str
+    student_after: str
+
+
+def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
+    """The text for a finished run, from its summary.json."""
+    before, after = summary["validation"]["initial"], summary["validation"]["final"]
+    rows = [
+        ["KL to the teacher (nats/token)", f"{before['kl_nats']:.3f}", f"{after['kl_nats']:.3f}"],
+        ["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"],
+        ["top-1 agreement with the teacher", f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"],
+    ]
+    if summary["rouge_l"]:
+        rouge = summary["rouge_l"]
+        rows.append([f"ROUGE-L of {rouge['rows']} sampled answers", f"{rouge['initial']:.1f}", f"{rouge['final']:.1f}"])
+        rows.append(["ROUGE-L of the teacher's", f"{rouge['teacher']:.1f}", f"{rouge['teacher']:.1f}"])
+    parts = [format_table(["validation", "before", "after"], rows)]
+    for sample in samples:
+        parts.append("\n".join([
+            f"> {sample.prompt}",
+            _block("documentation", sample.reference),
+            _block("teacher", sample.teacher),
+            _block("student before", sample.student_before),
+            _block("student after", sample.student_after),
+        ]))  # fmt: skip
+    share = summary["time_share"]
+    seconds = [[name, f"{part * summary['wall_time_s']:.1f}", f"{part:.1%}"] for name, part in share.items()]
+    parts.append(format_table(["phase", "seconds", "share"], seconds))
+    sources = ", ".join(f"{count} {name}" for name, count in summary["source_counts"].items())
+    parts.append(
+        f"{summary['steps']} steps ({sources}; phi {summary['phi_final']:.2f}), {summary['tokens']:,} tokens, "
+        f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['precision']}, peak memory {summary['peak_rss_gib']:.1f} GiB "
+        f"over {summary['ranks']} ranks\nstudent: {summary['student']}"
+    )
+    return "\n\n".join(parts)
+
+
+def _block(label: str, text: str) -> str:
+    return textwrap.fill(text or "(nothing)", 110, initial_indent=f"  {label + ':':<16}", subsequent_indent=" " * 18)

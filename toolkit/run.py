@@ -1,0 +1,204 @@
+"""A run from its config: builds every object, once; trains; measures; exports. `main` is what a recipe calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit import distributed
+from toolkit.config import RunConfig
+from toolkit.data import Data, PromptDataset, load_data
+from toolkit.evaluation import Validator, answer, rouge_l
+from toolkit.loop import DistillationLoop
+from toolkit.models import build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+from toolkit.models.ds_config import read_ds_config
+from toolkit.models.export import export_student
+from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
+from toolkit.report import Sample, final_report
+from toolkit.rollout.engine import GatheredRollout
+from toolkit.rollout.replay import ReplayBuffer
+from toolkit.rollout.schedule import Schedule
+
+
+def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank.
+
+    Returns the summary. Wrong input ends every rank with exit code 2 and one message.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
+    try:
+        distributed.start()
+        return run(distributed.together(lambda: _checked(recipe, overrides)))
+    except ValueError as error:
+        if distributed.rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("DISTILL_TRACEBACK"):
+            raise
+        sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Train the student of `config`, write its run folder, print the report. Raises ValueError for wrong input."""
+    started_s = time.monotonic()
+    run_dir, is_main = config.run_dir, distributed.rank() == 0
+    cache_dir = Path(config.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    cache_dir = cache_dir if config.cache_dir else cache_dir / "distillation-toolkit"
+    dtype = choose_dtype(config.precision, distributed.device())
+
+    teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
+    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
+    teacher_tokenizer, tokenizer, vocabulary = distributed.together(
+        lambda: _tokenizers(config, teacher_path, student_path)
+    )
+    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
+    distributed.together(lambda: _start_folder(config) if is_main else None)
+
+    teacher = build_teacher(config, teacher_path, dtype, vocabulary)
+    student = build_student(config, student_path, dtype, vocabulary)
+    schedule = Schedule(config.schedule, config.seed, config.train.steps)
+    settings = config.rollout
+    validation = config.validation
+    student_rollout = GatheredRollout(student.engine, vocabulary, settings.batch_rows)
+    teacher_rollout = GatheredRollout(teacher.engine, vocabulary, settings.batch_rows)
+    timer = PhaseTimer(sync=torch.cuda.synchronize if torch.cuda.is_available() else None)
+    deepspeed_monitor = monitor_master(read_ds_config(config.student.ds_config), run_dir, distributed.rank())
+    with Monitor(run_dir, config.train.steps, distributed.rank(), deepspeed_monitor) as monitor:
+        monitor.note(_introduction(config, data, dtype, run_dir))
+        loop = DistillationLoop(
+            config=config,
+            vocabulary=vocabulary,
+            dataset=PromptDataset(data.train, config.seed),
+            teacher=teacher,
+            student=student,
+            schedule=schedule,
+            replay=ReplayBuffer(
+                settings.capacity, distributed.rank(), distributed.world(), config.seed, settings.max_age_steps
+            ),
+            rollout=student_rollout,
+            validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id),
+            monitor=monitor,
+            timer=timer,
+        )
+        with timer.phase("evaluation"):
+            before = _ask(config, data, student_rollout, tokenizer)
+        initial, final = loop.run()
+        with timer.phase("evaluation"):
+            after = _ask(config, data, student_rollout, tokenizer)
+            theirs = _ask(config, data, teacher_rollout, tokenizer)
+        with timer.phase("export"):
+            export_student(student, tokenizer, run_dir / "student")
+        timer.take()
+
+    wall_time_s = time.monotonic() - started_s
+    phases = {name: timer.totals.get(name, 0.0) for name in ("teacher", "rollout", "student", "optimizer")}
+    phases |= {name: timer.totals[name] for name in ("validation", "evaluation", "export") if name in timer.totals}
+    train_time_s = sum(timer.totals.values()) - sum(timer.totals.get(n, 0) for n in ("validation", "evaluation", "export"))
+    phases["other"] = wall_time_s - sum(phases.values())
+    summary = {
+        "steps": config.train.steps,
+        "tokens": loop.tokens,
+        "wall_time_s": wall_time_s,
+        "train_time_s": train_time_s,
+        "tokens_per_s": loop.tokens / train_time_s,
+        "ranks": distributed.world(),
+        "precision": str(dtype).removeprefix("torch."),
+        "peak_rss_gib": distributed.sum_over_ranks([peak_rss_gib()])[0],
+        "validation": {"initial": initial._asdict(), "final": final._asdict()},
+        "rouge_l": _rouge_scores(config, data, before, after, theirs),
+        "time_share": {name: seconds / wall_time_s for name, seconds in phases.items()},
+        "source_counts": loop.source_counts,
+        "phi_final": schedule.phi,
+        "phi_history": schedule.history,
+        "data": data.counts,
+        "student": str(run_dir / "student"),
+    }
+    samples = [
+        Sample(data.validation_rows[i]["prompt"], data.validation_rows[i]["response"], theirs[1][i], before[1][i], after[1][i])
+        for i in range(len(after[1]))
+    ]
+    if is_main:
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+        print("\n" + final_report(summary, samples), flush=True)
+    return summary
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """"auto" is bf16 where the device multiplies it in hardware: elsewhere it is many times slower than fp32."""
+    if precision == "auto":
+        if device.type == "cpu":
+            has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else:
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:
+    config = recipe.with_overrides(overrides)
+    config.validate()
+    config.accumulation(distributed.world())
+    for section in (config.teacher, config.student):
+        read_ds_config(section.ds_config)
+    return config
+
+
+def _tokenizers(config: RunConfig, teacher_path: str, student_path: str) -> tuple:
+    teacher = load_tokenizer(config.teacher, teacher_path)
+    student = load_tokenizer(config.student, student_path or teacher_path) if (
+        config.student.tokenizer or student_path
+    ) else teacher  # fmt: skip
+    return teacher, student, shared_vocabulary(teacher, student)
+
+
+def _load_data(config: RunConfig, tokenizer: Any) -> Data:
+    data = load_data(config.data, tokenizer, config.seed)
+    if len(data.train) < config.train.batch_rows:
+        raise ValueError(
+            f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "
+            f"{config.train.batch_rows} ({distributed.world()} ranks); use more data, fewer ranks or a smaller batch"
+        )
+    return data
+
+
+def _start_folder(config: RunConfig) -> None:
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    config.save(run_dir / "config.yaml")
+
+
+def _ask(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any) -> tuple[list[str], list[str]]:
+    """(sampled answers to be scored, greedy answers to be shown) to the first validation rows."""
+    settings, prompts = config.validation, [example.prompt for example in data.validation]
+    rouge_rows, samples = prompts[: settings.rouge_rows], prompts[: settings.samples]
+    sampled = answer(
+        rollout, tokenizer, rouge_rows, config.max_new_tokens, settings.sampling_temperature, config.seed
+    ) if rouge_rows else []  # fmt: skip
+    return sampled, answer(rollout, tokenizer, samples, config.max_new_tokens, 0.0, config.seed) if samples else []
+
+
+def _rouge_scores(config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple) -> dict[str, float] | None:
+    if not after[0]:
+        return None
+    references = [row["response"] for row in data.validation_rows[: config.validation.rouge_rows]]
+    named = {"initial": before, "final": after, "teacher": teacher}
+    return {name: rouge_l(answers[0], references) for name, answers in named.items()} | {"rows": len(references)}
+
+
+def _introduction(config: RunConfig, data: Data, dtype: torch.dtype, run_dir: Path) -> str:
+    left_out = {name: count for name, count in data.counts.items() if count and not name.endswith("_rows")}
+    return (
+        f"{config.name}: {config.loss.divergence}, schedule {config.schedule.policy}, "
+        f"{len(data.train)} training and {len(data.validation)} validation rows{f' ({left_out})' if left_out else ''}, "
+        f"{distributed.world()} ranks, {str(dtype).removeprefix('torch.')}, folder {run_dir}"
+    )
