@@ -145,7 +145,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def without_monitors(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """`ds_config` for deepspeed.initialize: left in, the sections make the engine write there too, by samples."""
+    """`ds_config` for deepspeed.initialize: with them the engine would write there too, by samples."""
     return {key: value for key, value in ds_config.items() if key not in MONITOR_SECTIONS}
 
 
@@ -198,7 +198,7 @@ class PhaseTimer:
             self.current = None
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last take, with `other` for the rest: the values sum to the wall time."""
+        """Seconds by phase since the last take, with `other` for the rest; they sum to the wall time."""
         assert self.current is None, f"take() inside phase {self.current!r}"
         now_s = self._now()
         wall_s = now_s - self.step_started_s
@@ -225,7 +225,7 @@ def peak_rss_gib() -> float:
 
 
 def peak_device_gib() -> float:
-    """Most memory that tensors held on the current GPU since the start or torch's last reset; 0.0 without."""
+    """Most memory that tensors held on the current GPU since the start or torch's reset; 0.0 without."""
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
 
 
@@ -285,7 +285,7 @@ def _to_json(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise ValueError(
-        f"{where} is of type {type(value).__name__}, which JSON cannot hold; pass a number (tensor.item()) or text"
+        f"{where} is of type {type(value).__name__}, which JSON cannot hold; pass a number (tensor.item())"
     )
 
 

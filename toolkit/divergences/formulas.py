@@ -84,14 +84,14 @@ def symmetric_kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 def skewed_kl(log_p_NV: Tensor, log_q_NV: Tensor, alpha: float | Tensor) -> Tensor:
     """KL(p, a p + (1-a) q) = -sum p log(a + (1-a) e^d), d = log q - log p; exchanged, skewed reverse KL.
 
-    Between 0 and -log a. DistiLLM, arXiv 2402.03898, Eq. 3 and 4 (its KL of the mixture, both directions).
+    Between 0 and -log a. DistiLLM, arXiv 2402.03898.
     """
     log_ratio_NV = log_mix(alpha, log_q_NV - log_p_NV)
     return -(log_p_NV.exp() * log_ratio_NV).sum(-1)
 
 
 def jensen_shannon(log_p_NV: Tensor, log_q_NV: Tensor, beta: float) -> Tensor:
-    """b KL(p, m) + (1-b) KL(q, m), m = b p + (1-b) q. GKD, arXiv 2306.13649, Eq. 1."""
+    """b KL(p, m) + (1-b) KL(q, m), m = b p + (1-b) q. GKD, arXiv 2306.13649."""
     of_teacher_N = skewed_kl(log_p_NV, log_q_NV, beta)
     of_student_N = skewed_kl(log_q_NV, log_p_NV, 1.0 - beta)
     return beta * of_teacher_N + (1.0 - beta) * of_student_N

@@ -11,9 +11,9 @@ matrix products consume that.
 Precision. Softmax, row sums and head gradient are fp32 (float64 for float64 inputs), and logits are fp32
 where the machine has a product that returns them: CUDA (`out_dtype`), and fp32 operands on CPU. torch has
 no CPU product from bf16 to fp32, so a CPU has two ways. With bf16 instructions (AVX512-BF16 or AMX)
-operands stay bf16 and logits are rounded to bf16, as in the plain formula and with its error: products in
-fp32 would be slower than the plain formula there. Without them torch's bf16 product is several times
-slower than its fp32 one, so head blocks are widened to fp32, which is exact.
+operands stay bf16 and logits are rounded to bf16, as in the plain formula and with its error, because there
+the bf16 product is the faster one. Without them torch's bf16 product is several times slower than its fp32
+one, so head blocks are widened to fp32, which is exact.
 """
 
 import math
