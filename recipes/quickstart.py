@@ -12,7 +12,6 @@ from toolkit.config import (
     LossConfig,
     ModelConfig,
     OptimizerConfig,
-    RolloutConfig,
     RunConfig,
     TrainConfig,
     ValidationConfig,
@@ -31,9 +30,8 @@ RECIPE = RunConfig(
     loss=LossConfig(divergence="skl", alpha=0.1),
     train=TrainConfig(steps=100, batch_rows=8, micro_rows=4),
     optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5),
-    schedule=ScheduleConfig(policy="adaptive"),
-    rollout=RolloutConfig(),
-    validation=ValidationConfig(every_steps=25, rows=64, rouge_rows=32, samples=3),
+    schedule=ScheduleConfig(policy="adaptive", phi_initial=0.2),
+    validation=ValidationConfig(every_steps=50, rows=64, rouge_rows=32, samples=3),
 )
 
 if __name__ == "__main__":

@@ -17,3 +17,36 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest  # noqa: E402
+
+from tests.ranks import RankPool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks1():
+    """One rank of its own, with deepspeed."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def ranks2():
+    """Two real ranks."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a teacher, students (untied, tied, a copy of the teacher) and rows.jsonl."""
+    from tests.tiny import make_tokenizer, save_llama, save_rows
+
+    folder, tokenizer = tmp_path_factory.mktemp("tiny"), make_tokenizer()
+    save_llama(folder / "teacher", tokenizer, seed=1, hidden=48, extra_rows=5)
+    save_llama(folder / "student", tokenizer, seed=2)
+    save_llama(folder / "tied", tokenizer, seed=3, tied=True, extra_rows=8)
+    save_rows(folder / "rows.jsonl")
+    return folder

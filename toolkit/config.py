@@ -61,6 +61,11 @@ class ModelConfig:
                 f"{section}.num_layers = {self.num_layers} cuts randomly built models only, but "
                 f"{section}.random_weights is false; use {section}.drop_layers to take layers out of real weights"
             )
+        if self.drop_layers and self.random_weights:
+            raise ValueError(
+                f"{section}.drop_layers = {list(self.drop_layers)} takes layers out of real weights, but "
+                f"{section}.random_weights is true; use {section}.num_layers"
+            )
         for name in ("num_layers", "pass_rows"):
             _at_least(f"{section}.{name}", getattr(self, name), 1)
 
@@ -205,6 +210,8 @@ class RunConfig:
             raise unknown("precision", self.precision, PRECISIONS)
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(f"name = {self.name!r} has to be the name of one folder below output_dir")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed = {self.seed} lies outside [0, 2**64)")
         self.teacher.validate("teacher")
         self.student.validate("student")
         for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation):
@@ -259,7 +266,7 @@ class RunConfig:
                 parsed = yaml.safe_load(value) if value else ""
             except yaml.YAMLError as error:
                 raise ValueError(f"the value of {text!r} is not valid YAML: {error}") from None
-            config = _replaced(config, key.strip().split("."), parsed, key)
+            config = _replaced(config, key.strip().split("."), parsed, key.strip())
         return config
 
 
@@ -267,7 +274,11 @@ def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
     hints = typing.get_type_hints(type(section))
     if keys[0] not in hints:
         prefix = full_key[: len(full_key) - len(".".join(keys))]
-        raise unknown("config key", full_key, [prefix + name for name in hints])
+        sections = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
+        nested = [f"{prefix}{name}.{keys[0]}" for name in sections if keys[0] in hint_names(hints[name])]
+        if nested:
+            raise ValueError(f"config key {full_key!r} belongs to a section; write {' or '.join(nested)}")
+        raise unknown("config key", prefix + keys[0], [prefix + name for name in hints])
     old, hint = getattr(section, keys[0]), hints[keys[0]]
     if dataclasses.is_dataclass(hint):
         if len(keys) > 1:

@@ -6,10 +6,12 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from toolkit import distributed
 from toolkit.config import RunConfig
@@ -33,6 +35,7 @@ def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any
     """
     given = sys.argv[1:] if arguments is None else arguments
     overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
+    _quiet_libraries()
     try:
         distributed.start()
         return run(distributed.together(lambda: _checked(recipe, overrides)))
@@ -140,6 +143,12 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def _quiet_libraries() -> None:
+    """No warnings about what deepspeed calls in torch, no bars over weight shards: a run's own lines stay readable."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:

@@ -50,7 +50,7 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
         "train_batch_size": config.train.batch_rows,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "bf16": {"enabled": dtype_name == "bf16"},
-        "zero_allow_untrusted_optimizer": True,  # plain SGD; AdamW is on deepspeed's own list
+        "zero_allow_untested_optimizer": True,  # plain SGD; AdamW is on deepspeed's own list
         "steps_per_print": 10**9,
     }
 

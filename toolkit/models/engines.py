@@ -197,7 +197,7 @@ def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict) -> t
     settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
     if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
-    return torch.optim.AdamW(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
 def _rows(weight: Tensor) -> int:

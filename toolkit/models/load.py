@@ -11,11 +11,13 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 from toolkit.config import ModelConfig
+from toolkit.data.config import unknown
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 #: name of a decoder layer's parameters, of the architectures whose layers can be left out
@@ -37,7 +40,7 @@ LAYER = re.compile(r"^(?P<before>(?:model\.|transformer\.|model\.decoder\.)(?:la
 def resolve(path: str) -> str:
     """`package:NAME` as the one .gguf file of that installed package; anything else as it is."""
     if not path.startswith("package:"):
-        return path
+        return os.path.expanduser(path)  # a shell leaves the ~ of key=~/model alone
     package = path.removeprefix("package:")
     spec = importlib.util.find_spec(package)
     files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
@@ -66,7 +69,7 @@ def materialize(model: ModelConfig, cache_dir: Path) -> str:
     if _is_local(path):
         _check_folder(Path(path))
     if model.drop_layers:
-        key = f"{Path(path).name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(path)}"
+        key = f"{Path(path).name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(path, *_contents(path))}"
         source = path
         path = str(_made_once(cache_dir / key, lambda folder: _leave_out_layers(source, model, folder)))
     return path
@@ -101,16 +104,16 @@ def load_model(model: ModelConfig, path: str, ds_config: dict, dtype: torch.dtyp
     # deepspeed reads precision from the config: under zero.Init `dtype` alone is not enough.
     keep_alive = HfDeepSpeedConfig(ds_config)
     torch.manual_seed(seed)
-    config = _configuration(model, path)
     try:
+        config = _configuration(model, path)
         if model.random_weights:
             loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, trust_remote_code=model.trust_remote_code
             )
-    except OSError as error:
-        raise ValueError(f"the model at {path!r} could not be loaded: {error}") from error
+    except (OSError, StrictDataclassError) as error:
+        raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
     finally:
         del keep_alive
     loaded.config.use_cache = False
@@ -122,7 +125,12 @@ def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:
         shape = dict(model.shape)
         if "model_type" not in shape:
             raise ValueError(f"the shape of a random model has no model_type (for example 'llama'): {shape}")
-        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+        model_type = shape.pop("model_type")
+        known = AutoConfig.for_model(model_type)
+        for name in shape:  # transformers keeps any name and reads only those it knows
+            if not hasattr(known, name):
+                raise unknown(f"the shape's field of a {model_type}", name, sorted(vars(known)))
+        config = AutoConfig.for_model(model_type, **shape)
     else:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     if model.num_layers is not None:
@@ -199,7 +207,8 @@ def _sentencepiece_tokenizer(file: str) -> PreTrainedTokenizerBase:
 
     if not Path(file).is_file():
         raise OSError(f"no file at {file}")
-    return LlamaTokenizer.from_pretrained(str(Path(file).parent), vocab_file=file, legacy=True)
+    # LLaMA's checkpoints say add_bos_token in a file that is not here, and without it texts would begin without BOS.
+    return LlamaTokenizer.from_pretrained(str(Path(file).parent), vocab_file=file, legacy=True, add_bos_token=True)
 
 
 def _check_folder(folder: Path) -> None:
@@ -213,13 +222,20 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _contents(path: str) -> list[object]:
+    """What tells apart two folders of one name, and a folder from what it was before it was written anew."""
+    files = sorted(p for p in Path(path).glob("*") if p.is_file())
+    return [Path(path).resolve(), *((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)] if files else []
+
+
 def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if not folder.is_dir():
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.unfinished")
+        # Not the process id: containers share a cache and repeat ids, and a killed run leaves its folder behind.
+        unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.unfinished")
         unfinished.mkdir(parents=True)
         try:
             make(unfinished)

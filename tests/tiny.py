@@ -1,0 +1,93 @@
+"""Real things in small: a byte-level BPE tokenizer trained here, LLaMA shapes at random, a few rows of ragged length."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CORPUS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.",
+    "### Instruction:\n### Input:\n### Response:\nWhat does the function return in the Python "
+    "standard library?",
+    "Return the square of a number, or None where the number is missing. Copy a file to a folder.",
+]
+
+
+def make_tokenizer(bos=False, eos=True, chat=True):
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    specials = ["<s>", "<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(CORPUS * 4, trainer)
+    if bos:  # as Llama does, and with the EOS that some of its tokenizers add to a text
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A <|end|>", special_tokens=[("<s>", 0), ("<|end|>", 1)]
+        )
+    names = {"bos_token": "<s>"} | ({"eos_token": "<|end|>", "pad_token": "<|end|>"} if eos else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    return tokenizer
+
+
+def save_llama(folder, tokenizer, seed, hidden=32, layers=2, tied=False, extra_rows=0, dtype=torch.float32):
+    """A random LLaMA with this tokenizer, saved as a Hugging Face folder; `extra_rows` pads its vocabulary."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + extra_rows, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).to(dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_rows(path, count=40):
+    """Questions with answers of very different lengths."""
+    words = "return the number of a file or folder where the function is missing from the standard library".split()
+    rows = [
+        {"prompt": f"What is {words[i % len(words)]} {i}?", "response": " ".join(words[: 1 + (i * 7) % len(words)])}
+        for i in range(count)
+    ]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def tiny_overrides(folder, **changes):
+    """key=value settings of a run on the models and rows in `folder` (made by the `tiny` fixture)."""
+    settings = {
+        "teacher.path": f"{folder}/teacher", "student.path": f"{folder}/student", "data.source": f"{folder}/rows.jsonl",
+        "data.validation_source": f"{folder}/rows.jsonl", "data.max_length": 96, "data.max_prompt_length": 64,
+        "teacher.ds_config": "ds_configs/teacher_cpu.json", "student.ds_config": "ds_configs/student_cpu.json",
+        "precision": "fp32", "train.steps": 3, "train.batch_rows": 8, "train.micro_rows": 4, "optimizer.name": "sgd",
+        "optimizer.lr": 0.5, "optimizer.max_grad_norm": 0, "optimizer.weight_decay": 0, "schedule.policy": "off",
+        "rollout.max_new_tokens": 12, "validation.rows": 6, "validation.batch_rows": 2, "output_dir": f"{folder}/runs",
+        "cache_dir": f"{folder}/cache",
+    } | {name.replace("__", "."): value for name, value in changes.items()}  # fmt: skip
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+
+
+def save_sentencepiece(folder, name="tiny.model", vocabulary=300):
+    """A sentencepiece .model file as LLaMA's: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, no pad token."""
+    import sentencepiece
+
+    path = Path(folder) / name
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_prefix=str(path.with_suffix("")), vocab_size=vocabulary,
+        model_type="bpe", byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
+        allow_whitespace_only_pieces=True, hard_vocab_limit=False,
+    )  # fmt: skip
+    return str(path)
