@@ -76,3 +76,59 @@ def _main(overrides):
     finally:
         distributed.stop = keep
         torch.distributed.barrier()
+
+
+def with_engine(folder, work):
+    """`work(rollout, tokenizer)` on a ZeRO-3 student of its own, in the middle of nothing else."""
+    from pathlib import Path
+
+    from tests.tiny import tiny_overrides
+    from toolkit import distributed
+    from toolkit.models import build_student, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.rollout.engine import GatheredRollout
+
+    config = RunConfig().with_overrides(tiny_overrides(folder, train__micro_rows=8 // distributed.world()))
+    path = materialize(config.student, Path(config.cache_dir))
+    tokenizer = load_tokenizer(config.student, path)
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    student = build_student(config, path, torch.float32, vocabulary)
+    return work(GatheredRollout(student.engine, vocabulary), tokenizer)
+
+
+def sampled_texts(folder, prompts, batch_rows, **sampling):
+    """Token ids of the answers to `prompts`, dealt over the ranks and put together again."""
+    from toolkit import distributed
+    from toolkit.rollout.engine import SeededSampling, sequence_seed
+
+    def work(rollout, tokenizer):
+        rollout.batch_rows = batch_rows
+        rank, world = distributed.rank(), distributed.world()
+        rows = range(rank, len(prompts), world)
+        seeded = SeededSampling(seeds=[sequence_seed(7, 0, row) for row in rows], **sampling)
+        found = rollout.complete([tokenizer(prompts[row])["input_ids"] for row in rows], seeded)
+        dealt = distributed.gather_objects([example.response.tolist() for example in found])
+        return [dealt[row % world][row // world] for row in range(len(prompts))]
+
+    return with_engine(folder, work)
+
+
+def hooks_around_generation(folder):
+    """(forward hooks before, inside, after) and whether parameters are partitioned again after generation."""
+    from toolkit.rollout.engine import whole_model
+
+    def count(module):
+        return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+    def work(rollout, tokenizer):
+        module = rollout.engine.module
+        before = count(module)
+        with whole_model(rollout.engine) as model:
+            inside, whole = count(module), all(p.numel() == p.ds_numel for p in model.parameters())
+        for _ in range(3):
+            with whole_model(rollout.engine):
+                pass
+        weight = module.model.model.layers[0].mlp.up_proj.weight
+        offload = rollout.engine.optimizer.parameter_offload
+        return before, inside, count(module), whole, weight.numel(), len(offload.forward_hooks)
+
+    return with_engine(folder, work)

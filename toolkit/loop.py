@@ -36,6 +36,7 @@ class DistillationLoop:
     def run(self) -> tuple[Validation, Validation]:
         """All steps; returns the validation before the first and after the last one."""
         initial = latest = self.validate(step=0)
+        self.monitor.start()
         for step in range(self.config.train.steps):
             record = self.step(step)
             done = step + 1

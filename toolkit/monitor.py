@@ -60,6 +60,13 @@ class Monitor:
                 total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr
             )
 
+    def start(self) -> None:
+        """The first step begins now: time left is counted from here, without what came before."""
+        if self.is_writer:
+            self.started_s = time.monotonic()
+            if self.bar is not None:
+                self.bar.unpause()
+
     def log_step(self, record: Mapping[str, Any]) -> None:
         """Writes `record`; its "step" counts finished optimizer steps from 1.
 

@@ -1,0 +1,101 @@
+"""Generation on real ranks, against transformers' own generate and against itself in other layouts."""
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.runtime.rollout import RolloutEngine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import engine_cases
+from toolkit.batch import TokenBatch
+from toolkit.rollout.engine import GatheredRollout, SeededSampling, _examples, choose_tokens
+
+PROMPTS = ["Return the number", "What is a file? " * 3, "a", "Copy a file to a folder", "missing", "Below is an instruction"]
+
+
+@pytest.mark.multiprocess
+def test_greedy_text_is_that_of_transformers(tiny, ranks2):
+    found = ranks2.run(engine_cases.sampled_texts, tiny, PROMPTS, 2, max_new_tokens=15, temperature=0.0)[0]
+    model = AutoModelForCausalLM.from_pretrained(tiny / "student")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
+    for prompt, ids in zip(PROMPTS, found, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        wanted = model.generate(**inputs, max_new_tokens=15, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        assert ids == wanted
+
+
+@pytest.mark.multiprocess
+def test_sampled_text_does_not_depend_on_ranks_or_batches(tiny, ranks1, ranks2):
+    settings = dict(max_new_tokens=15, temperature=0.9, top_p=0.95, top_k=50)
+    one = ranks1.run(engine_cases.sampled_texts, tiny, PROMPTS, None, **settings)[0]
+    two, other = ranks2.run(engine_cases.sampled_texts, tiny, PROMPTS, 2, **settings)
+    assert one == two == other
+    assert len({tuple(ids) for ids in one}) > 1
+    greedy = ranks1.run(engine_cases.sampled_texts, tiny, PROMPTS, None, max_new_tokens=15, temperature=0.0)[0]
+    assert greedy != one
+
+
+@pytest.mark.multiprocess
+def test_rank_without_prompts_does_not_hang(tiny, ranks2):
+    assert len(ranks2.run(engine_cases.sampled_texts, tiny, PROMPTS[:1], None, max_new_tokens=9)[0]) == 1
+
+
+@pytest.mark.multiprocess
+def test_hooks_and_partitions_come_back(tiny, ranks2):
+    for before, inside, after, whole, local_numel, kept_handles in ranks2.run(engine_cases.hooks_around_generation, tiny):
+        assert inside == 0 and whole
+        assert before == after > 0
+        assert local_numel == 0  # partitioned again
+        assert kept_handles <= before
+
+
+@pytest.mark.multiprocess
+def test_eos_ends_a_text_and_is_learned_though_it_is_the_pad_token(tiny, ranks1):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    texts = ranks1.run(engine_cases.sampled_texts, tiny, PROMPTS * 12, None, max_new_tokens=60, temperature=1.5)[0]
+    eos = tokenizer.eos_token_id
+    ended = [ids for ids in texts if eos in ids]
+    assert ended and len(ended) < len(texts)  # both kinds are there
+    assert all(ids.index(eos) == len(ids) - 1 for ids in ended)
+    assert all(len(ids) == 60 for ids in texts if eos not in ids)
+
+
+def test_a_rollout_becomes_examples_that_predict_eos():
+    from deepspeed.runtime.rollout import RolloutBatch
+
+    eos = 2
+    batch = RolloutBatch(
+        input_ids=torch.tensor([[eos, eos, 5, 6, 7, eos], [3, eos, 4, 8, eos, eos]]),
+        attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]),
+        response_start_idx=torch.tensor([3, 3]),
+    )
+    first, second = _examples(batch)
+    assert first.tokens.tolist() == [5, 6, 7, eos] and first.prompt_length == 1
+    assert second.tokens.tolist() == [3, eos, 4, 8, eos] and second.prompt_length == 3
+    tokens = TokenBatch.from_examples([first, second], pad_id=eos)
+    assert tokens.targets_N.tolist() == [6, 7, eos, 8, eos]
+
+
+def test_it_is_a_deepspeed_rollout_engine_and_counts_seeds():
+    assert issubclass(GatheredRollout, RolloutEngine)
+    with pytest.raises(ValueError, match="1 prompts with 2 seeds"):
+        GatheredRollout(None, None).complete([np.array([1])], SeededSampling(3, seeds=[1, 2]))
+
+
+def test_tokens_are_chosen_as_often_as_they_are_likely():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, float("-inf")]])
+    draws = (torch.arange(20000) + 0.5) / 20000
+
+    def shares(**settings):
+        chosen = choose_tokens(logits.expand(20000, -1), SeededSampling(1, **settings), draws.double())
+        return torch.bincount(chosen, minlength=5) / 20000
+
+    torch.testing.assert_close(shares(), logits.softmax(-1)[0], atol=2e-4, rtol=0)
+    torch.testing.assert_close(shares(temperature=2.0), (logits / 2).softmax(-1)[0], atol=2e-4, rtol=0)
+    kept = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf"), float("-inf")]]).softmax(-1)[0]
+    torch.testing.assert_close(shares(top_k=2), kept, atol=2e-4, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.8), kept, atol=2e-4, rtol=0)  # the likeliest has 0.64, the next 0.24
+    assert shares(top_p=0.1)[2] == 1
+    assert shares(temperature=0.0)[2] == 1
+    assert choose_tokens(logits, SeededSampling(1), torch.tensor([1.0], dtype=torch.float64).nextafter(torch.zeros(1, dtype=torch.float64))) == 3
