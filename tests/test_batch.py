@@ -53,9 +53,7 @@ def test_padding_is_to_a_multiple(multiple, length):
 
 def test_to_keeps_all_three_tensors():
     batch = TokenBatch.from_examples([example([1], [2])], PAD).to("meta")
-    assert {t.device.type for t in (batch.input_ids_BT, batch.attention_mask_BT, batch.predicts_BT)} == {
-        "meta"
-    }
+    assert {t.device.type for t in (batch.input_ids_BT, batch.attention_mask_BT, batch.predicts_BT)} == {"meta"}
 
 
 def test_windows_hold_the_same_rows_for_every_micro_size():

@@ -156,5 +156,5 @@ def test_saved_config_comes_back_equal(tmp_path):
     loaded = RunConfig.from_dict(yaml.safe_load((tmp_path / "config.yaml").read_text()))
     assert loaded == config and loaded != BASE
     assert RunConfig.from_dict({"train.steps": 3, "loss": {"alpha": 0}}).train.steps == 3
-    with pytest.raises(ValueError, match="did you mean 'loss.alpha'"):
+    with pytest.raises(ValueError, match=r"did you mean 'loss\.alpha'"):
         RunConfig.from_dict({"loss": {"alfa": 0}})

@@ -66,7 +66,9 @@ def test_a_part_imports_only_what_lies_below_it(part):
 
 
 def test_only_run_imports_the_loop():
-    importers = {module for module, names in modules() if any(part_of(n, {"toolkit.loop"}) == "toolkit.loop" for n in names)}
+    importers = {
+        module for module, names in modules() if any(part_of(n, {"toolkit.loop"}) == "toolkit.loop" for n in names)
+    }
     assert importers - {"toolkit.loop"} == {"toolkit.run"}
 
 
@@ -82,5 +84,7 @@ def test_the_package_imports_no_tests_and_no_recipes():
 
 def test_imports_inside_functions_are_seen(tmp_path):
     file = tmp_path / "module.py"
-    file.write_text("import os\nfrom toolkit import loop\ndef f():\n    from toolkit.run import main\n    import tests.tiny\n")
+    file.write_text(
+        "import os\nfrom toolkit import loop\ndef f():\n    from toolkit.run import main\n    import tests.tiny\n"
+    )
     assert imported(file) == {"toolkit.loop", "toolkit.run", "tests.tiny"}

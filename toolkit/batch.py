@@ -32,9 +32,7 @@ class Example:
     def __post_init__(self) -> None:
         tokens = np.asarray(self.tokens)
         if tokens.ndim != 1:
-            raise ValueError(
-                f"Example.tokens has shape {tokens.shape}; give a one-dimensional array of token ids"
-            )
+            raise ValueError(f"Example.tokens has shape {tokens.shape}; give a one-dimensional array of token ids")
         if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"Example.tokens has dtype {tokens.dtype}; give integer token ids")
         if tokens.size and tokens.min() < 0:

@@ -284,7 +284,9 @@ def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
         if len(keys) > 1:
             return dataclasses.replace(section, **{keys[0]: _replaced(old, keys[1:], value, full_key)})
         if not isinstance(value, dict):
-            raise ValueError(f"{full_key} is a section; set one of its keys, as in {full_key}.{hint_names(hint)[0]}=...")
+            raise ValueError(
+                f"{full_key} is a section; set one of its keys, as in {full_key}.{hint_names(hint)[0]}=..."
+            )
         for key, part in value.items():
             old = _replaced(old, [key], part, f"{full_key}.{key}")
         return dataclasses.replace(section, **{keys[0]: old})
@@ -316,7 +318,9 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return str(value)
     elif isinstance(wanted, type) and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{key} = {value!r} is a {type(value).__name__}; it takes {hint}".replace("<class ", "").replace(">", ""))
+    raise ValueError(
+        f"{key} = {value!r} is a {type(value).__name__}; it takes {hint}".replace("<class ", "").replace(">", "")
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -56,9 +56,7 @@ class Monitor:
             self.file.write(b"\n")
         self.bar = None
         if sys.stderr.isatty() if progress is None else progress:
-            self.bar = tqdm(
-                total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr
-            )
+            self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
 
     def start(self) -> None:
         """The first step begins now: time left is counted from here, without what came before."""
@@ -112,9 +110,7 @@ class Monitor:
 
     def _show(self, step: int, record: Mapping[str, Any]) -> None:
         formats = {"loss": "{:.4f}", "phi": "{:.3f}", "tokens_per_s": "{:,.0f}"}
-        shown = {
-            name: form.format(record[name]) for name, form in formats.items() if record.get(name) is not None
-        }
+        shown = {name: form.format(record[name]) for name, form in formats.items() if record.get(name) is not None}
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -164,9 +160,7 @@ def monitor_master(ds_config: Mapping[str, Any], run_dir: str | Path, rank: int)
 
     Raises ValueError (pydantic's) for an unknown key in a section, ImportError for a service not installed.
     """
-    sections = {
-        name: dict(ds_config[name]) for name in MONITOR_SECTIONS if ds_config.get(name, {}).get("enabled")
-    }
+    sections = {name: dict(ds_config[name]) for name in MONITOR_SECTIONS if ds_config.get(name, {}).get("enabled")}
     if rank != 0 or not sections:
         return None
     # Here, because this import takes seconds that the other users of this file are spared.
@@ -249,13 +243,9 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     columns = [[header, *map(_cell, cells)] for header, *cells in zip(headers, *rows, strict=True)]
     widths = [max(3, *map(len, column)) for column in columns]
     right = [
-        bool(rows) and all(isinstance(row[c], (int, float, type(None))) for row in rows)
-        for c in range(len(headers))
+        bool(rows) and all(isinstance(row[c], (int, float, type(None))) for row in rows) for c in range(len(headers))
     ]
-    rule = [
-        "-" * (width - 1) + ":" if is_right else "-" * width
-        for width, is_right in zip(widths, right, strict=True)
-    ]
+    rule = ["-" * (width - 1) + ":" if is_right else "-" * width for width, is_right in zip(widths, right, strict=True)]
     lines = [
         [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)]
         for line in zip(*columns, strict=True)

@@ -45,8 +45,8 @@ def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
     sources = ", ".join(f"{count} {name}" for name, count in summary["source_counts"].items())
     parts.append(
         f"{summary['steps']} steps ({sources}; phi {summary['phi_final']:.2f}), {summary['tokens']:,} tokens, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['precision']}, peak memory {summary['peak_rss_gib']:.1f} GiB "
-        f"over {summary['ranks']} ranks\nstudent: {summary['student']}"
+        f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['precision']}, peak memory "
+        f"{summary['peak_rss_gib']:.1f} GiB over {summary['ranks']} ranks\nstudent: {summary['student']}"
     )
     return "\n\n".join(parts)
 

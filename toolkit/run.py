@@ -18,7 +18,7 @@ from toolkit.config import RunConfig
 from toolkit.data import Data, PromptDataset, load_data
 from toolkit.evaluation import Validator, answer, rouge_l
 from toolkit.loop import DistillationLoop
-from toolkit.models import build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+from toolkit.models import Vocabulary, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
@@ -59,9 +59,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
-    teacher_tokenizer, tokenizer, vocabulary = distributed.together(
-        lambda: _tokenizers(config, teacher_path, student_path)
-    )
+    tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
     distributed.together(lambda: _start_folder(config) if is_main else None)
 
@@ -104,7 +102,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     wall_time_s = time.monotonic() - started_s
     phases = {name: timer.totals.get(name, 0.0) for name in ("teacher", "rollout", "student", "optimizer")}
     phases |= {name: timer.totals[name] for name in ("validation", "evaluation", "export") if name in timer.totals}
-    train_time_s = sum(timer.totals.values()) - sum(timer.totals.get(n, 0) for n in ("validation", "evaluation", "export"))
+    train_time_s = sum(timer.totals.values()) - sum(
+        timer.totals.get(n, 0) for n in ("validation", "evaluation", "export")
+    )
     phases["other"] = wall_time_s - sum(phases.values())
     summary = {
         "steps": config.train.steps,
@@ -125,7 +125,13 @@ def run(config: RunConfig) -> dict[str, Any]:
         "student": str(run_dir / "student"),
     }
     samples = [
-        Sample(data.validation_rows[i]["prompt"], data.validation_rows[i]["response"], theirs[1][i], before[1][i], after[1][i])
+        Sample(
+            data.validation_rows[i]["prompt"],
+            data.validation_rows[i]["response"],
+            theirs[1][i],
+            before[1][i],
+            after[1][i],
+        )
         for i in range(len(after[1]))
     ]
     if is_main:
@@ -135,7 +141,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """"auto" is bf16 where the device multiplies it in hardware: elsewhere it is many times slower than fp32."""
+    """ "auto" is bf16 where the device multiplies it in hardware: elsewhere it is many times slower than fp32."""
     if precision == "auto":
         if device.type == "cpu":
             has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -160,12 +166,12 @@ def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:
     return config
 
 
-def _tokenizers(config: RunConfig, teacher_path: str, student_path: str) -> tuple:
+def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
+    """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
     teacher = load_tokenizer(config.teacher, teacher_path)
-    student = load_tokenizer(config.student, student_path or teacher_path) if (
-        config.student.tokenizer or student_path
-    ) else teacher  # fmt: skip
-    return teacher, student, shared_vocabulary(teacher, student)
+    has_own = config.student.tokenizer or student_path
+    student = load_tokenizer(config.student, student_path) if has_own else teacher
+    return student, shared_vocabulary(teacher, student)
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> Data:
@@ -196,7 +202,9 @@ def _ask(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any
     return sampled, answer(rollout, tokenizer, samples, config.max_new_tokens, 0.0, config.seed) if samples else []
 
 
-def _rouge_scores(config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple) -> dict[str, float] | None:
+def _rouge_scores(
+    config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple
+) -> dict[str, float] | None:
     if not after[0]:
         return None
     references = [row["response"] for row in data.validation_rows[: config.validation.rouge_rows]]

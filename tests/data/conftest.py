@@ -28,9 +28,7 @@ def write_jsonl(tmp_path):
 
     def write(rows, name="rows.jsonl"):
         path = tmp_path / name
-        path.write_text(
-            "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
-        )
+        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
         return str(path)
 
     return write

@@ -59,13 +59,9 @@ def test_a_batch_larger_than_the_data_is_refused():
         dataset(rows=7).window_examples(0, 3, 4, 2)
 
 
-@pytest.mark.parametrize(
-    "step, rank, world, per_rank", [(-1, 0, 1, 1), (0, 2, 2, 1), (0, -1, 2, 1), (0, 0, 1, 0)]
-)
+@pytest.mark.parametrize("step, rank, world, per_rank", [(-1, 0, 1, 1), (0, 2, 2, 1), (0, -1, 2, 1), (0, 0, 1, 0)])
 def test_arguments_out_of_range(step, rank, world, per_rank):
-    with pytest.raises(
-        ValueError, match=f"step = {step}, rank = {rank}, world = {world}, per_rank = {per_rank}"
-    ):
+    with pytest.raises(ValueError, match=f"step = {step}, rank = {rank}, world = {world}, per_rank = {per_rank}"):
         dataset().window_examples(step, rank, world, per_rank)
 
 

@@ -22,9 +22,7 @@ def stopped(source, **settings):
 
 
 def test_jsonl_fields_are_renamed_and_blank_lines_passed_over(write_jsonl):
-    source = write_jsonl(
-        ["", {"ask": "Q", "say": "A", "more": "I"}, "  ", {"ask": "Q2", "say": "A2", "more": None}]
-    )
+    source = write_jsonl(["", {"ask": "Q", "say": "A", "more": "I"}, "  ", {"ask": "Q2", "say": "A2", "more": None}])
     config = DataConfig(source=source, prompt_field="ask", response_field="say", input_field="more")
     want = [{"prompt": "Q", "input": "I", "response": "A"}, {"prompt": "Q2", "input": "", "response": "A2"}]
     assert load_rows(config, source) == (want, 0)
@@ -104,9 +102,7 @@ def test_unreadable_table_is_a_clear_error(tmp_path):
     assert f"{path}: could not be read as parquet" in stopped(str(path), cache_dir=str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(
-    "name", ["missing.jsonl", "missing.parquet", "./no/such/file", "a/b/c", "~/none/x.csv"]
-)
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing.parquet", "./no/such/file", "a/b/c", "~/none/x.csv"])
 def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(monkeypatch, name):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
     message = stopped(name)
@@ -142,9 +138,7 @@ def test_hub_names_are_passed_on_and_their_failure_explained(monkeypatch):
     assert [o["split"] for _, o in asked] == ["train[:5]", "test"]
     assert not any("trust_remote_code" in options for _, options in asked)
     message = stopped("no/such")
-    assert (
-        "no/such: no such file here" in message and "not on the hub" in message and "'python_docs'" in message
-    )
+    assert "no/such: no such file here" in message and "not on the hub" in message and "'python_docs'" in message
 
 
 @pytest.mark.parametrize(

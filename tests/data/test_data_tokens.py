@@ -28,17 +28,13 @@ def test_alpaca_is_the_standard_text(tokenizer):
     tail = "Write a response that appropriately completes the request.\n\n### Instruction:\nDo {it}\n\n"
     assert get_template("alpaca").prompt(tokenizer, row("Do {it}")) == f"{head}. {tail}### Response:\n"
     assert get_template("alpaca").prompt(tokenizer, row("Do {it}", input="{x}")) == (
-        f"{head}, paired with an input that provides further context. {tail}### Input:\n{{x}}\n\n### "
-        "Response:\n"
+        f"{head}, paired with an input that provides further context. {tail}### Input:\n{{x}}\n\n### Response:\n"
     )
 
 
 def test_plain_is_the_prompt_itself(tokenizer):
     assert tokenizer.decode(one(tokenizer, row(), template="plain").prompt) == "What does it return?"
-    assert (
-        tokenizer.decode(one(tokenizer, row(input="x"), template="plain").prompt)
-        == "What does it return?\n\nx"
-    )
+    assert tokenizer.decode(one(tokenizer, row(input="x"), template="plain").prompt) == "What does it return?\n\nx"
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
@@ -94,9 +90,7 @@ def test_a_response_that_just_fits_is_whole(tokenizer):
     length = len(one(tokenizer, row()).tokens)
     for max_length, is_whole in ((length, True), (length - 1, False)):
         example = one(tokenizer, row(), max_length=max_length, max_prompt_length=max_length - 1)
-        assert (example.tokens[-1] == tokenizer.eos_token_id) == is_whole and len(
-            example.tokens
-        ) == max_length
+        assert (example.tokens[-1] == tokenizer.eos_token_id) == is_whole and len(example.tokens) == max_length
 
 
 def test_a_response_that_brings_its_eos_gets_no_second(tokenizer):
@@ -112,9 +106,7 @@ def test_tokenizers_that_cannot_serve_are_refused(new_tokenizer, tokenizer):
         one(new_tokenizer(chat=False), row(), template="chat")
     with pytest.raises(ValueError, match="no EOS token"):
         one(new_tokenizer(eos=False), row(), template="plain")
-    with pytest.raises(
-        ValueError, match=r'max_prompt_length = 3, but the end of a "alpaca" prompt .* needs \d+'
-    ):
+    with pytest.raises(ValueError, match=r'max_prompt_length = 3, but the end of a "alpaca" prompt .* needs \d+'):
         one(tokenizer, row(), template="alpaca", max_prompt_length=3)
     with pytest.raises(ValueError, match="did you mean 'plain'"):
         get_template("plan")
@@ -150,9 +142,7 @@ def test_load_data_of_python_docs(tokenizer):
 def test_load_data_with_nothing_left(write_jsonl, tokenizer):
     source = write_jsonl([row(f"Q{n}?", "number " * 90) for n in range(4)])
     config = DataConfig(source=source, on_long_response="skip", max_prompt_length=30, max_length=40)
-    with pytest.raises(
-        ValueError, match=r"none of 3 train rows is left.*'skipped_long': 3.*data.max_length \(40\)"
-    ):
+    with pytest.raises(ValueError, match=r"none of 3 train rows is left.*'skipped_long': 3.*data.max_length \(40\)"):
         load_data(config, tokenizer, 0)
 
 
@@ -165,7 +155,5 @@ def test_equal_prompts_stay_on_one_side():
 
 
 def test_a_split_without_training_rows_is_refused():
-    with pytest.raises(
-        ValueError, match=r"1 rows with 1 different prompts and data.validation_fraction = 0.05"
-    ):
+    with pytest.raises(ValueError, match=r"1 rows with 1 different prompts and data.validation_fraction = 0.05"):
         split_rows([row()], 0.05)

@@ -320,9 +320,7 @@ def test_alpha_per_token(name):
         reference(name, s[i : i + 1], t[i : i + 1], alpha=a) if a else reference(plain, s[i : i + 1], t[i :
         i + 1]) for i, a in enumerate(alpha.tolist())
     ])  # fmt: skip
-    result = fused_linear_divergence(
-        Divergence(name), h, w, ht, wt, alpha_N=alpha, memory_budget_mib=SMALL_BUDGET_MIB
-    )
+    result = fused_linear_divergence(Divergence(name), h, w, ht, wt, alpha_N=alpha, memory_budget_mib=SMALL_BUDGET_MIB)
     formula = token_divergence(Divergence(name), h @ w.T, ht @ wt.T, alpha_N=alpha)
     for value in (result.divergence_N, formula):
         torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
@@ -441,9 +439,7 @@ def test_cross_entropy_without_a_teacher(products):
         tolerance = dict(rtol=2e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(result.cross_entropy_N.double(), truth, **tolerance)
         assert not result.agreement_N.any() and not result.divergence_N.any()
-        for ours, theirs in zip(
-            gradients(result.loss, h, w), gradients((truth * weights).sum(), h, w), strict=True
-        ):
+        for ours, theirs in zip(gradients(result.loss, h, w), gradients((truth * weights).sum(), h, w), strict=True):
             torch.testing.assert_close(ours, theirs, **tolerance)
         with torch.no_grad():
             validation = fused_linear_cross_entropy(h, w, targets, **options)

@@ -10,7 +10,14 @@ from tests import engine_cases
 from toolkit.batch import TokenBatch
 from toolkit.rollout.engine import GatheredRollout, SeededSampling, _examples, choose_tokens
 
-PROMPTS = ["Return the number", "What is a file? " * 3, "a", "Copy a file to a folder", "missing", "Below is an instruction"]
+PROMPTS = [
+    "Return the number",
+    "What is a file? " * 3,
+    "a",
+    "Copy a file to a folder",
+    "missing",
+    "Below is an instruction",
+]
 
 
 @pytest.mark.multiprocess
@@ -20,7 +27,9 @@ def test_greedy_text_is_that_of_transformers(tiny, ranks2):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     for prompt, ids in zip(PROMPTS, found, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
-        wanted = model.generate(**inputs, max_new_tokens=15, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        wanted = model.generate(**inputs, max_new_tokens=15, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ].tolist()
         assert ids == wanted
 
 
@@ -42,7 +51,9 @@ def test_rank_without_prompts_does_not_hang(tiny, ranks2):
 
 @pytest.mark.multiprocess
 def test_hooks_and_partitions_come_back(tiny, ranks2):
-    for before, inside, after, whole, local_numel, kept_handles in ranks2.run(engine_cases.hooks_around_generation, tiny):
+    for before, inside, after, whole, local_numel, kept_handles in ranks2.run(
+        engine_cases.hooks_around_generation, tiny
+    ):
         assert inside == 0 and whole
         assert before == after > 0
         assert local_numel == 0  # partitioned again
@@ -98,4 +109,11 @@ def test_tokens_are_chosen_as_often_as_they_are_likely():
     torch.testing.assert_close(shares(top_p=0.8), kept, atol=2e-4, rtol=0)  # the likeliest has 0.64, the next 0.24
     assert shares(top_p=0.1)[2] == 1
     assert shares(temperature=0.0)[2] == 1
-    assert choose_tokens(logits, SeededSampling(1), torch.tensor([1.0], dtype=torch.float64).nextafter(torch.zeros(1, dtype=torch.float64))) == 3
+    assert (
+        choose_tokens(
+            logits,
+            SeededSampling(1),
+            torch.tensor([1.0], dtype=torch.float64).nextafter(torch.zeros(1, dtype=torch.float64)),
+        )
+        == 3
+    )

@@ -93,7 +93,7 @@ def test_phi_rule(reference_loss, losses, phis):
     schedule = make(phi_step=0.5, epsilon=0.25, reference_loss=reference_loss)
     moved = [schedule.observe_validation(step, loss) for step, loss in enumerate(losses)]
     assert [phi for _, _, phi in schedule.history] == phis
-    assert moved == [after > before for before, after in zip([0, *phis], phis)]
+    assert moved == [after > before for before, after in zip([0, *phis], phis, strict=False)]
     assert [(step, loss) for step, loss, _ in schedule.history] == list(enumerate(losses))
 
 
@@ -141,18 +141,21 @@ def test_non_finite_loss_is_refused_and_not_recorded(loss):
     assert schedule.state_dict() == state
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(policy="adaptve"), "known: adaptive, on_policy, mixed, off; nearest: 'adaptive'"),
-    (dict(policy="on-policy"), "nearest: 'on_policy'"),
-    (dict(policy="adaptive-srkl"), "unknown"),
-    (dict(generation_share="decrease"), "nearest: 'decreasing'"),
-    (dict(reference_loss="release"), "nearest: 'released'"),
-    (dict(phi_initial=1.1), "phi_initial is 1.1"),
-    (dict(phi_step=-0.1), "phi_step is -0.1"),
-    (dict(mixed_share=math.nan), "mixed_share is nan"),
-    (dict(epsilon=-1), "epsilon is -1"),
-    (dict(epsilon=math.inf), "epsilon is inf"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(policy="adaptve"), "known: adaptive, on_policy, mixed, off; nearest: 'adaptive'"),
+        (dict(policy="on-policy"), "nearest: 'on_policy'"),
+        (dict(policy="adaptive-srkl"), "unknown"),
+        (dict(generation_share="decrease"), "nearest: 'decreasing'"),
+        (dict(reference_loss="release"), "nearest: 'released'"),
+        (dict(phi_initial=1.1), "phi_initial is 1.1"),
+        (dict(phi_step=-0.1), "phi_step is -0.1"),
+        (dict(mixed_share=math.nan), "mixed_share is nan"),
+        (dict(epsilon=-1), "epsilon is -1"),
+        (dict(epsilon=math.inf), "epsilon is inf"),
+    ],
+)
 def test_invalid_configs_name_the_field(fields, message):
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**fields).validate()

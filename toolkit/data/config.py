@@ -17,8 +17,7 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1)
     return ValueError(
-        f"{what} = {name!r} is not one of {', '.join(known)}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
+        f"{what} = {name!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else "")
     )
 
 
@@ -69,9 +68,7 @@ class DataConfig:
                 f"data.source = {self.source!r}, data.validation_source = {self.validation_source!r}; "
                 f"name a data set or a file, {PYTHON_DOCS!r} is built in"
             )
-        fields = [self.prompt_field, self.response_field] + (
-            [] if self.input_field is None else [self.input_field]
-        )
+        fields = [self.prompt_field, self.response_field] + ([] if self.input_field is None else [self.input_field])
         if not all(fields) or len(set(fields)) < len(fields):
             raise ValueError(
                 f"data.prompt_field, response_field, input_field = {fields}; give a different name to each"

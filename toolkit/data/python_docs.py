@@ -79,9 +79,7 @@ def python_docs_rows(split: str, cache_dir: str | None = None) -> list[dict]:
     """
     if split not in SPLITS:
         raise ValueError(f"python_docs has no split {split!r}; it has {', '.join(SPLITS)}")
-    return [
-        dict(row) for row in _all_rows(cache_dir) if (split == "validation") == _is_validation(row["module"])
-    ]
+    return [dict(row) for row in _all_rows(cache_dir) if (split == "validation") == _is_validation(row["module"])]
 
 
 def _is_validation(module: str) -> bool:
@@ -98,9 +96,7 @@ def _all_rows(cache_dir: str | None) -> tuple[dict, ...]:
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     version = ".".join(map(str, sys.version_info[:3]))
     cached = (
-        Path(cache_dir).expanduser() / f"python_docs-{version}-{sys.platform}-{recipe}.jsonl"
-        if cache_dir
-        else None
+        Path(cache_dir).expanduser() / f"python_docs-{version}-{sys.platform}-{recipe}.jsonl" if cache_dir else None
     )
     if cached and cached.exists():
         return tuple(map(json.loads, cached.read_text(encoding="utf-8").splitlines()))
@@ -108,9 +104,7 @@ def _all_rows(cache_dir: str | None) -> tuple[dict, ...]:
     command = [sys.executable, "-I", "-S", "-B", "-W", "ignore", __file__]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIME_LIMIT_S)
     if done.returncode:
-        raise RuntimeError(
-            f"reading the standard library's docstrings failed: {done.stderr.decode()[-2000:]}"
-        )
+        raise RuntimeError(f"reading the standard library's docstrings failed: {done.stderr.decode()[-2000:]}")
     text = done.stdout.decode("utf-8")
     if cached:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +128,7 @@ def collect_rows() -> list[dict]:
         phrasings = QUESTIONS[kind]
         prompt = phrasings[_draw(name, "question") % len(phrasings)].format(name)
         rows.append({"prompt": prompt, "response": response, "module": module, "name": name})
-    rows.sort(
-        key=lambda row: _draw(row.pop("name"), "order")
-    )  # the first rows are of many modules, for max_rows
+    rows.sort(key=lambda row: _draw(row.pop("name"), "order"))  # the first rows are of many modules, for max_rows
     return rows
 
 
@@ -173,9 +165,7 @@ def _belongs(value: object, home: str, is_listed: bool) -> bool:
     defined_in = getattr(value, "__module__", None)
     if not isinstance(defined_in, str):
         return False
-    return defined_in == home or (
-        is_listed and (defined_in.startswith(("_", home + ".")) or defined_in == "posix")
-    )
+    return defined_in == home or (is_listed and (defined_in.startswith(("_", home + ".")) or defined_in == "posix"))
 
 
 def _modules() -> Iterator[types.ModuleType]:
@@ -192,15 +182,11 @@ def _modules() -> Iterator[types.ModuleType]:
             except (Exception, SystemExit):  # not built, another platform's, or asks for a missing library
                 continue
             yield module
-            below += [
-                f"{name}.{found.name}" for found in pkgutil.iter_modules(getattr(module, "__path__", ()))
-            ]
+            below += [f"{name}.{found.name}" for found in pkgutil.iter_modules(getattr(module, "__path__", ()))]
         level = sorted(below)
 
 
-SIGNATURE = re.compile(
-    r"^[\w.]+ ?\((?:[^()]|\([^()]*\))*\)(?: *(?:->|=>) *[^.:]*?)?(?: *(?:--|:) *(?P<rest>\S.*))?$"
-)
+SIGNATURE = re.compile(r"^[\w.]+ ?\((?:[^()]|\([^()]*\))*\)(?: *(?:->|=>) *[^.:]*?)?(?: *(?:--|:) *(?P<rest>\S.*))?$")
 NOT_PROSE = re.compile(
     r">>>|\.\. \w|@\w+|:param|:return|Args:|Copyright|\b0x[0-9a-f]{6}|https?://|[{}|<>]|\s{3}|={3}|-{3}|\$"
 )
@@ -239,10 +225,7 @@ def clean_docstring(doc: object, name: str) -> str | None:
     words = text.split()
     if not MIN_WORDS <= len(words) <= MAX_WORDS or NOT_PROSE.search(text) or not text.isascii():
         return None
-    if (
-        re.match(r"[\w.]+\(", text)
-        or sum(len(re.findall(r"[A-Za-z]", word)) > 1 for word in words) < len(words) / 2
-    ):
+    if re.match(r"[\w.]+\(", text) or sum(len(re.findall(r"[A-Za-z]", word)) > 1 for word in words) < len(words) / 2:
         return None
     text = " ".join(words)
     if text[-1] in ":,;(-" or (text[0] == "`" and text.count("`") == 1):

@@ -94,17 +94,13 @@ def _records(config: DataConfig, source: str, is_validation: bool) -> Iterator[t
         return
     if not path.is_file():
         what = "a folder" if path.is_dir() else "missing"
-        raise ValueError(
-            f"{source}: the file is {what} (looked at {path.absolute()}); give the path of a data file"
-        )
+        raise ValueError(f"{source}: the file is {what} (looked at {path.absolute()}); give the path of a data file")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{source}: unknown ending {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{source}: the file is empty (0 bytes)")
     yield from (
-        _lines(source, path)
-        if path.suffix.lower() == ".jsonl"
-        else _table(config, source, is_validation, path)
+        _lines(source, path) if path.suffix.lower() == ".jsonl" else _table(config, source, is_validation, path)
     )
 
 
@@ -138,12 +134,8 @@ def _table(
         else:
             options = _csv_options(path) if path.suffix.lower() == ".csv" else {}
             builder, cache_dir = BUILDERS[path.suffix.lower()], config.cache_dir
-            table = datasets.load_dataset(
-                builder, data_files=str(path), split="train", cache_dir=cache_dir, **options
-            )
-    except (
-        Exception
-    ) as error:  # the library raises a dozen kinds, and the cause is often the more telling one
+            table = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=cache_dir, **options)
+    except Exception as error:  # the library raises a dozen kinds, and the cause is often the more telling one
         reason = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
         if path is not None:
             raise ValueError(f"{source}: could not be read as {path.suffix[1:]}: {reason}") from error

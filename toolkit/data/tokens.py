@@ -48,12 +48,8 @@ def tokenize_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: 
         chunk = rows[start : start + CHUNK_ROWS]
         prompts = encode_prompts(chunk, tokenizer, config, counts)
         responses = _ids([row["response"] for row in chunk], tokenizer)
-        for number, (row, prompt, response) in enumerate(
-            zip(chunk, prompts, responses, strict=True), start + 1
-        ):
-            response = (
-                response if response[-1:] == [tokenizer.eos_token_id] else [*response, tokenizer.eos_token_id]
-            )
+        for number, (row, prompt, response) in enumerate(zip(chunk, prompts, responses, strict=True), start + 1):
+            response = response if response[-1:] == [tokenizer.eos_token_id] else [*response, tokenizer.eos_token_id]
             room = config.max_length - len(prompt)
             if not prompt or len(response) < 2:
                 if config.on_bad_row == "stop":
@@ -116,9 +112,7 @@ def _bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _check_marker(template: Template, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
     marker = template.marker(tokenizer)
-    needed = (
-        len(_ids([marker], tokenizer)[0]) + 2 if marker else 1
-    )  # with a BOS and one token of the prompt itself
+    needed = len(_ids([marker], tokenizer)[0]) + 2 if marker else 1  # with a BOS and one token of the prompt itself
     if needed > config.max_prompt_length:
         raise ValueError(
             f"data.max_prompt_length = {config.max_prompt_length}, but the end of a "

@@ -131,9 +131,7 @@ def check_alpha(spec: Divergence, alpha_N: Tensor | None, n_tokens: int) -> floa
     if spec.name not in SKEWED:
         raise ValueError(f"alpha_N was given, but {spec.name!r} has no alpha; use one of {', '.join(SKEWED)}")
     if alpha_N.shape != (n_tokens,):
-        raise ValueError(
-            f"alpha_N has shape {tuple(alpha_N.shape)}, but there are {n_tokens} tokens: give one each"
-        )
+        raise ValueError(f"alpha_N has shape {tuple(alpha_N.shape)}, but there are {n_tokens} tokens: give one each")
     if n_tokens and not ((alpha_N >= 0) & (alpha_N < 1)).all():
         low, high = alpha_N.min().item(), alpha_N.max().item()
         raise ValueError(f"alpha_N spans [{low}, {high}], but must lie in [0, 1): clamp it before the loss")

@@ -99,9 +99,7 @@ def fused_linear_divergence(
         )
     check_temperature(temperature)
     if cross_entropy_weight and targets_N is None:
-        raise ValueError(
-            f"cross_entropy_weight is {cross_entropy_weight}, but targets_N is None: pass the target ids"
-        )
+        raise ValueError(f"cross_entropy_weight is {cross_entropy_weight}, but targets_N is None: pass the target ids")
     alpha = check_alpha(spec, alpha_N, n_tokens)
     v_valid = _valid_vocab(valid_vocab, v_student, v_teacher)
     student = _Side(student_head_VS, student_bias_V, student_logit_scale, student_soft_cap)
@@ -201,15 +199,9 @@ def _run_tiles_in_own_dtype(hidden_NS: Tensor, problem: _Problem, wanted: tuple[
     divergence_N, cross_entropy_N = torch.zeros(2, n_tokens, dtype=dtype, device=device)
     agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
     wants_hidden, wants_head, wants_bias = wanted
-    hidden_grad_NS = (
-        torch.zeros_like(hidden_NS, memory_format=torch.contiguous_format) if wants_hidden else None
-    )
-    head_grad_VS = (
-        torch.zeros(problem.student.head_VH.shape, dtype=dtype, device=device) if wants_head else None
-    )
-    bias_grad_V = (
-        torch.zeros(len(problem.student.head_VH), dtype=dtype, device=device) if wants_bias else None
-    )
+    hidden_grad_NS = torch.zeros_like(hidden_NS, memory_format=torch.contiguous_format) if wants_hidden else None
+    head_grad_VS = torch.zeros(problem.student.head_VH.shape, dtype=dtype, device=device) if wants_head else None
+    bias_grad_V = torch.zeros(len(problem.student.head_VH), dtype=dtype, device=device) if wants_bias else None
 
     for start in range(0, n_tokens, plan.tile_rows):
         tile = slice(start, min(start + plan.tile_rows, n_tokens))
@@ -277,15 +269,10 @@ class _Head:
         half_operands = hidden_dtype == self.weight_VH.dtype in (torch.bfloat16, torch.float16)
         self.out_dtype_product = half_operands and device.type == "cuda" and dtype == torch.float32
         self.native = (
-            half_operands
-            and hidden_dtype == torch.bfloat16
-            and device.type == "cpu"
-            and cpu_has_bf16_products()
+            half_operands and hidden_dtype == torch.bfloat16 and device.type == "cpu" and cpu_has_bf16_products()
         )
         self.operand = self.weight_VH.dtype if self.native or self.out_dtype_product else dtype
-        self.tile_nV = torch.empty(
-            plan.tile_rows, v, dtype=torch.bfloat16 if self.native else dtype, device=device
-        )
+        self.tile_nV = torch.empty(plan.tile_rows, v, dtype=torch.bfloat16 if self.native else dtype, device=device)
         self.wide_BH, self.block, self.scratch_VH = None, v, None
         if self.operand != self.weight_VH.dtype:
             fit = max(64, plan.head_block_bytes // (hidden_size * dtype.itemsize))
@@ -360,9 +347,7 @@ class _Head:
 class _RowPass:
     """Logits of a row block -> values, and the gradient written over the student's raw logits."""
 
-    def __init__(
-        self, problem: _Problem, student: _Head, teacher: _Head | None, plan: _Plan, wants_gradient: bool
-    ):
+    def __init__(self, problem: _Problem, student: _Head, teacher: _Head | None, plan: _Plan, wants_gradient: bool):
         self.problem, self.student, self.teacher, self.wants_gradient = (
             problem,
             student,
@@ -403,9 +388,7 @@ class _RowPass:
             alpha = alpha if isinstance(alpha, float | int) else alpha[rows]
             divergence_r = divergence_rows(problem.spec, log_p, log_q, x, y, alpha)
         if self.wants_gradient:
-            self._write_gradient(
-                student_rV, log_q if self.teacher is not None else None, q1, tanh, rows, bias_grad_V
-            )
+            self._write_gradient(student_rV, log_q if self.teacher is not None else None, q1, tanh, rows, bias_grad_V)
         return divergence_r, cross_entropy_r, agreement_r
 
     def _write_gradient(self, out_rV, g, q1, tanh, rows, bias_grad_V):
@@ -413,11 +396,7 @@ class _RowPass:
         if g is not None and problem.temperature != 1.0:
             g.div_(problem.temperature)
         if self.with_share:
-            g = (
-                q1.mul_(problem.cross_entropy_weight)
-                if g is None
-                else g.add_(q1, alpha=problem.cross_entropy_weight)
-            )
+            g = q1.mul_(problem.cross_entropy_weight) if g is None else g.add_(q1, alpha=problem.cross_entropy_weight)
         if problem.weights_N is not None:
             g.mul_(problem.weights_N[rows].to(g.dtype).unsqueeze(-1))
         if self.student.cap is not None:
@@ -468,9 +447,7 @@ def _valid_vocab(valid_vocab: int | None, *head_sizes: int) -> int:
 
 def _weights(weights_N: Tensor | None, hidden_NS: Tensor) -> Tensor | None:
     if weights_N is not None and weights_N.shape != (len(hidden_NS),):
-        raise ValueError(
-            f"weights_N is {tuple(weights_N.shape)}, but there are {len(hidden_NS)} tokens: give one each"
-        )
+        raise ValueError(f"weights_N is {tuple(weights_N.shape)}, but there are {len(hidden_NS)} tokens: give one each")
     return None if weights_N is None else weights_N.detach()
 
 
@@ -478,9 +455,7 @@ def _targets(targets_N: Tensor | None, n_tokens: int, v: int) -> Tensor | None:
     if targets_N is None:
         return None
     if targets_N.shape != (n_tokens,):
-        raise ValueError(
-            f"targets_N is {tuple(targets_N.shape)}, but there are {n_tokens} tokens: give one each"
-        )
+        raise ValueError(f"targets_N is {tuple(targets_N.shape)}, but there are {n_tokens} tokens: give one each")
     if n_tokens and (targets_N.min() < 0 or targets_N.max() >= v):
         low, high = targets_N.min().item(), targets_N.max().item()
         raise ValueError(

@@ -33,5 +33,7 @@ def answer(
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
     """Mean ROUGE-L F-measure x 100, with stemming, as the paper's protocol has it (Lin 2004, `rouge_score`)."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(answers, references, strict=True)]
+    scores = [
+        scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(answers, references, strict=True)
+    ]
     return 100 * sum(scores) / len(scores)

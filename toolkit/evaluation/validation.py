@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Validator:
     def __init__(self, examples: list[Example], batch_rows: int, pad_id: int):
         rank, world = distributed.rank(), distributed.world()
         own = examples[rank::world]
-        passes = -(-(-(-len(examples) // world)) // batch_rows)
+        passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
         parts = [own[start : start + batch_rows] for start in range(0, len(own), batch_rows)]
         # A rank that runs out of rows still enters the all-gathers, with a row that does not count.
         self.batches = [TokenBatch.from_examples(part, pad_id).to(distributed.device()) for part in parts]

@@ -35,7 +35,9 @@ def read_ds_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     for key, owner in OWNED.items():
         if key in config:
-            raise ValueError(f"{file} sets {key!r}, which belongs to {owner} of the run's config; take it out of the file")
+            raise ValueError(
+                f"{file} sets {key!r}, which belongs to {owner} of the run's config; take it out of the file"
+            )
     if '"auto"' in json.dumps(config):
         raise ValueError(f'{file} holds "auto": nothing fills it in here; write the value')
     return config

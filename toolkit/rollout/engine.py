@@ -72,7 +72,8 @@ class GatheredRollout(RolloutEngine):
         """DeepSpeed's interface: one batch, `n_samples_per_prompt` texts for each row, beside each other."""
         repeats = sampling.n_samples_per_prompt
         request = RolloutRequest(
-            request.prompt_ids.repeat_interleave(repeats, 0), request.prompt_attention_mask.repeat_interleave(repeats, 0)
+            request.prompt_ids.repeat_interleave(repeats, 0),
+            request.prompt_attention_mask.repeat_interleave(repeats, 0),
         )
         rows = len(request.prompt_ids)
         seeds = getattr(sampling, "seeds", None) or range(rows)
@@ -109,7 +110,9 @@ def whole_model(engine: Any) -> Iterator[PreTrainedModel]:
 
 
 @torch.no_grad()
-def _decode(model: PreTrainedModel, request: RolloutRequest, sampling: SeededSampling, vocabulary: Vocabulary) -> RolloutBatch:
+def _decode(
+    model: PreTrainedModel, request: RolloutRequest, sampling: SeededSampling, vocabulary: Vocabulary
+) -> RolloutBatch:
     ids_BT, mask_BT = request.prompt_ids, request.prompt_attention_mask
     rows, prompt_width = ids_BT.shape
     draws_BT = torch.tensor(
@@ -126,7 +129,11 @@ def _decode(model: PreTrainedModel, request: RolloutRequest, sampling: SeededSam
     cache_argument = {_cache_name(model): cache}
     for t in range(sampling.max_new_tokens):
         hidden_BTH = model.base_model(
-            input_ids=step_ids_BT, attention_mask=step_mask_BT, position_ids=positions_BT, use_cache=True, **cache_argument
+            input_ids=step_ids_BT,
+            attention_mask=step_mask_BT,
+            position_ids=positions_BT,
+            use_cache=True,
+            **cache_argument,
         ).last_hidden_state
         next_B = choose_tokens(_logits(model, hidden_BTH[:, -1], vocabulary.size), sampling, draws_BT[alive, t])
         texts_BT[alive, t] = next_B

@@ -46,8 +46,10 @@ class ReplayBuffer:
         Tokens are copied. Raises ValueError for a step before that of the newest entry: push in order of steps.
         """
         if self.entries and step < self.entries[-1].step:
-            raise ValueError(f"push of step {step} after one of step {self.entries[-1].step}: push in order of steps, "
-                             "or load the buffer's state from the checkpoint that training went back to")
+            raise ValueError(
+                f"push of step {step} after one of step {self.entries[-1].step}: push in order of steps, "
+                "or load the buffer's state from the checkpoint that training went back to"
+            )
         for example in examples:
             self.entries.append(_entry(example.tokens, example.prompt_length, step))
 
@@ -71,8 +73,10 @@ class ReplayBuffer:
         while self.entries and self._expired(self.entries[0], step):
             self.entries.popleft()
         if count < 0 or not self.entries:
-            raise ValueError(f"sample of {count} from {len(self)} sequences at step {step} (max_age_steps="
-                             f"{self.max_age_steps}): ask is_ready first, and generate where it says no")
+            raise ValueError(
+                f"sample of {count} from {len(self)} sequences at step {step} (max_age_steps="
+                f"{self.max_age_steps}): ask is_ready first, and generate where it says no"
+            )
         size = len(self.entries)
         rounds = max(1, math.ceil(count / size))
         keys = philox(self.seed, step, self.rank).random_raw(rounds * size).reshape(rounds, size)
@@ -98,8 +102,10 @@ class ReplayBuffer:
         """
         shard, own = tuple(int(value) for value in state["shard"]), (self.rank, self.world, self.capacity)
         if shard != own:
-            raise ValueError(f"replay state is of (rank, world, capacity) {shard}, this shard is {own}: pass the "
-                             "states of all ranks through deal() first")
+            raise ValueError(
+                f"replay state is of (rank, world, capacity) {shard}, this shard is {own}: pass the "
+                "states of all ranks through deal() first"
+            )
         self.entries = deque(_unpack(state), maxlen=self.local_capacity)
         self.sampled_steps = []
 
@@ -112,8 +118,10 @@ def local_capacity(capacity: int, rank: int, world: int) -> int:
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of world {world}: give a rank from 0 to world - 1")
     if capacity < world:
-        raise ValueError(f"replay capacity {capacity} is below the number of ranks {world}: capacity counts sequences "
-                         "over all ranks, so give at least one a rank")
+        raise ValueError(
+            f"replay capacity {capacity} is below the number of ranks {world}: capacity counts sequences "
+            "over all ranks, so give at least one a rank"
+        )
     return capacity // world + (rank < capacity % world)
 
 
@@ -128,8 +136,11 @@ def deal(states: Sequence[dict[str, np.ndarray]], capacity: int, rank: int, worl
     ranks = sorted((int(state["shard"][0]), int(state["shard"][1])) for state in states)
     if not states or ranks != [(i, len(states)) for i in range(len(states))]:
         raise ValueError(f"replay states of (rank, world) {ranks}: give the state of every rank of one run, once each")
-    ranked = [((-entry.step, position, int(state["shard"][0])), entry)
-              for state in states for position, entry in enumerate(reversed(_unpack(state)))]
+    ranked = [
+        ((-entry.step, position, int(state["shard"][0])), entry)
+        for state in states
+        for position, entry in enumerate(reversed(_unpack(state)))
+    ]
     newest_first = [entry for _, entry in sorted(ranked, key=lambda item: item[0])]
     return _pack(newest_first[:capacity][rank::world][::-1], rank, world, capacity)
 

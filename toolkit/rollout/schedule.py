@@ -116,11 +116,15 @@ class Schedule:
         """
         loss_nats = float(loss_nats)
         if not math.isfinite(loss_nats):
-            raise ValueError(f"validation loss at step {step} is {loss_nats}: training has diverged, or a validation "
-                             "batch has no response tokens")
+            raise ValueError(
+                f"validation loss at step {step} is {loss_nats}: training has diverged, or a validation "
+                "batch has no response tokens"
+            )
         if self.history and step < self.history[-1][0]:
-            raise ValueError(f"validation at step {step} comes after one at step {self.history[-1][0]}: load the "
-                             "schedule's state from the checkpoint that training went back to")
+            raise ValueError(
+                f"validation at step {step} comes after one at step {self.history[-1][0]}: load the "
+                "schedule's state from the checkpoint that training went back to"
+            )
         rose = self.reference_nats is not None and loss_nats > self.reference_nats + self.config.epsilon
         if self.reference_nats is None or rose or self.config.reference_loss == "previous":
             self.reference_nats = loss_nats
@@ -133,14 +137,20 @@ class Schedule:
 
     def state_dict(self) -> dict:
         """Everything a resume needs, as plain JSON types."""
-        return {"seed": self.seed, "phi": self.phi, "reference_nats": self.reference_nats,
-                "history": [list(entry) for entry in self.history]}
+        return {
+            "seed": self.seed,
+            "phi": self.phi,
+            "reference_nats": self.reference_nats,
+            "history": [list(entry) for entry in self.history],
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a `state_dict`. Raises ValueError if it was made under another seed: decisions would differ."""
         if state["seed"] != self.seed:
-            raise ValueError(f"schedule state was made with seed {state['seed']}, this run has seed {self.seed}: "
-                             "resume with the seed of the checkpoint")
+            raise ValueError(
+                f"schedule state was made with seed {state['seed']}, this run has seed {self.seed}: "
+                "resume with the seed of the checkpoint"
+            )
         self.phi, self.reference_nats = state["phi"], state["reference_nats"]
         self.history = [(step, loss_nats, phi) for step, loss_nats, phi in state["history"]]
 
