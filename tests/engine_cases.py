@@ -1,6 +1,8 @@
 """What the pools' ranks run: whole runs, observed. Nothing here is a test."""
 
+import contextlib
 import hashlib
+import io
 
 import torch
 
@@ -15,12 +17,14 @@ def run_tiny(overrides):
 
 
 def run_expecting_exit(overrides):
-    """The exit code of a run that has to fail."""
+    """(exit code, what was said on stderr) of a run that has to fail."""
+    said = io.StringIO()
     try:
-        _main(overrides)
+        with contextlib.redirect_stderr(said):
+            _main(overrides)
     except SystemExit as exit_:
-        return exit_.code
-    return 0
+        return exit_.code, said.getvalue()
+    return 0, said.getvalue()
 
 
 def run_recording_sources(overrides):
@@ -120,15 +124,33 @@ def hooks_around_generation(folder):
         return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
     def work(rollout, tokenizer):
-        module = rollout.engine.module
+        module = rollout.engine.module.model
         before = count(module)
         with whole_model(rollout.engine) as model:
             inside, whole = count(module), all(p.numel() == p.ds_numel for p in model.parameters())
         for _ in range(3):
             with whole_model(rollout.engine):
                 pass
-        weight = module.model.model.layers[0].mlp.up_proj.weight
+        weight = module.model.layers[0].mlp.up_proj.weight
         offload = rollout.engine.optimizer.parameter_offload
         return before, inside, count(module), whole, weight.numel(), len(offload.forward_hooks)
 
     return with_engine(folder, work)
+
+
+def loaded(path, dtype, model=None):
+    """(elements of a large parameter held outside its partition, all parameters gathered) after a ZeRO-3 load."""
+    import deepspeed
+
+    from toolkit.config import ModelConfig
+    from toolkit.models import load_model
+
+    ds_config = {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    found = load_model(model or ModelConfig(path=path), path, ds_config, dtype, seed=3)
+    local = found.get_output_embeddings().weight.numel()
+    with deepspeed.zero.GatheredParameters(list(found.parameters()), modifier_rank=None):
+        return local, {name: parameter.detach().clone() for name, parameter in found.named_parameters()}

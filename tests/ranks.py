@@ -1,7 +1,7 @@
 """Ranks that stay alive over many tests: deepspeed takes longer to import than a tiny run takes to train.
 
 A pool is `world` processes in one gloo group. `pool.run(function, *args)` calls a module-level function on every rank
-and returns all results in rank order. A rank that raises fails the test with its traceback; one that hangs ends the pool.
+and returns all results in rank order. A rank that raises fails the test with its traceback; one that hangs ends it.
 """
 
 import multiprocessing

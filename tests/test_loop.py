@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import engine_cases
-from tests.tiny import save_llama, tiny_overrides
+from tests.tiny import tiny_overrides
 from toolkit.batch import TokenBatch
 from toolkit.data import DataConfig, PromptDataset, load_data
 
@@ -191,13 +191,3 @@ def test_bf16_adamw_learns(tiny, ranks2):
         optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True))[0]  # fmt: skip
     assert summary["precision"] == "bfloat16"
     assert summary["validation"]["final"]["kl_nats"] < 0.7 * summary["validation"]["initial"]["kl_nats"]
-
-
-def test_different_tokenizers_are_refused_on_every_rank(tiny, ranks2, tmp_path, capfd):
-    from tests.tiny import make_tokenizer
-
-    other = make_tokenizer()
-    other.add_tokens(["another"])
-    save_llama(tmp_path / "other", other, seed=4)
-    codes = ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(tiny, student__path=f"{tmp_path}/other"))
-    assert codes == [2, 2]

@@ -85,8 +85,8 @@ def test_llama_7b_to_1b_at_true_width(tmp_path):
 def test_quickstart(tmp_path):
     done = launch("quickstart.py", [
         "train.steps=1", "optimizer.warmup_steps=0", "validation.rows=4", "validation.rouge_rows=2",
-        "validation.samples=1", "rollout.max_new_tokens=8", "train.batch_rows=2", "train.micro_rows=1", "data.max_rows=50",
-        f"output_dir={tmp_path}",
+        "validation.samples=1", "rollout.max_new_tokens=8", "train.batch_rows=2", "train.micro_rows=1",
+        "data.max_rows=50", f"output_dir={tmp_path}",
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "quickstart"

@@ -42,8 +42,9 @@ def save_llama(folder, tokenizer, seed, hidden=32, layers=2, tied=False, extra_r
     """A random LLaMA with this tokenizer, saved as a Hugging Face folder; `extra_rows` pads its vocabulary."""
     config = LlamaConfig(
         vocab_size=len(tokenizer) + extra_rows, hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, initializer_range=0.2,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=tied, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(dtype)

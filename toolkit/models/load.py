@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -161,7 +162,6 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 def _leave_out_layers(path: str, model: ModelConfig, folder: Path) -> None:
     """A copy of the model at `path` without `drop_layers`, the others renumbered; weights are streamed."""
     from huggingface_hub import snapshot_download
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     source = Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
@@ -226,6 +226,12 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(
             f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); copy them there, or ask for random_weights=true"
         )
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):  # reads the header, and checks that the file is as long as it says
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut off: {error}; copy it again") from error
 
 
 def _contents(path: str) -> list[object]:

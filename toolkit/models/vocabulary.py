@@ -23,9 +23,9 @@ def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
     if theirs != ours:
         differing = next((t for t in {**theirs, **ours} if theirs.get(t) != ours.get(t)), None)
         raise ValueError(
-            f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} entries; {differing!r} is "
-            f"id {theirs.get(differing)} for the teacher, {ours.get(differing)} for the student); distillation compares "
-            "distributions id by id, so take a student with the teacher's tokenizer"
+            f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} entries; "
+            f"{differing!r} is id {theirs.get(differing)} for the teacher, {ours.get(differing)} for the student); "
+            "distillation compares distributions id by id, so take a student with the teacher's tokenizer"
         )
     if teacher.eos_token_id != student.eos_token_id:
         raise ValueError(

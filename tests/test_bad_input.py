@@ -1,0 +1,101 @@
+"""Wrong input ends every rank with exit code 2 and a message that says what, where and what to do; nothing hangs."""
+
+import json
+import shutil
+
+import pytest
+
+from tests import engine_cases
+from tests.tiny import make_tokenizer, save_llama, tiny_overrides
+
+pytestmark = pytest.mark.multiprocess
+LONG = json.dumps({"prompt": "a", "response": "many words " * 80})
+ROW = json.dumps({"prompt": "a", "response": "b"})
+
+
+@pytest.fixture
+def refused(tiny, ranks2):
+    """Checks that a run with these changed settings is refused on both ranks, and that rank 0 alone says why."""
+
+    def check(message, **changes):
+        (code, said), other = ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(tiny, **changes))
+        assert code == 2 and other[0] == 2
+        errors = [line for line in (said + other[1]).splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and message in errors[0], said
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("did you mean 'loss.alpha'", {"loss.alhpa": 0.1}),
+        ("did you mean 'srkl'", {"loss.divergence": "srk"}),
+        ("alpha is 1", {"loss.alpha": 1.0}),
+        ("nearest: 'adaptive'", {"schedule.policy": "adaptve"}),
+        ("no DeepSpeed config at nowhere.json", {"student.ds_config": "nowhere.json"}),
+        ("train.batch_rows = 8 is not a multiple of train.micro_rows x ranks = 3 x 2", {"train.micro_rows": 3}),
+        ("40 training rows, fewer than train.batch_rows = 64", {"train.batch_rows": 64}),
+    ],
+)
+def test_settings(refused, message, changes):
+    refused(message, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "changes"),
+    [
+        (None, "rows.jsonl", {}),
+        ("", "rows.jsonl", {}),
+        (f"{ROW}\n{{broken\n{ROW}\n", "rows.jsonl:2", {}),
+        (f'{ROW}\n{{"prompt": "only"}}\n', "rows.jsonl:2", {}),
+        (f'{ROW}\n{{"prompt": "c", "response": ""}}\n', "rows.jsonl:2", {}),
+        ('{"prompt": "only"}\n', "rows.jsonl", {"data.on_bad_row": "skip"}),
+        (LONG, "max_length", {"data.on_long_response": "stop"}),
+        (
+            LONG,
+            "data.max_length",
+            {"data.on_long_response": "skip"},
+        ),
+    ],
+)
+def test_data(refused, tmp_path, text, message, changes):
+    if text is not None:
+        (tmp_path / "rows.jsonl").write_text(text)
+    refused(message, data__source=f"{tmp_path}/rows.jsonl", **changes)
+
+
+def test_broken_rows_are_skipped_and_counted_where_that_is_asked_for(tiny, ranks2, tmp_path):
+    rows = (tiny / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text("{broken\n" + rows + '{"prompt": "only"}\n')
+    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name="skipped", data__source=f"{tmp_path}/rows.jsonl", data__on_bad_row="skip",
+        train__steps=1))[0]  # fmt: skip
+    assert summary["data"]["train_skipped_bad"] == 2 and summary["data"]["train_rows"] == 40
+
+
+def test_a_model_folder_without_weights(refused, tiny, tmp_path):
+    shutil.copytree(tiny / "student", tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    refused("has no weights", student__path=f"{tmp_path}/bare")
+
+
+def test_weights_that_are_cut_off_are_refused_without_a_hang(refused, tiny, tmp_path):
+    shutil.copytree(tiny / "student", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    refused("is damaged or cut off", student__path=f"{tmp_path}/cut")
+
+
+def test_a_refused_run_leaves_an_older_one_alone(refused, tiny, ranks2):
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="older", train__steps=1))
+    before = (tiny / "runs" / "older" / "metrics.jsonl").read_text()
+    refused("rows.jsonl", name="older", data__source=f"{tiny}/no/rows.jsonl")
+    assert (tiny / "runs" / "older" / "metrics.jsonl").read_text() == before
+
+
+def test_a_student_with_another_tokenizer(refused, tmp_path):
+    other = make_tokenizer()
+    other.add_tokens(["another"])
+    save_llama(tmp_path / "other", other, seed=4)
+    refused("'another' is id None for the teacher", student__path=f"{tmp_path}/other")
