@@ -38,6 +38,7 @@ RECIPE = RunConfig(
     data=DataConfig(
         source="databricks/databricks-dolly-15k", prompt_field="instruction", input_field="context",
         response_field="response", template="alpaca", max_length=512, max_prompt_length=256, validation_fraction=0.033,
+        on_bad_row="skip",
     ),
     loss=LossConfig(divergence="srkl", alpha=0.1),
     train=TrainConfig(steps=2270, batch_rows=64, micro_rows=8),  # 10 epochs of 14,500 rows

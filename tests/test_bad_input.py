@@ -99,3 +99,10 @@ def test_a_student_with_another_tokenizer(refused, tmp_path):
     other.add_tokens(["another"])
     save_llama(tmp_path / "other", other, seed=4)
     refused("'another' is id None for the teacher", student__path=f"{tmp_path}/other")
+
+
+def test_weights_that_lack_a_layer_are_not_filled_with_random_numbers(refused, tiny, tmp_path):
+    shutil.copytree(tiny / "student", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    refused("lack 9 parameters of the configuration, the first is model.layers.2", student__path=f"{tmp_path}/short")

@@ -112,9 +112,18 @@ def load_model(model: ModelConfig, path: str, ds_config: dict, dtype: torch.dtyp
         if model.random_weights:
             loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, trust_remote_code=model.trust_remote_code
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
             )
+            if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in them
+                raise ValueError(
+                    f"the weights at {path} lack {len(missing)} parameters of the configuration, the first is "
+                    f"{missing[0]}; copy the missing files, or correct config.json"
+                )
     except (OSError, StrictDataclassError) as error:
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
     finally:
