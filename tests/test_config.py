@@ -158,3 +158,10 @@ def test_saved_config_comes_back_equal(tmp_path):
     assert RunConfig.from_dict({"train.steps": 3, "loss": {"alpha": 0}}).train.steps == 3
     with pytest.raises(ValueError, match=r"did you mean 'loss\.alpha'"):
         RunConfig.from_dict({"loss": {"alfa": 0}})
+
+
+def test_off_is_a_name_and_not_a_boolean():
+    assert RunConfig().with_overrides(["schedule.policy=off"]).schedule.policy == "off"
+    with pytest.raises(ValueError, match=r"rollout\.train_on_fresh = 'off' is a str"):
+        RunConfig().with_overrides(["rollout.train_on_fresh=off"])
+    assert RunConfig().with_overrides(["rollout.train_on_fresh=True"]).rollout.train_on_fresh is True

@@ -266,6 +266,8 @@ class RunConfig:
                 parsed = yaml.safe_load(value) if value else ""
             except yaml.YAMLError as error:
                 raise ValueError(f"the value of {text!r} is not valid YAML: {error}") from None
+            if isinstance(parsed, bool) and value.strip().lower() not in ("true", "false"):
+                parsed = value.strip()  # YAML reads off, on, yes and no as booleans; a schedule's policy is "off"
             config = _replaced(config, key.strip().split("."), parsed, key.strip())
         return config
 
