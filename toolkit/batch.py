@@ -126,7 +126,10 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
         fields = self.input_ids_BT, self.attention_mask_BT, self.predicts_BT
-        return TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in fields))
+        moved = TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in fields))
+        # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.
+        vars(moved).update(num_targets=self.num_targets, num_tokens=self.num_tokens)
+        return moved
 
 
 def make_window(

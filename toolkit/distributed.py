@@ -54,17 +54,9 @@ def device() -> torch.device:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Element by element, in float64; every rank calls it with as many numbers."""
-    return _reduce(values, torch.distributed.ReduceOp.SUM)
-
-
-def max_over_ranks(values: Sequence[float]) -> list[float]:
-    return _reduce(values, torch.distributed.ReduceOp.MAX)
-
-
-def _reduce(values: Sequence[float], op: torch.distributed.ReduceOp) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device())
     if world() > 1:
-        torch.distributed.all_reduce(total, op=op)
+        torch.distributed.all_reduce(total)
     return total.tolist()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from toolkit import distributed
 from toolkit.batch import Example, make_window
 from toolkit.config import RunConfig
@@ -72,10 +74,10 @@ class DistillationLoop:
                     self.student.engine.backward(found.loss)
                 with self.timer.phase("optimizer"):
                     self.student.engine.step()
-                sums.append([float(found.divergence_nats), float(found.cross_entropy_nats), float(found.agreements)])
+                sums.append(torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double())
 
         divergence, cross_entropy, agreements, rss_gib = distributed.sum_over_ranks(
-            [*map(sum, zip(*sums, strict=True)), peak_rss_gib()]
+            [*torch.stack(sums).sum(0).tolist(), peak_rss_gib()]  # read once, after all micro-batches are queued
         )
         self.source_counts[source.value] += 1
         self.tokens += int(tokens)

@@ -27,6 +27,9 @@ from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
 
+TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
+OTHER_PHASES = ("validation", "evaluation", "export")
+
 
 def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any]:
     """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank.
@@ -53,8 +56,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Train the student of `config`, write its run folder, print the report. Raises ValueError for wrong input."""
     started_s = time.monotonic()
     run_dir, is_main = config.run_dir, distributed.rank() == 0
-    cache_dir = Path(config.cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    cache_dir = cache_dir if config.cache_dir else cache_dir / "distillation-toolkit"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "distillation-toolkit"
+    cache_dir = Path(config.cache_dir or user_cache).expanduser()
     dtype = choose_dtype(config.precision, distributed.device())
 
     teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
@@ -100,11 +103,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         timer.take()
 
     wall_time_s = time.monotonic() - started_s
-    phases = {name: timer.totals.get(name, 0.0) for name in ("teacher", "rollout", "student", "optimizer")}
-    phases |= {name: timer.totals[name] for name in ("validation", "evaluation", "export") if name in timer.totals}
-    train_time_s = sum(timer.totals.values()) - sum(
-        timer.totals.get(n, 0) for n in ("validation", "evaluation", "export")
-    )
+    phases = {name: timer.totals.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
+    train_time_s = sum(timer.totals.values()) - sum(phases[name] for name in OTHER_PHASES)
     phases["other"] = wall_time_s - sum(phases.values())
     summary = {
         "steps": config.train.steps,

@@ -90,8 +90,12 @@ class Teacher:
     @contextmanager
     def head(self) -> Iterator[Head]:
         """The gathered output projection, once for a whole window: no tile loop communicates."""
-        with _gathered_head(self.model) as head:
-            yield head
+        projection = self.model.get_output_embeddings()
+        parameters = [p for p in (projection.weight, getattr(projection, "bias", None)) if p is not None]
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+            # .data: a partitioned parameter handed to another engine's forward would be released by its hooks.
+            weight_VH, bias_V = [*(parameter.data for parameter in parameters), None][:2]
+            yield Head(weight_VH, bias_V, *logit_rules(self.model.config))
 
 
 class Student:
@@ -172,16 +176,6 @@ class _StudentForward(nn.Module):
             memory_budget_mib=self.loss_config.memory_budget_mib,
         )
         return out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum()
-
-
-@contextmanager
-def _gathered_head(model: PreTrainedModel) -> Iterator[Head]:
-    projection = model.get_output_embeddings()
-    parameters = [p for p in (projection.weight, getattr(projection, "bias", None)) if p is not None]
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-        # .data: a partitioned parameter handed to another engine's forward would be released by its hooks.
-        tensors = [parameter.data for parameter in parameters]
-        yield Head(tensors[0], tensors[1] if len(tensors) > 1 else None, *logit_rules(model.config))
 
 
 def logit_rules(config: Any) -> tuple[float, float | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -61,7 +61,7 @@ class GatheredRollout(RolloutEngine):
         with whole_model(self.engine) as model:
             for start in range(0, len(order), step):
                 rows = order[start : start + step]
-                part = SeededSampling(**{**vars(sampling), "seeds": [sampling.seeds[row] for row in rows]})
+                part = replace(sampling, seeds=[sampling.seeds[row] for row in rows])
                 request = _left_padded([prompts[row] for row in rows], self.vocabulary.pad_id, _device(model))
                 batch = _decode(model, request, part, self.vocabulary)
                 for row, example in zip(rows, _examples(batch), strict=True):
