@@ -151,7 +151,7 @@ class SlurmCluster:
             "SchedulerParameters=sched_interval=1,sched_min_interval=0\nSlurmdParameters=config_overrides",
             "ReturnToService=2\nKillWait=10\nMailProg=/bin/true",
             # The test's sbatch files take their port from the job's number.
-            f"FirstJobId={free_ports(1, below=30000)[0] - 15000}",
+            f"FirstJobId={free_ports(1, below=29900)[0] - 15000}",
             *(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 Gres=gpu:1"
               for name, port in zip(names, ports[1:], strict=True)),
             f"PartitionName=all Nodes={','.join(names)} Default=YES State=UP",
