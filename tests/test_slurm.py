@@ -19,7 +19,7 @@ from toolkit.monitor import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SBATCH = ROOT / "recipes" / "slurm" / "distil.sbatch"
-STEPS = 120
+STEPS = 60
 MEASURED = {"tokens_per_s", "seconds", "peak_rss_gib", "peak_device_gib"}  # what differs between any two runs
 ON_LOOPBACK = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
 
@@ -40,7 +40,7 @@ def settings(tiny, folder, name, steps=STEPS):
     return tiny_overrides(
         tiny, name=name, output_dir=str(folder), student__drop_layers=[], train__steps=steps, optimizer__name="adamw",
         optimizer__lr=1e-3, optimizer__warmup_steps=1, optimizer__max_grad_norm=1, schedule__policy="adaptive",
-        schedule__phi_initial=0.5, validation__every_steps=40, validation__rouge_rows=2, validation__samples=1,
+        schedule__phi_initial=0.5, validation__every_steps=20, validation__rouge_rows=2, validation__samples=1,
     )  # fmt: skip
 
 
