@@ -154,3 +154,31 @@ def loaded(path, dtype, model=None):
     local = found.get_output_embeddings().weight.numel()
     with deepspeed.zero.GatheredParameters(list(found.parameters()), modifier_rank=None):
         return local, {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
+
+
+def run_until(overrides, stop_after, number, ranks=(0,)):
+    """(exit code, stdout, stderr) of a run in which these ranks get a real signal while step `stop_after` runs."""
+    import os
+
+    from toolkit import distributed
+
+    original = DistillationLoop.choose_examples
+
+    def choose(self, step):
+        if step + 1 == stop_after and distributed.rank() in ranks:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    DistillationLoop.choose_examples = choose
+    try:
+        return run_saying(overrides)
+    finally:
+        DistillationLoop.choose_examples = original
+
+
+def run_saying(overrides):
+    """(exit code, stdout, stderr) of a run."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code, err = run_expecting_exit(overrides)
+    return code, out.getvalue(), err
