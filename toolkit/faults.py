@@ -114,34 +114,34 @@ class StepGuard:
 
 
 class Halving:
-    """A size, rows or MiB, that is halved when memory runs out, said once each time, and stays at what fits."""
+    """A size, rows or MiB, that is halved where memory runs out, said each time, and stays at what fitted.
 
-    def __init__(self, what: str, unit: str):
-        self.what, self.unit = what, unit
+    size: what to begin with; None is a whole of `whole`, which `run` is told each time. It does not go below `least`.
+    """
 
-    def run(self, work: Callable[[float], Result], size: float, least: float = 1) -> Result:
-        """`work(size)`, or of the largest half, quarter, ... that fits in memory. It may not communicate: other ranks
-        do not repeat it. Raises what `work` raised last where not even `least` fits."""
+    def __init__(self, what: str, unit: str, size: float | None = None, least: float = 1):
+        self.what, self.unit, self.size, self.least = what, unit, size, least
+
+    def run(self, work: Callable[[float | None], Result], whole: float) -> Result:
+        """`work(size)`, or of the largest half, quarter, ... that fits. It may not communicate: other ranks do not
+        repeat it. Raises what `work` raised last where not even `least` fits."""
         while True:
             try:
-                return work(size)
+                return work(self.size)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or size <= least:
+                tried = whole if self.size is None else min(whole, self.size)
+                if not is_out_of_memory(error) or tried <= self.least:
                     raise
                 said = str(error).split("\n")[0][:200]
             # Outside the `except`: there, the error's traceback would keep the failed attempt's tensors alive.
-            size = self.halved(size, least, said)
-
-    def halved(self, size: float, least: float, said: str) -> float:
-        smaller = max(least, size // 2)
-        print(
-            f"rank {distributed.rank()}: out of memory in {self.what}; {size:g} {self.unit} become {smaller:g} "
-            f"({said})", file=sys.stderr, flush=True,
-        )  # fmt: skip
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return smaller
+            self.size = max(self.least, tried // 2)
+            print(
+                f"rank {distributed.rank()}: out of memory in {self.what}; {tried:g} {self.unit} become "
+                f"{self.size:g} ({said})", file=sys.stderr, flush=True,
+            )  # fmt: skip
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
