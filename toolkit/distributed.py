@@ -65,6 +65,11 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def everywhere(value: bool) -> bool:
+    """Whether it is true on every rank; alike on all of them."""
+    return sum_over_ranks([not value])[0] == 0
+
+
 def gather_objects(value: Result) -> list[Result]:
     """Every rank's value, in rank order, on every rank."""
     if world() == 1:
