@@ -41,6 +41,7 @@ def settings(tiny, folder, name, steps=STEPS):
         tiny, name=name, output_dir=str(folder), student__drop_layers=[], train__steps=steps, optimizer__name="adamw",
         optimizer__lr=1e-3, optimizer__warmup_steps=1, optimizer__max_grad_norm=1, schedule__policy="adaptive",
         schedule__phi_initial=0.5, validation__every_steps=20, validation__rouge_rows=2, validation__samples=1,
+        resume="auto",
     )  # fmt: skip
 
 
@@ -83,6 +84,10 @@ def test_a_signalled_job_requeues_and_ends_like_an_undisturbed_run(cluster, tiny
     assert f"job {job}, start 1: 2 ranks on node[1-2], rank 0 at 127.0.0.1:" in text
     assert f"job {job}, start 2: 2 ranks on node[1-2], rank 0 at 127.0.0.1:" in text
     assert re.findall(rf"job {job}, exit code (\d+)", text) == ["75", "0"]
+    stopped = int(re.search(rf"stopped by a signal after step (\d+) of {STEPS}", text)[1])
+    assert 5 <= stopped < STEPS
+    assert f"goes on from {run_dir}/checkpoints/step-{stopped:08d}, written by 2 ranks" in text
+    assert text.count(f"step 1/{STEPS} ") == 1, "the second start began anew"
     assert outcome(run_dir) == expected
 
 
