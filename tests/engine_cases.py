@@ -105,7 +105,7 @@ def sampled_texts(folder, prompts, batch_rows, **sampling):
     from toolkit.rollout.engine import SeededSampling, sequence_seed
 
     def work(rollout, tokenizer):
-        rollout.batch_rows = batch_rows
+        rollout.rows.size = batch_rows
         rank, world = distributed.rank(), distributed.world()
         rows = range(rank, len(prompts), world)
         seeded = SeededSampling(seeds=[sequence_seed(7, 0, row) for row in rows], **sampling)
@@ -154,3 +154,100 @@ def loaded(path, dtype, model=None):
     local = found.get_output_embeddings().weight.numel()
     with deepspeed.zero.GatheredParameters(list(found.parameters()), modifier_rank=None):
         return local, {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
+
+
+def run_until(overrides, stop_after, number, ranks=(0,)):
+    """(exit code, stdout, stderr) of a run in which these ranks get a real signal while step `stop_after` runs."""
+    import os
+
+    from toolkit import distributed
+
+    original = DistillationLoop.choose_examples
+
+    def choose(self, step):
+        if step + 1 == stop_after and distributed.rank() in ranks:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    DistillationLoop.choose_examples = choose
+    try:
+        return run_saying(overrides)
+    finally:
+        DistillationLoop.choose_examples = original
+
+
+def run_saying(overrides):
+    """(exit code, stdout, stderr) of a run."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code, err = run_expecting_exit(overrides)
+    return code, out.getvalue(), err
+
+
+POISONS = {
+    "loss": lambda found: found._replace(
+        loss=found.loss * float("nan"), divergence_nats=found.divergence_nats * float("inf")
+    ),
+    "gradient": lambda found: found._replace(loss=found.loss * float("nan")),
+    "spike": lambda found: found._replace(loss=found.loss * 1e3, divergence_nats=found.divergence_nats * 1e3),
+}
+
+
+def run_poisoned(overrides, poison, steps, ranks=(1,)):
+    """(exit code, stdout, stderr, digest of this rank's weights after each step) of a run whose loss or gradient goes
+    wrong on these ranks at these steps (counted from 1)."""
+    from toolkit import distributed
+    from toolkit.models import Student
+    from toolkit.models.shards import pieces
+
+    step_of, loss_of, digests, now = DistillationLoop.step, Student.loss, [], []
+
+    def step(self, index):
+        now[:] = [index + 1]
+        record = step_of(self, index)
+        digest = hashlib.sha256()
+        for piece in pieces(self.student.engine):
+            digest.update(piece.tensor.numpy().tobytes())
+        digests.append(digest.hexdigest())
+        return record
+
+    def loss(self, *args, **kwargs):
+        found = loss_of(self, *args, **kwargs)
+        is_training = torch.is_grad_enabled() and now
+        return POISONS[poison](found) if is_training and now[0] in steps and distributed.rank() in ranks else found
+
+    DistillationLoop.step, Student.loss = step, loss
+    try:
+        return *run_saying(overrides), digests
+    finally:
+        DistillationLoop.step, Student.loss = step_of, loss_of
+
+
+def run_with_failing_writes(overrides, steps):
+    """A run whose last rank cannot write more than 4 KiB at these steps: a limit that the kernel enforces, as it does
+    that of a full disk."""
+    import resource
+    import signal
+
+    from toolkit import checkpoint, distributed
+
+    write = checkpoint.write_safetensors
+
+    def limited(path, tensors):
+        fails = int(path.parent.name[5:13]) in steps and distributed.rank() == distributed.world() - 1
+        if not fails:
+            return write(path, tensors)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            return write(path, tensors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, ignored)
+
+    checkpoint.write_safetensors = limited
+    try:
+        return run_saying(overrides)
+    finally:
+        checkpoint.write_safetensors = write

@@ -8,7 +8,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA, BASICS = "toolkit.data", {"toolkit.batch", "toolkit.config"}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
-ENGINES = PURE | {"toolkit.models", "toolkit.rollout.engine", "toolkit.distributed", "toolkit.monitor"}
+ENGINES = PURE | {
+    "toolkit.models",
+    "toolkit.rollout.engine",
+    "toolkit.distributed",
+    "toolkit.monitor",
+    "toolkit.faults",
+}
 #: part -> parts it may import; the longest name that fits a module is its part
 ALLOWED = {
     "toolkit.batch": set(),
@@ -18,12 +24,15 @@ ALLOWED = {
     "toolkit.divergences": set(),
     "toolkit.rollout.schedule": set(),
     "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
-    "toolkit.distributed": set(),
+    "toolkit.slurm": set(),
+    "toolkit.distributed": {"toolkit.slurm"},
     "toolkit.monitor": set(),
-    "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor"},
+    "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
+    "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
     "toolkit.rollout.engine": ENGINES,
     "toolkit.evaluation": ENGINES,
-    "toolkit.loop": ENGINES | {"toolkit.evaluation"},
+    "toolkit.checkpoint": ENGINES,
+    "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint"},
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.batch import Example
+from toolkit.faults import Halving
 from toolkit.models.engines import logit_rules
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.schedule import philox
@@ -42,7 +43,8 @@ class GatheredRollout(RolloutEngine):
     name = "gathered"
 
     def __init__(self, engine: Any, vocabulary: Vocabulary, batch_rows: int | None = None):
-        self.engine, self.vocabulary, self.batch_rows = engine, vocabulary, batch_rows
+        self.engine, self.vocabulary = engine, vocabulary
+        self.rows = Halving("generation", "rows", batch_rows)
 
     def sync_weights(self, step: int) -> None:
         """The engine's own weights are used: nothing to push."""
@@ -55,15 +57,19 @@ class GatheredRollout(RolloutEngine):
         """
         if len(sampling.seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts with {len(sampling.seeds)} seeds; give one seed for each prompt")
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-        step = self.batch_rows or max(1, len(prompts))
+        left = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         found: list[Example | None] = [None] * len(prompts)
+
+        def answer(size: float | None) -> tuple[list[int], RolloutBatch]:
+            rows = left if size is None else left[: int(size)]
+            part = replace(sampling, seeds=[sampling.seeds[row] for row in rows])
+            request = _left_padded([prompts[row] for row in rows], self.vocabulary.pad_id, _device(model))
+            return rows, _decode(model, request, part, self.vocabulary)
+
         with whole_model(self.engine) as model:
-            for start in range(0, len(order), step):
-                rows = order[start : start + step]
-                part = replace(sampling, seeds=[sampling.seeds[row] for row in rows])
-                request = _left_padded([prompts[row] for row in rows], self.vocabulary.pad_id, _device(model))
-                batch = _decode(model, request, part, self.vocabulary)
+            while left:
+                rows, batch = self.rows.run(answer, whole=len(left))
+                left = left[len(rows) :]
                 for row, example in zip(rows, _examples(batch), strict=True):
                     found[row] = example
         return found  # type: ignore[return-value]
