@@ -294,8 +294,8 @@ def address_space(mib):
 
 
 def short_of_memory(folder, part):
-    """(largest difference to the result with memory enough, stderr, stderr of a second time) of one part of a step,
-    with too little memory on rank 1."""
+    """(largest difference to the result with memory enough, stderr) of one part of a step, with too little memory on
+    rank 1."""
     from pathlib import Path
 
     import numpy as np
@@ -311,11 +311,11 @@ def short_of_memory(folder, part):
     tokenizer = load_tokenizer(config.student, paths[1])
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
     draw = np.random.default_rng(5)
-    mib = {"teacher": 90, "generation": 45, "loss": 60}[part]
+    mib = {"teacher": 75, "generation": 45, "loss": 90}[part]
     limit = mib if distributed.rank() == 1 else None
     if part == "teacher":
         teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
-        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 90) for _ in range(2048)], 0)
+        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 90) for _ in range(1024)], 0)
 
         def work(limit):
             with address_space(limit):
@@ -332,7 +332,7 @@ def short_of_memory(folder, part):
     else:
         teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
         student = build_student(config, paths[1], torch.float32, vocabulary)
-        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(256)], 0)
+        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(512)], 0)
         operation = engines.fused_linear_divergence
 
         def work(limit):
@@ -349,10 +349,8 @@ def short_of_memory(folder, part):
             finally:
                 engines.fused_linear_divergence = operation
 
-    said, again = io.StringIO(), io.StringIO()
+    said = io.StringIO()
     wanted = work(None)
     with contextlib.redirect_stderr(said):
         found = work(limit)
-    with contextlib.redirect_stderr(again):
-        work(limit)
-    return (found.double() - wanted.double()).abs().max().item(), said.getvalue(), again.getvalue()
+    return (found.double() - wanted.double()).abs().max().item(), said.getvalue()
