@@ -274,15 +274,17 @@ def run_poisoned_until(overrides, poison, steps, stop_after, number):
 
 
 @contextlib.contextmanager
-def address_space(mib):
-    """The kernel refuses more than `mib` beyond what this process has now; None: no limit."""
+def address_space(mib, trim=True):
+    """The kernel refuses more than `mib` beyond what this process has now; None: no limit. trim: what was freed earlier
+    does not count as memory to be had."""
     import ctypes
     import gc
     import resource
     from pathlib import Path
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier does not count as memory to be had
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     if mib is not None:
@@ -311,7 +313,7 @@ def short_of_memory(folder, part):
     tokenizer = load_tokenizer(config.student, paths[1])
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
     draw = np.random.default_rng(5)
-    mib = {"teacher": 75, "generation": 45, "loss": 90}[part]
+    mib = {"teacher": 75, "generation": 45, "loss": 60}[part]
     limit = mib if distributed.rank() == 1 else None
     if part == "teacher":
         teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
@@ -332,12 +334,12 @@ def short_of_memory(folder, part):
     else:
         teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
         student = build_student(config, paths[1], torch.float32, vocabulary)
-        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(512)], 0)
+        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(256)], 0)
         operation = engines.fused_linear_divergence
 
         def work(limit):
             def limited(*args, **kwargs):
-                with address_space(limit):
+                with address_space(limit, trim=False):
                     return operation(*args, **kwargs)
 
             engines.fused_linear_divergence = limited
