@@ -251,3 +251,108 @@ def run_with_failing_writes(overrides, steps):
         return run_saying(overrides)
     finally:
         checkpoint.write_safetensors = write
+
+
+def run_poisoned_until(overrides, poison, steps, stop_after, number):
+    """As `run_poisoned`, with a signal to rank 0 while step `stop_after` runs."""
+    import os
+
+    from toolkit import distributed
+
+    original = DistillationLoop.choose_examples
+
+    def choose(self, step):
+        if step + 1 == stop_after and distributed.rank() == 0:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    DistillationLoop.choose_examples = choose
+    try:
+        return run_poisoned(overrides, poison, steps)
+    finally:
+        DistillationLoop.choose_examples = original
+
+
+@contextlib.contextmanager
+def address_space(mib, trim=True):
+    """The kernel refuses more than `mib` beyond what this process has now; None: no limit. trim: what was freed earlier
+    does not count as memory to be had."""
+    import ctypes
+    import gc
+    import resource
+    from pathlib import Path
+
+    gc.collect()
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if mib is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def short_of_memory(folder, part):
+    """(largest difference to the result with memory enough, stderr) of one part of a step, with too little memory on
+    rank 1."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from tests.tiny import tiny_overrides
+    from toolkit import distributed
+    from toolkit.batch import Example, TokenBatch
+    from toolkit.models import build_student, build_teacher, engines, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.rollout.engine import GatheredRollout, SeededSampling
+
+    config = RunConfig().with_overrides(tiny_overrides(folder))
+    paths = [materialize(model, Path(config.cache_dir)) for model in (config.teacher, config.student)]
+    tokenizer = load_tokenizer(config.student, paths[1])
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    draw = np.random.default_rng(5)
+    mib = {"teacher": 75, "generation": 45, "loss": 60}[part]
+    limit = mib if distributed.rank() == 1 else None
+    if part == "teacher":
+        teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
+        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 90) for _ in range(1024)], 0)
+
+        def work(limit):
+            with address_space(limit):
+                return teacher.hidden_states([batch])[0]
+    elif part == "generation":
+        student = build_student(config, paths[1], torch.float32, vocabulary)
+        rollout = GatheredRollout(student.engine, vocabulary)
+        prompts = [draw.integers(5, 300, 40) for _ in range(4096)]
+
+        def work(limit):
+            with address_space(limit):
+                found = rollout.complete(prompts, SeededSampling(3, temperature=0.0, seeds=range(len(prompts))))
+            return torch.tensor([int(example.response.sum()) for example in found])
+    else:
+        teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
+        student = build_student(config, paths[1], torch.float32, vocabulary)
+        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(256)], 0)
+        operation = engines.fused_linear_divergence
+
+        def work(limit):
+            def limited(*args, **kwargs):
+                with address_space(limit, trim=False):
+                    return operation(*args, **kwargs)
+
+            engines.fused_linear_divergence = limited
+            try:
+                with teacher.head() as head:
+                    found = student.loss(batch, teacher.hidden_states([batch])[0], head, 1e-4)
+                    student.engine.backward(found.loss)
+                return found.loss.detach()
+            finally:
+                engines.fused_linear_divergence = operation
+
+    said = io.StringIO()
+    wanted = work(None)
+    with contextlib.redirect_stderr(said):
+        found = work(limit)
+    return (found.double() - wanted.double()).abs().max().item(), said.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import math
@@ -165,7 +166,7 @@ class Watchdog:
     """Ends a job that stands still. A thread of each rank tells the others, through the process group's store, what the
     rank does; where its own phase lasts longer than `limit_s`, it says which rank is behind, where, and exits.
 
-    The job is over `limit_s` + 5 looks (of 10 s at most) after the last progress.
+    The job is over `limit_s` + 5 looks (of 10 s at most) after the last progress, from before the ranks have joined on.
     """
 
     def __init__(self, limit_s: float, end: Callable[[str, int], None] | None = None):
@@ -184,6 +185,7 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         self._over.set()
         self._thread.join(2 * self.look_s)
+        faulthandler.cancel_dump_traceback_later()
 
     def progress(self, phase: str, step: int | None = None) -> None:
         """This rank now does `phase`, of `step` where that changed."""
@@ -192,14 +194,24 @@ class Watchdog:
         self.changed_s = time.monotonic()
 
     def _watch(self) -> None:
-        rank, world = distributed.rank(), distributed.world()
-        store = _own_store(self.look_s) if world > 1 else None
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        store = None
         while not self._over.wait(self.look_s):
+            # A collective in C++ that never lets Python run again stops this thread too; this switch needs no Python.
+            faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__)
+            if store is None and world > 1 and torch.distributed.is_initialized():
+                store = _own_store(self.look_s)
             self._publish(store, rank)
             if time.monotonic() - self.changed_s > self.limit_s:
                 self._conclude(store, rank, world)
 
     def _conclude(self, store: Any, rank: int, world: int) -> None:
+        if store is None and world > 1:
+            self.end(
+                f"watchdog: rank {rank} of {world} found no other rank within {self.limit_s:g} s (faults.hang_s), "
+                f"{self.sign.where}",
+                EXIT_STUCK,
+            )
         first = self._read(store, world)
         for _ in range(2):  # time for a living rank to be heard
             if self._over.wait(self.look_s):

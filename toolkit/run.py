@@ -45,8 +45,9 @@ def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any
     overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
     _quiet_libraries()
     try:
-        distributed.start()
-        return run(distributed.together(lambda: _checked(recipe, overrides)))
+        with Watchdog(_hang_s(recipe, overrides)) as watchdog:
+            distributed.start()
+            return run(distributed.together(lambda: _checked(recipe, overrides)), watchdog)
     except GoOnLater as stopped:
         if distributed.rank() == 0:
             print(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})", flush=True)
@@ -61,12 +62,12 @@ def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any
         distributed.stop()
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
     """Train the student of `config`, write its run folder, print the report; goes on where an earlier start ended.
 
     Raises ValueError for wrong input, GoOnLater where a signal stopped it.
     """
-    with StopSignals(config.faults.grace_s).watched() as signals, Watchdog(config.faults.hang_s) as watchdog:
+    with StopSignals(config.faults.grace_s).watched() as signals:
         return _run(config, signals, watchdog)
 
 
@@ -198,6 +199,14 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def _hang_s(recipe: RunConfig, overrides: list[str]) -> float:
+    """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
+    try:
+        return recipe.with_overrides(overrides).faults.hang_s
+    except ValueError:
+        return recipe.faults.hang_s
 
 
 def _quiet_libraries() -> None:

@@ -127,7 +127,8 @@ def load_model(model: ModelConfig, path: str, ds_config: dict, dtype: torch.dtyp
                 )
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"the pickled weights at {path} hold more than tensors, and code in them is not run: save them as safetensors"
+            f"the pickled weights at {path} hold more than tensors, and code in them is not run; "
+            "save them as safetensors"
         ) from error
     except (OSError, StrictDataclassError) as error:
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
