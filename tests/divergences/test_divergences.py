@@ -629,7 +629,7 @@ def call_top_k(n=13, **changes):
         (lambda: call(alpha_N=torch.full((13,), 1.0)), r"alpha_N spans \[1\.0, 1\.0\]"),
         (lambda: call(alpha_N=torch.zeros(12)), r"alpha_N has shape \(12,\).*13"),
         (lambda: call(spec=Divergence("fkl"), alpha_N=torch.zeros(13)), r"'fkl' has no alpha"),
-        (lambda: call(memory_budget_mib=0.001), r"memory_budget_mib is 0\.001.*64 columns needs 0\.\d"),
+        (lambda: call(memory_budget_mib=0.0005), r"memory_budget_mib is 0\.0005.*64 columns needs 0\.\d"),
         (
             lambda: token_divergence(Divergence("fkl"), torch.ones(2, 3), torch.ones(2, 4)),
             r"\(2, 3\).*\(2, 4\)",

@@ -48,11 +48,9 @@ def has_triton() -> bool:
 
 
 def has_cpp() -> bool:
-    try:
-        from toolkit.divergences import rows_cpp
-    except ImportError:
-        return False
-    return hasattr(rows_cpp, "is_available") and rows_cpp.is_available()
+    from toolkit.divergences import rows_cpp
+
+    return rows_cpp.is_available()
 
 
 def row_kernel(name: str) -> Callable:
