@@ -313,7 +313,7 @@ def short_of_memory(folder, part):
     tokenizer = load_tokenizer(config.student, paths[1])
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
     draw = np.random.default_rng(5)
-    mib = {"teacher": 75, "generation": 45, "loss": 60}[part]
+    mib = {"teacher": 75, "generation": 45, "loss": 45}[part]
     limit = mib if distributed.rank() == 1 else None
     if part == "teacher":
         teacher = build_teacher(config, paths[0], torch.float32, vocabulary)

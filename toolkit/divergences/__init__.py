@@ -4,6 +4,7 @@ memory."""
 
 from toolkit.divergences.formulas import token_cross_entropy, token_divergence
 from toolkit.divergences.fused import FusedLoss, fused_linear_cross_entropy, fused_linear_divergence
+from toolkit.divergences.plan import default_budget_mib
 from toolkit.divergences.spec import Divergence
 from toolkit.divergences.top_k import TopKTeacher
 
@@ -11,6 +12,7 @@ __all__ = [
     "Divergence",
     "FusedLoss",
     "TopKTeacher",
+    "default_budget_mib",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
     "token_cross_entropy",

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from toolkit.divergences import rows
 from toolkit.divergences.backends import choose_backend, row_kernel
 from toolkit.divergences.formulas import check_alpha, check_temperature, compute_dtype, head_threshold
-from toolkit.divergences.plan import default_budget_mib, make_plan, new_tile
+from toolkit.divergences.plan import make_plan, new_tile
 from toolkit.divergences.products import Projection, operand_dtypes
 from toolkit.divergences.rows import CODES, LogitRule, Passes, RowTask
 from toolkit.divergences.rows_torch import TorchRows, logits_of
@@ -80,9 +79,8 @@ def fused_linear_divergence(
     `teacher_top_k`, for fkl, rkl, skl and srkl. `alpha_N` replaces `spec.alpha` token by token (skl, srkl, taid).
 
     `memory_budget_mib` (by default 256 on a CPU, 3,072 on a GPU) bounds all buffers but the fp32 head gradient [V, S],
-    rows of N numbers, and what the caller passed in; smaller is slower. A GPU that runs out of memory halves it, says
-    so once, and goes on. `backend`: "triton" (GPU), "cpp" (CPU with a C++ compiler), "torch" (anywhere), or "auto", the
-    fastest of these that can run here.
+    rows of N numbers, and what the caller passed in; smaller is slower. `backend`: "triton" (GPU), "cpp" (CPU with a
+    C++ compiler), "torch" (anywhere), or "auto", the fastest of these that can run here.
 
     Gradients reach student hidden, head and bias, each only if it requires grad; they are formed here, so the
     weights must be final, and backward only scales them by the incoming scalar. The heads are not kept for
@@ -232,40 +230,10 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _run_tiles(hidden_NS: Tensor, problem: _Problem, wanted: tuple[bool, bool, bool]):
-    """The whole operation: `FusedLoss` and the gradients of hidden, head and bias (None where not wanted).
-
-    A tile that does not fit the device's memory is halved until it does: nothing has been changed by then.
-    """
+    """The whole operation: `FusedLoss` and the gradients of hidden, head and bias (None where not wanted)."""
     hidden_NS = hidden_NS.detach()
     with torch.autocast(hidden_NS.device.type, enabled=False):
-        while True:
-            try:
-                tiles = _Tiles(hidden_NS, problem, wanted)
-                return tiles.run()
-            except torch.OutOfMemoryError:
-                smaller = _halved_budget(hidden_NS.device, problem.budget_mib)
-            problem = problem._replace(budget_mib=smaller)
-            torch.cuda.empty_cache()
-
-
-#: Device -> the budget that its memory turned out to allow; later calls start from it.
-_allowed_mib: dict[torch.device, float] = {}
-_SMALLEST_MIB = 16
-
-
-def _halved_budget(device: torch.device, budget_mib: float | None) -> float:
-    """Half of the budget in use. Raises the out-of-memory error that is being handled where that would be too small."""
-    smaller = default_budget_mib(device, budget_mib) / 2
-    if smaller < _SMALLEST_MIB:
-        raise
-    if device not in _allowed_mib:
-        warnings.warn(
-            f"out of memory in the loss on {device}: its tiles are halved to memory_budget_mib={smaller:g}, and the "
-            "step goes on. Set loss.memory_budget_mib to that, or lower train.micro_rows",
-            stacklevel=2,
-        )
-    _allowed_mib[device] = smaller
-    return smaller
+        return _Tiles(hidden_NS, problem, wanted).run()
 
 
 class _Tiles:
@@ -283,8 +251,7 @@ class _Tiles:
             element_bytes += teacher_dtype.itemsize
         if operand != student_dtype and any(wanted):
             element_bytes += operand.itemsize  # the gradient has a tile of its own
-        budget_mib = min(default_budget_mib(device, problem.budget_mib), _allowed_mib.get(device, float("inf")))
-        self.plan = make_plan(len(hidden_NS), self.v, element_bytes, backend == "torch", device, budget_mib)
+        self.plan = make_plan(len(hidden_NS), self.v, element_bytes, backend == "torch", device, problem.budget_mib)
         rows, columns = self.plan.tile_rows, self.plan.tile_columns
         self.student = Projection(problem.student.head_VH.detach(), hidden_NS.dtype, self.dtype, self.plan.block_bytes)
         self.student_tile = new_tile(rows, columns, student_dtype, device)

@@ -24,7 +24,13 @@ TOP_K, FKL, RKL, SYMMETRIC_KL, TVD, SKL, SRKL, JSD, ABKD, AKL, TAID = (
     AT_TARGET, SUM_0, SUM_1, SUM_2, SUM_3,
 ) = (tl.constexpr(int(row)) for row in Row)  # fmt: skip
 
-BLOCK_COLUMNS, WARPS = 2048, 8
+#: Measured on an H100 at V = 128,256: 4096 and 16 are the fastest of 14 pairs, by 2 to 20 %.
+BLOCK_COLUMNS, WARPS = 4096, 16
+
+
+def block_columns(code: int) -> int:
+    """Columns of a step. Taid has one more distribution: with half of them its numbers stay in registers."""
+    return BLOCK_COLUMNS // 2 if code == CODES["taid"] else BLOCK_COLUMNS
 
 
 def run(task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None,
@@ -62,7 +68,7 @@ def launch_arguments(task, state, student_nB, teacher_nB, out_nB, passes) -> tup
         CROSS_ENTROPY=task.cross_entropy_weight != 0.0 and task.targets_n is not None,
         STUDENT_BIAS=student_rule.bias_B is not None, TEACHER_BIAS=teacher_rule.bias_B is not None,
         STUDENT_CAP=student_rule.cap is not None, TEACHER_CAP=teacher_rule.cap is not None,
-        BLOCK=BLOCK_COLUMNS, num_warps=WARPS,
+        BLOCK=block_columns(task.code), num_warps=WARPS,
     )  # fmt: skip
     return arguments, options
 

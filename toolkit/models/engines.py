@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from toolkit import distributed
 from toolkit.batch import TokenBatch
 from toolkit.config import LossConfig, OptimizerConfig, RunConfig
-from toolkit.divergences import Divergence, fused_linear_divergence
+from toolkit.divergences import Divergence, default_budget_mib, fused_linear_divergence
 from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.load import load_model
@@ -149,8 +149,7 @@ class _StudentForward(nn.Module):
         super().__init__()
         self.model, self.loss_config, self.vocabulary = model, loss, vocabulary
         self.divergence = Divergence(loss.divergence, alpha=loss.alpha, beta=loss.beta)
-        # One token's tile has to fit into the least of it, whatever the vocabulary.
-        self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=max(16, vocabulary.size // 8192))
+        self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=16)
 
     def forward(self, batch: TokenBatch, teacher_hidden_NT: Tensor, teacher_head: tuple, token_weight: float,
                 divergence: Divergence | None) -> tuple[Tensor, ...]:  # fmt: skip
@@ -182,7 +181,7 @@ class _StudentForward(nn.Module):
             student_soft_cap=soft_cap,
             teacher_soft_cap=teacher.soft_cap,
             memory_budget_mib=budget_mib,
-        ), whole=256)  # fmt: skip
+        ), whole=default_budget_mib(hidden_NS.device))  # fmt: skip
         return out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum()
 
 
