@@ -81,9 +81,8 @@ def main() -> None:
     file = parser.parse_args().json
     variants = [(name, False) for name in CODES] + [(name, True) for name in WITH_EVERY_OPTION]
     rows = [resources(*variant, architecture) for variant in variants for architecture in ARCHITECTURES]
-    print(
-        f"{BLOCK_COLUMNS} columns a step (taid: half), {WARPS} warps; registers a thread, spilled bytes, shared bytes a block\n"
-    )
+    print(f"{BLOCK_COLUMNS} columns a step (taid: half), {WARPS} warps.")
+    print("Registers a thread, spilled bytes, shared bytes a block:\n")
     print("| divergence | options | " + " | ".join(f"sm_{x}" for x in ARCHITECTURES) + " |")
     print("| --- | --- |" + " --- |" * len(ARCHITECTURES))
     for i in range(0, len(rows), len(ARCHITECTURES)):

@@ -315,6 +315,8 @@ def test_any_number_of_tokens(n):
 @pytest.mark.parametrize("name", ["skl", "akl", "taid"])
 def test_tiles_of_rows_and_of_columns_change_nothing(name, backend):
     """One tile; two of whole rows; several of columns as well."""
+    if backend == "triton" and name != "akl":
+        pytest.skip("its interpreter is slow; akl has the most passes")
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3))[: 1 if backend == "triton" else 2]:
         h, w, ht, wt = inputs(n=70, v=1000, dtype=dtype)
         budgets = (None, 1.4, 0.3)
@@ -445,7 +447,10 @@ def test_gradcheck_of_the_formulas_and_of_the_closed_forms(name):
 
 @pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "validation"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_nothing_of_size_tokens_times_vocabulary_is_allocated(dtype, grad, products):
+def test_nothing_of_size_tokens_times_vocabulary_is_allocated(dtype, grad, products, backend):
+    if backend == "triton":
+        pytest.skip("its interpreter is slow, and tiles are allocated alike for all kernels")
+
     class Largest(TorchDispatchMode):
         numel = 0
 
