@@ -356,3 +356,69 @@ def short_of_memory(folder, part):
     with contextlib.redirect_stderr(said):
         found = work(limit)
     return (found.double() - wanted.double()).abs().max().item(), said.getvalue()
+
+
+def loss_step(folder, memory_budget_mib):
+    """Of one micro-batch through teacher and student: the most elements of any tensor that was made, targets times
+    vocabulary, tiles of the loss, and how often each head was put away (after each gather once)."""
+    from pathlib import Path
+
+    import numpy as np
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tests.tiny import tiny_overrides
+    from toolkit.batch import Example, TokenBatch
+    from toolkit.divergences import fused
+    from toolkit.models import build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+
+    overrides = tiny_overrides(folder, loss__memory_budget_mib=memory_budget_mib)
+    config = RunConfig().with_overrides(overrides)
+    paths = [materialize(model, Path(config.cache_dir)) for model in (config.teacher, config.student)]
+    tokenizer = load_tokenizer(config.student, paths[1])
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
+    student = build_student(config, paths[1], torch.float32, vocabulary)
+    draw = np.random.default_rng(5)
+    batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(16)], 0)
+    heads = {
+        "teacher": teacher.model.get_output_embeddings().weight,
+        "student": student.model.get_output_embeddings().weight,
+    }
+    gathers = dict.fromkeys(heads, 0)
+
+    def counted(name, partition):
+        def call(*args, **kwargs):
+            gathers[name] += 1
+            return partition(*args, **kwargs)
+
+        return call
+
+    for name, head in heads.items():
+        head.partition = counted(name, head.partition)
+    tiles, project = [], fused._Tiles._project
+
+    def counting(self, tile, columns):
+        tiles.append((tile, columns))
+        return project(self, tile, columns)
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    self.numel = max(self.numel, x.numel())
+            return out
+
+    fused._Tiles._project = counting
+    try:
+        with Largest() as largest:
+            hidden_NT = teacher.hidden_states([batch])[0]
+            with teacher.head() as head:
+                found = student.loss(batch, hidden_NT, head, 1e-4)
+                student.engine.backward(found.loss)
+            student.engine.step()
+    finally:
+        fused._Tiles._project = project
+    return largest.numel, batch.num_targets * vocabulary.size, len(tiles), gathers

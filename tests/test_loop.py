@@ -92,7 +92,16 @@ def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=
     return {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
 
-@pytest.mark.parametrize("divergence", ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl"])
+def test_no_logits_of_a_batch_and_no_gather_within_the_tiles(tiny, ranks2):
+    """Nothing as large as targets x vocabulary is ever made, and each head is gathered as often for many tiles as for
+    one: the teacher's once, the student's for forward and for backward."""
+    for one, many in zip(*(ranks2.run(engine_cases.loss_step, tiny, budget) for budget in (64, 1)), strict=True):
+        assert one[2] == 1 and many[2] > 5
+        assert one[3] == many[3] and many[3]["teacher"] == 1 and many[3]["student"] <= 2
+        assert 0 < many[0] < many[1]
+
+
+@pytest.mark.parametrize("divergence", ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl", "akl"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny, ranks2, divergence):
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
         tiny, name=f"same {divergence}", student__path=f"{tiny}/teacher", loss__divergence=divergence,
