@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA, BASICS = "toolkit.data", {"toolkit.batch", "toolkit.config"}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
-ENGINES = PURE | {"toolkit.models", "toolkit.rollout.engine", "toolkit.distributed", "toolkit.monitor"}
+DECODING = {"toolkit.rollout.decode", "toolkit.rollout.sampling"}
+ENGINES = PURE | DECODING | {"toolkit.models", "toolkit.rollout.engine", "toolkit.distributed", "toolkit.monitor"}
 #: part -> parts it may import; the longest name that fits a module is its part
 ALLOWED = {
     "toolkit.batch": set(),
@@ -21,6 +22,8 @@ ALLOWED = {
     "toolkit.distributed": set(),
     "toolkit.monitor": set(),
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor"},
+    "toolkit.rollout.sampling": {"toolkit.rollout.schedule"},
+    "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
     "toolkit.rollout.engine": ENGINES,
     "toolkit.evaluation": ENGINES,
     "toolkit.loop": ENGINES | {"toolkit.evaluation"},

@@ -7,8 +7,7 @@ from deepspeed.runtime.rollout import RolloutEngine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import engine_cases
-from toolkit.batch import TokenBatch
-from toolkit.rollout.engine import GatheredRollout, SeededSampling, _examples, choose_tokens
+from toolkit.rollout.engine import GatheredRollout, SeededSampling, choose_tokens
 
 PROMPTS = [
     "Return the number",
@@ -70,22 +69,6 @@ def test_eos_ends_a_text_and_is_learned_though_it_is_the_pad_token(tiny, ranks1)
     assert ended and len(ended) < len(texts)  # both kinds are there
     assert all(ids.index(eos) == len(ids) - 1 for ids in ended)
     assert all(len(ids) == 60 for ids in texts if eos not in ids)
-
-
-def test_a_rollout_becomes_examples_that_predict_eos():
-    from deepspeed.runtime.rollout import RolloutBatch
-
-    eos = 2
-    batch = RolloutBatch(
-        input_ids=torch.tensor([[eos, eos, 5, 6, 7, eos], [3, eos, 4, 8, eos, eos]]),
-        attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]),
-        response_start_idx=torch.tensor([3, 3]),
-    )
-    first, second = _examples(batch)
-    assert first.tokens.tolist() == [5, 6, 7, eos] and first.prompt_length == 1
-    assert second.tokens.tolist() == [3, eos, 4, 8, eos] and second.prompt_length == 3
-    tokens = TokenBatch.from_examples([first, second], pad_id=eos)
-    assert tokens.targets_N.tolist() == [6, 7, eos, 8, eos]
 
 
 def test_it_is_a_deepspeed_rollout_engine_and_counts_seeds():
