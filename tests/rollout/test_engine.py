@@ -49,6 +49,24 @@ def test_rank_without_prompts_does_not_hang(tiny, ranks2):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])  # ragged ends, and a rank without a prompt
+def test_sharded_text_is_gathered_text(tiny, ranks2, prompts):
+    settings = dict(max_new_tokens=15, temperature=0.9)
+    gathered = ranks2.run(engine_cases.sampled_texts_and_mode, tiny, prompts, "always", **settings)[0]
+    sharded = ranks2.run(engine_cases.sampled_texts_and_mode, tiny, prompts, "never", **settings)[0]
+    assert gathered == (sharded[0], "gathered") and sharded[1] == "sharded"
+
+
+@pytest.mark.multiprocess
+def test_one_rank_without_memory_makes_all_ranks_generate_sharded(tiny, ranks2):
+    for free_bytes, mode in (([2**30, 2**30], "gathered"), ([2**30, 2**12], "sharded")):
+        for found in ranks2.run(
+            engine_cases.sampled_texts_and_mode, tiny, PROMPTS, "auto", free_bytes, max_new_tokens=4
+        ):
+            assert found[1] == mode
+
+
+@pytest.mark.multiprocess
 def test_hooks_and_partitions_come_back(tiny, ranks2):
     for before, inside, after, whole, local_numel, kept_handles in ranks2.run(
         engine_cases.hooks_around_generation, tiny
