@@ -60,7 +60,8 @@ def main():
     distributed.start()
     ds_config = {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10000},
-        "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
     }  # fmt: skip
     sharded = load_model(ModelConfig(path=options.model), options.model, ds_config, torch.float32)
     wrapped = Wrapped(sharded)

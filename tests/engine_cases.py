@@ -118,6 +118,19 @@ def sampled_texts_and_mode(folder, prompts, gather, free_bytes=None, **sampling)
         engine._free_bytes = kept
 
 
+def texts_within_budget(folder, prompts, cache_mib, **sampling):
+    """(token ids, what the engine says of the call) with a bound on the key-value cache; one rank."""
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        rollout.cache_mib = cache_mib
+        seeded = SeededSampling(seeds=range(len(prompts)), **sampling)
+        found = rollout.complete([tokenizer(prompt)["input_ids"] for prompt in prompts], seeded)
+        return [example.response.tolist() for example in found], rollout.last
+
+    return with_engine(folder, work)
+
+
 def _sampled(folder, prompts, batch_rows, gather, **sampling):
     from toolkit import distributed
     from toolkit.rollout.engine import SeededSampling, sequence_seed

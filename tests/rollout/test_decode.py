@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from toolkit.models.vocabulary import Vocabulary
+from toolkit.rollout import engine
 from toolkit.rollout.decode import decode, is_supported, plain_decode
 from toolkit.rollout.sampling import SeededSampling, choose_tokens
 
@@ -93,6 +94,24 @@ def test_finished_rows_leave_and_waiting_prompts_take_their_place():
     in_turn = sum(max(lengths[i] for i in part) for part in np.argsort([len(p) for p in prompts]).reshape(3, 8))
     assert refilled.steps < in_turn and refilled.prefills > 3
     assert all(2 not in text[:-1] for text in found)
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch):
+    model, prompts, tried = make("llama"), ragged_prompts(), []
+    sampling = SeededSampling(6, seeds=range(11))
+
+    def scarce(model, prompts, sampling, vocabulary, rows):
+        tried.append(rows)
+        if rows > 3:
+            raise torch.OutOfMemoryError("no room")
+        return decode(model, prompts, sampling, vocabulary, rows)
+
+    monkeypatch.setattr(engine, "decode", scarce)
+    found = engine.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=100)
+    assert tried == [100, 6, 3] and texts(found) == texts(decode(model, prompts, sampling, VOCABULARY, rows=11))
+    monkeypatch.setattr(engine, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(torch.OutOfMemoryError, match="none at all"):
+        engine.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=4)
 
 
 def test_nothing_asked_is_nothing_said():

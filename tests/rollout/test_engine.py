@@ -67,6 +67,16 @@ def test_one_rank_without_memory_makes_all_ranks_generate_sharded(tiny, ranks2):
 
 
 @pytest.mark.multiprocess
+def test_a_batch_that_exceeds_the_cache_budget_is_split(tiny, ranks1):
+    settings = dict(max_new_tokens=60, temperature=0.9)
+    whole, free = ranks1.run(engine_cases.texts_within_budget, tiny, PROMPTS * 12, None, **settings)[0]
+    split, bound = ranks1.run(engine_cases.texts_within_budget, tiny, PROMPTS * 12, 1, **settings)[0]
+    assert split == whole
+    assert free.peak_rows == 72 > bound.peak_rows and free.cache_mib > 1 >= bound.cache_mib
+    assert bound.tokens == sum(len(text) for text in split) and bound.texts == 72
+
+
+@pytest.mark.multiprocess
 def test_hooks_and_partitions_come_back(tiny, ranks2):
     for before, inside, after, whole, local_numel, kept_handles in ranks2.run(
         engine_cases.hooks_around_generation, tiny

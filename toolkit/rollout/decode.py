@@ -52,7 +52,7 @@ class RaggedCache(Cache):
         A pass over prompts starts its rows anew; any other is one token for each of the rows 0 to B - 1.
         """
         self.row_N, self.position_N, self.lengths, self.is_prompt = row_N, position_N, lengths, is_prompt
-        self.width = max(lengths) if is_prompt else min(self.tokens, -(-max(lengths) // 16) * 16)
+        self.width = max(lengths) if is_prompt else min(self.tokens, row_tokens(max(lengths)))
         self.made: dict[object, Tensor] = {}  # indices and masks that all layers of this pass share
 
     def update(self, key_1KND: Tensor, value_1KND: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
@@ -160,6 +160,11 @@ def is_supported(model: PreTrainedModel) -> bool:
     )
 
 
+def row_tokens(longest: int) -> int:
+    """Places that a row of `longest` tokens takes: a multiple of 16, as GPU attention wants its masks."""
+    return -(-longest // 16) * 16
+
+
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Keys and values of one token in all layers, in the model's dtype."""
     config = model.config.get_text_config()
@@ -186,7 +191,7 @@ def decode(
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))[::-1]
     rows = min(rows, max(1, len(prompts)))
     most = sampling.max_new_tokens
-    room = -(-(max((len(prompt) for prompt in prompts), default=1) + most) // 16) * 16
+    room = row_tokens(max((len(prompt) for prompt in prompts), default=1) + most)
     device = model.get_input_embeddings().weight.device
     cache, found, stats = RaggedCache(rows, room), [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
     eos_ids = torch.tensor(vocabulary.eos_ids, device=device)

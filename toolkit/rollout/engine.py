@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from toolkit import distributed
 from toolkit.batch import Example
 from toolkit.models.vocabulary import Vocabulary
-from toolkit.rollout.decode import DecodeStats, cache_bytes_per_token, decode, is_supported, plain_decode
+from toolkit.rollout.decode import DecodeStats, cache_bytes_per_token, decode, is_supported, plain_decode, row_tokens
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
 
 __all__ = ["GatheredRollout", "RolloutStats", "SeededSampling", "choose_tokens", "sequence_seed", "whole_model"]
@@ -77,7 +77,7 @@ class GatheredRollout(RolloutEngine):
             raise ValueError(f"prompt {empty[0]} of {len(prompts)} has no tokens; a text needs one to start from")
         started_s = time.perf_counter()
         longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
-        row_bytes = cache_bytes_per_token(self.engine.module.model) * longest
+        row_bytes = cache_bytes_per_token(self.engine.module.model) * row_tokens(longest)
         if self._gathers(row_bytes):
             mode = "gathered"
             with whole_model(self.engine) as model:
