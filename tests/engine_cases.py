@@ -136,7 +136,7 @@ def _sampled(folder, prompts, batch_rows, gather, **sampling):
     from toolkit.rollout.engine import SeededSampling, sequence_seed
 
     def work(rollout, tokenizer):
-        rollout.batch_rows, rollout.gather = batch_rows, gather
+        rollout.rows.size, rollout.gather = batch_rows, gather
         rank, world = distributed.rank(), distributed.world()
         rows = range(rank, len(prompts), world)
         seeded = SeededSampling(seeds=[sequence_seed(7, 0, row) for row in rows], **sampling)
@@ -185,3 +185,205 @@ def loaded(path, dtype, model=None):
     local = found.get_output_embeddings().weight.numel()
     with deepspeed.zero.GatheredParameters(list(found.parameters()), modifier_rank=None):
         return local, {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
+
+
+def run_until(overrides, stop_after, number, ranks=(0,)):
+    """(exit code, stdout, stderr) of a run in which these ranks get a real signal while step `stop_after` runs."""
+    import os
+
+    from toolkit import distributed
+
+    original = DistillationLoop.choose_examples
+
+    def choose(self, step):
+        if step + 1 == stop_after and distributed.rank() in ranks:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    DistillationLoop.choose_examples = choose
+    try:
+        return run_saying(overrides)
+    finally:
+        DistillationLoop.choose_examples = original
+
+
+def run_saying(overrides):
+    """(exit code, stdout, stderr) of a run."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code, err = run_expecting_exit(overrides)
+    return code, out.getvalue(), err
+
+
+POISONS = {
+    "loss": lambda found: found._replace(
+        loss=found.loss * float("nan"), divergence_nats=found.divergence_nats * float("inf")
+    ),
+    "gradient": lambda found: found._replace(loss=found.loss * float("nan")),
+    "spike": lambda found: found._replace(loss=found.loss * 1e3, divergence_nats=found.divergence_nats * 1e3),
+}
+
+
+def run_poisoned(overrides, poison, steps, ranks=(1,)):
+    """(exit code, stdout, stderr, digest of this rank's weights after each step) of a run whose loss or gradient goes
+    wrong on these ranks at these steps (counted from 1)."""
+    from toolkit import distributed
+    from toolkit.models import Student
+    from toolkit.models.shards import pieces
+
+    step_of, loss_of, digests, now = DistillationLoop.step, Student.loss, [], []
+
+    def step(self, index):
+        now[:] = [index + 1]
+        record = step_of(self, index)
+        digest = hashlib.sha256()
+        for piece in pieces(self.student.engine):
+            digest.update(piece.tensor.numpy().tobytes())
+        digests.append(digest.hexdigest())
+        return record
+
+    def loss(self, *args, **kwargs):
+        found = loss_of(self, *args, **kwargs)
+        is_training = torch.is_grad_enabled() and now
+        return POISONS[poison](found) if is_training and now[0] in steps and distributed.rank() in ranks else found
+
+    DistillationLoop.step, Student.loss = step, loss
+    try:
+        return *run_saying(overrides), digests
+    finally:
+        DistillationLoop.step, Student.loss = step_of, loss_of
+
+
+def run_with_failing_writes(overrides, steps):
+    """A run whose last rank cannot write more than 4 KiB at these steps: a limit that the kernel enforces, as it does
+    that of a full disk."""
+    import resource
+    import signal
+
+    from toolkit import checkpoint, distributed
+
+    write = checkpoint.write_safetensors
+
+    def limited(path, tensors):
+        fails = int(path.parent.name[5:13]) in steps and distributed.rank() == distributed.world() - 1
+        if not fails:
+            return write(path, tensors)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            return write(path, tensors)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, ignored)
+
+    checkpoint.write_safetensors = limited
+    try:
+        return run_saying(overrides)
+    finally:
+        checkpoint.write_safetensors = write
+
+
+def run_poisoned_until(overrides, poison, steps, stop_after, number):
+    """As `run_poisoned`, with a signal to rank 0 while step `stop_after` runs."""
+    import os
+
+    from toolkit import distributed
+
+    original = DistillationLoop.choose_examples
+
+    def choose(self, step):
+        if step + 1 == stop_after and distributed.rank() == 0:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    DistillationLoop.choose_examples = choose
+    try:
+        return run_poisoned(overrides, poison, steps)
+    finally:
+        DistillationLoop.choose_examples = original
+
+
+@contextlib.contextmanager
+def address_space(mib, trim=True):
+    """The kernel refuses more than `mib` beyond what this process has now; None: no limit. trim: what was freed earlier
+    does not count as memory to be had."""
+    import ctypes
+    import gc
+    import resource
+    from pathlib import Path
+
+    gc.collect()
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if mib is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (used + mib * 2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def short_of_memory(folder, part):
+    """(largest difference to the result with memory enough, stderr) of one part of a step, with too little memory on
+    rank 1."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from tests.tiny import tiny_overrides
+    from toolkit import distributed
+    from toolkit.batch import Example, TokenBatch
+    from toolkit.models import build_student, build_teacher, engines, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.rollout.engine import GatheredRollout, SeededSampling
+
+    config = RunConfig().with_overrides(tiny_overrides(folder))
+    paths = [materialize(model, Path(config.cache_dir)) for model in (config.teacher, config.student)]
+    tokenizer = load_tokenizer(config.student, paths[1])
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    draw = np.random.default_rng(5)
+    mib = {"teacher": 75, "generation": 45, "loss": 60}[part]
+    limit = mib if distributed.rank() == 1 else None
+    if part == "teacher":
+        teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
+        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 90) for _ in range(1024)], 0)
+
+        def work(limit):
+            with address_space(limit):
+                return teacher.hidden_states([batch])[0]
+    elif part == "generation":
+        student = build_student(config, paths[1], torch.float32, vocabulary)
+        rollout = GatheredRollout(student.engine, vocabulary)
+        prompts = [draw.integers(5, 300, 40) for _ in range(4096)]
+
+        def work(limit):
+            with address_space(limit):
+                found = rollout.complete(prompts, SeededSampling(3, temperature=0.0, seeds=range(len(prompts))))
+            return torch.tensor([int(example.response.sum()) for example in found])
+    else:
+        teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
+        student = build_student(config, paths[1], torch.float32, vocabulary)
+        batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(256)], 0)
+        operation = engines.fused_linear_divergence
+
+        def work(limit):
+            def limited(*args, **kwargs):
+                with address_space(limit, trim=False):
+                    return operation(*args, **kwargs)
+
+            engines.fused_linear_divergence = limited
+            try:
+                with teacher.head() as head:
+                    found = student.loss(batch, teacher.hidden_states([batch])[0], head, 1e-4)
+                    student.engine.backward(found.loss)
+                return found.loss.detach()
+            finally:
+                engines.fused_linear_divergence = operation
+
+    said = io.StringIO()
+    wanted = work(None)
+    with contextlib.redirect_stderr(said):
+        found = work(limit)
+    return (found.double() - wanted.double()).abs().max().item(), said.getvalue()

@@ -9,7 +9,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA, BASICS = "toolkit.data", {"toolkit.batch", "toolkit.config"}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
 DECODING = {"toolkit.rollout.decode", "toolkit.rollout.sampling"}
-ENGINES = PURE | DECODING | {"toolkit.models", "toolkit.rollout.engine", "toolkit.distributed", "toolkit.monitor"}
+ENGINES = (
+    PURE
+    | DECODING
+    | {
+        "toolkit.models",
+        "toolkit.rollout.engine",
+        "toolkit.distributed",
+        "toolkit.monitor",
+        "toolkit.faults",
+    }
+)
 #: part -> parts it may import; the longest name that fits a module is its part
 ALLOWED = {
     "toolkit.batch": set(),
@@ -19,14 +29,17 @@ ALLOWED = {
     "toolkit.divergences": set(),
     "toolkit.rollout.schedule": set(),
     "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
-    "toolkit.distributed": set(),
+    "toolkit.slurm": set(),
+    "toolkit.distributed": {"toolkit.slurm"},
     "toolkit.monitor": set(),
-    "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor"},
+    "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
+    "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
     "toolkit.rollout.sampling": {"toolkit.rollout.schedule"},
     "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
     "toolkit.rollout.engine": ENGINES,
     "toolkit.evaluation": ENGINES,
-    "toolkit.loop": ENGINES | {"toolkit.evaluation"},
+    "toolkit.checkpoint": ENGINES,
+    "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint"},
 }
 
 

@@ -91,7 +91,7 @@ def tiny_overrides(folder, **changes):
         "precision": "fp32", "train.steps": 3, "train.batch_rows": 8, "train.micro_rows": 4, "optimizer.name": "sgd",
         "optimizer.lr": 0.5, "optimizer.max_grad_norm": 0, "optimizer.weight_decay": 0, "schedule.policy": "off",
         "rollout.max_new_tokens": 12, "validation.rows": 6, "validation.batch_rows": 2, "output_dir": f"{folder}/runs",
-        "cache_dir": f"{folder}/cache",
+        "cache_dir": f"{folder}/cache", "resume": "never",
     } | {name.replace("__", "."): value for name, value in changes.items()}  # fmt: skip
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 

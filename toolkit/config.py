@@ -18,6 +18,8 @@ import yaml
 from toolkit.data.config import DataConfig, unknown
 from toolkit.rollout.schedule import ScheduleConfig
 
+RESUME = ("auto", "never")
+ON_FAILURE = ("continue", "stop")
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd")
 GATHER_MODES = ("auto", "always", "never")
@@ -197,15 +199,58 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """every_steps: between two checkpoints; the end of training and a signal make one in any case (0: only they do).
+    keep: newest ones that stay. on_failure: what a save that fails, a full disk for instance, does to the run."""
+
+    every_steps: int = 100
+    keep: int = 2
+    on_failure: str = "continue"
+
+    def validate(self) -> None:
+        _at_least("checkpoint.every_steps", self.every_steps, 0)
+        _at_least("checkpoint.keep", self.keep, 1)
+        if self.on_failure not in ON_FAILURE:
+            raise unknown("checkpoint.on_failure", self.on_failure, ON_FAILURE)
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """max_skipped_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
+    spike_factor: also skip a step whose loss is above this many medians of the last `spike_window` losses
+    (None: off). hang_s: a rank that shows no progress for this long is reported and the job ended; longer than the
+    longest phase, evaluation included. grace_s: a signal ends the run after this long even where no step ended.
+    """
+
+    max_skipped_steps: int = 3
+    spike_factor: float | None = None
+    spike_window: int = 50
+    hang_s: float = 1800.0
+    grace_s: float = 600.0
+
+    def validate(self) -> None:
+        for name in ("max_skipped_steps", "spike_window"):
+            _at_least(f"faults.{name}", getattr(self, name), 1)
+        for name in ("hang_s", "grace_s"):
+            _above_zero(f"faults.{name}", getattr(self, name))
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(
+                f"faults.spike_factor = {self.spike_factor}; it has to be above 1, or null to switch it off"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run. `precision` "auto" is bf16 where the device multiplies it in hardware, else fp32.
-    The run's folder is output_dir/name; cache_dir keeps converted models ("" is ~/.cache/distillation-toolkit)."""
+    The run's folder is output_dir/name; cache_dir keeps converted models ("" is ~/.cache/distillation-toolkit).
+    resume: "auto" goes on from the newest whole checkpoint in that folder; "never" starts over and deletes them."""
 
     name: str = "run"
     seed: int = 10
     precision: str = "auto"
     output_dir: str = "runs"
     cache_dir: str = ""
+    resume: str = "auto"
     teacher: ModelConfig = ModelConfig(ds_config="ds_configs/teacher_zero3.json")
     student: ModelConfig = ModelConfig(ds_config="ds_configs/student_zero3.json")
     data: DataConfig = DataConfig()
@@ -215,18 +260,23 @@ class RunConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
 
     def validate(self) -> None:
         """Raises ValueError for the first setting that cannot work."""
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
+        if self.resume not in RESUME:
+            raise unknown("resume", self.resume, RESUME)
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(f"name = {self.name!r} has to be the name of one folder below output_dir")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed = {self.seed} lies outside [0, 2**64)")
         self.teacher.validate("teacher")
         self.student.validate("student")
-        for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation):
+        for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation,
+                        self.checkpoint, self.faults):  # fmt: skip
             section.validate()
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(

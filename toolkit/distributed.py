@@ -9,28 +9,33 @@ from typing import TypeVar
 
 import torch
 
+from toolkit import slurm
+
 Result = TypeVar("Result")
 
 
 def start() -> None:
-    """Join the process group. Plain `python recipe.py` is a group of one; a launcher's variables are used as set."""
+    """Join the process group: a launcher's variables as set, else srun's tasks, else a group of one.
+
+    Raises ValueError where SLURM's tasks and GPUs do not fit together.
+    """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     if torch.distributed.is_initialized():
         return
     if "RANK" not in os.environ:  # deepspeed would ask for mpi4py
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        for name, value in (
-            ("RANK", "0"),
-            ("LOCAL_RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", port),
-        ):
-            os.environ.setdefault(name, value)
+        os.environ.update(slurm.launcher_variables() or _alone())
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # or the first messages of all ranks use GPU 0
     deepspeed.init_distributed(verbose=False)
+
+
+def _alone() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {name: os.environ.get(name, value) for name, value in alone.items()}
 
 
 def stop() -> None:
@@ -58,6 +63,11 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     if world() > 1:
         torch.distributed.all_reduce(total)
     return total.tolist()
+
+
+def everywhere(value: bool) -> bool:
+    """Whether it is true on every rank; alike on all of them."""
+    return sum_over_ranks([not value])[0] == 0
 
 
 def gather_objects(value: Result) -> list[Result]:

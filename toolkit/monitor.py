@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class Monitor:
     deepspeed_monitor: from `monitor_master`, or None.
     progress: True for a bar on stderr, False for a plain line on stdout every `line_every_steps`;
         None picks the bar if stderr is a terminal, so that log files stay short.
+    keep_bytes: of an older metrics file, after a resume: its `position` at the checkpoint. None keeps all.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Monitor:
         progress: bool | None = None,
         start_step: int = 0,
         line_every_steps: int = 10,
+        keep_bytes: int | None = None,
     ) -> None:
         self.is_writer = rank == 0
         if not self.is_writer:
@@ -52,6 +55,8 @@ class Monitor:
         path = Path(run_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+b")
+        if keep_bytes is not None and keep_bytes < self.file.seek(0, 2):
+            self.file.truncate(keep_bytes)
         if _ends_torn(self.file):  # a run killed inside a write must not spoil the first line of the next one
             self.file.write(b"\n")
         self.bar = None
@@ -84,11 +89,21 @@ class Monitor:
             )
         line = json.dumps(_to_json(record, "record"), allow_nan=False)
         self.file.write(line.encode() + b"\n")
-        self.file.flush()
+        try:
+            self.file.flush()
+        except OSError as error:  # the line stays in the buffer, and goes with a later one
+            self.note(f"warning: {self.file.name} could not be written: {error}")
         if self.deepspeed_monitor is not None:
             events = [(name, value, step) for name, value in _scalars(record) if name != "step"]
             self.deepspeed_monitor.write_events(events)
         self._show(step, record)
+
+    def position(self) -> int:
+        """Bytes of metrics that are safely on disk now; 0 on other ranks."""
+        if not self.is_writer:
+            return 0
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, 2)
 
     def note(self, text: str) -> None:
         """Prints one line to stdout on rank 0, above the bar where there is one."""
@@ -98,7 +113,8 @@ class Monitor:
     def close(self) -> None:
         """Closes the file and the bar; more than once is harmless."""
         if self.is_writer:
-            self.file.close()
+            with suppress(OSError):  # told when it was written
+                self.file.close()
             if self.bar is not None:
                 self.bar.close()
 
@@ -177,10 +193,12 @@ class PhaseTimer:
 
     sync: runs at each edge of a phase, torch.cuda.synchronize for instance. Without it on a GPU, a phase
         holds the time to queue its kernels, and the wait falls into a later one.
+    watch: told the name of each phase as it begins, "other" as it ends.
     """
 
-    def __init__(self, sync: Callable[[], None] | None = None) -> None:
+    def __init__(self, sync: Callable[[], None] | None = None, watch: Callable[[str], None] | None = None) -> None:
         self.sync = sync or (lambda: None)
+        self.watch = watch or (lambda name: None)
         self.totals: dict[str, float] = {}  # seconds over all steps taken so far
         self.step_s: dict[str, float] = {}
         self.current: str | None = None
@@ -191,12 +209,14 @@ class PhaseTimer:
         """Adds the seconds of the `with` block to `name`, also if the block raises."""
         assert self.current is None, f"phase {name!r} inside phase {self.current!r}"
         assert name != "other", "'other' is the time outside all phases"
+        self.watch(name)
         self.current, started_s = name, self._now()
         try:
             yield
         finally:
             self.step_s[name] = self.step_s.get(name, 0.0) + self._now() - started_s
             self.current = None
+            self.watch("other")
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last take, with `other` for the rest; they sum to the wall time."""

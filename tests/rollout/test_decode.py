@@ -108,7 +108,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch):
 
     monkeypatch.setattr(engine, "decode", scarce)
     found = engine.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=100)
-    assert tried == [100, 6, 3] and texts(found) == texts(decode(model, prompts, sampling, VOCABULARY, rows=11))
+    assert tried == [100, 5, 2] and texts(found) == texts(decode(model, prompts, sampling, VOCABULARY, rows=11))
     monkeypatch.setattr(engine, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError, match="none at all"):
         engine.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=4)

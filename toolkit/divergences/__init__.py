@@ -5,10 +5,12 @@ memory."""
 from toolkit.divergences.formulas import token_cross_entropy, token_divergence
 from toolkit.divergences.fused import FusedLoss, fused_linear_cross_entropy, fused_linear_divergence
 from toolkit.divergences.spec import Divergence
+from toolkit.divergences.top_k import TopKTeacher
 
 __all__ = [
     "Divergence",
     "FusedLoss",
+    "TopKTeacher",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
     "token_cross_entropy",

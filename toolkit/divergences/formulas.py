@@ -10,11 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from toolkit.divergences.spec import SKEWED, Divergence
-
-#: Stands for log 0. Finite, so that 0 * log 0 is 0 and a difference of two of them is 0, in values and in
-#: gradients.
-LOG_ZERO = -1e30
+from toolkit.divergences.rows import LOG_ZERO
+from toolkit.divergences.spec import WITH_ALPHA, Divergence
 
 
 def token_divergence(
@@ -43,11 +40,14 @@ def token_divergence(
             "cut both to the tokenizer's real vocabulary and to the same tokens"
         )
     dtype = compute_dtype(student_logits_NV, teacher_logits_NV)
-    log_q_NV = log_probabilities(student_logits_NV.to(dtype) / temperature)
-    log_p_NV = log_probabilities(teacher_logits_NV.detach().to(dtype) / temperature)
-    alpha = check_alpha(spec, alpha_N, len(log_q_NV))
+    student_logits_NV = student_logits_NV.to(dtype) / temperature
+    teacher_logits_NV = teacher_logits_NV.detach().to(dtype) / temperature
+    alpha = check_alpha(spec, alpha_N, len(student_logits_NV))
+    if spec.name == "taid":
+        teacher_logits_NV = interpolated_logits(student_logits_NV.detach(), teacher_logits_NV, alpha)
+    log_q_NV, log_p_NV = log_probabilities(student_logits_NV), log_probabilities(teacher_logits_NV)
     match spec.name:
-        case "fkl":
+        case "fkl" | "taid":
             return forward_kl(log_p_NV, log_q_NV)
         case "rkl":
             return forward_kl(log_q_NV, log_p_NV)
@@ -61,6 +61,10 @@ def token_divergence(
             return skewed_kl(log_p_NV, log_q_NV, alpha)
         case "srkl":
             return skewed_kl(log_q_NV, log_p_NV, alpha)
+        case "abkd":
+            return alpha_beta(log_p_NV, log_q_NV, spec.alpha, spec.beta)
+        case "akl":
+            return adaptive_kl(log_p_NV, log_q_NV, spec.head_mass)
     raise AssertionError(spec.name)
 
 
@@ -102,6 +106,47 @@ def total_variation(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     return 0.5 * (log_p_NV.exp() - log_q_NV.exp()).abs().sum(-1)
 
 
+def alpha_beta(log_p_NV: Tensor, log_q_NV: Tensor, alpha: float, beta: float) -> Tensor:
+    """[a/(a+b) sum p^(a+b) + b/(a+b) sum q^(a+b) - sum p^a q^b] / (a b); (1, 0) is the forward, (0, 1) the reverse KL.
+
+    ABKD, arXiv 2505.04560.
+    """
+    total = alpha + beta
+    cross_NV = (alpha * log_p_NV + beta * log_q_NV).exp()
+    own_NV = alpha / total * (total * log_p_NV).exp() + beta / total * (total * log_q_NV).exp()
+    return (own_NV - cross_NV).sum(-1) / (alpha * beta)
+
+
+def adaptive_kl(log_p_NV: Tensor, log_q_NV: Tensor, head_mass: float) -> Tensor:
+    """w KL(p, q) + (1-w) KL(q, p), w = share of sum |p - q| that lies in the teacher's head; w is a constant.
+
+    The head is the most probable tokens that together hold at most `head_mass`, and always the first (with all that tie
+    with its last). AKL, arXiv 2404.02657.
+    """
+    error_NV = (log_p_NV.exp() - log_q_NV.exp()).detach().abs()
+    in_head_NV = log_p_NV >= head_threshold(log_p_NV, head_mass).unsqueeze(-1)
+    head_N, total_N = (error_NV * in_head_NV).sum(-1), error_NV.sum(-1)
+    w_N = torch.where(total_N > 0, head_N / total_N.clamp(min=1e-30), 0.5)
+    return w_N * forward_kl(log_p_NV, log_q_NV) + (1.0 - w_N) * forward_kl(log_q_NV, log_p_NV)
+
+
+def head_threshold(logits_NV: Tensor, head_mass: float, temperature: float = 1.0) -> Tensor:
+    """What the logits (or log-probabilities) of the head exceed [N]; the head is the most probable tokens that together
+    hold at most `head_mass`, and always the first. Halfway to the next token, so that rounding does not matter."""
+    descending_NV = logits_NV.sort(-1, descending=True).values
+    size_N1 = ((descending_NV / temperature).softmax(-1).cumsum(-1) <= head_mass).sum(-1, keepdim=True).clamp(min=1)
+    last_N1 = descending_NV.gather(-1, size_N1 - 1)
+    next_N1 = descending_NV.gather(-1, size_N1.clamp(max=descending_NV.shape[-1] - 1))
+    return (0.5 * (last_N1 + next_N1)).squeeze(-1)
+
+
+def interpolated_logits(student_logits_NV: Tensor, teacher_logits_NV: Tensor, alpha: float | Tensor) -> Tensor:
+    """(1-a) student + a teacher, minus infinity where the teacher's is. TAID, arXiv 2501.16937."""
+    floor_NV = student_logits_NV.clamp(min=LOG_ZERO)
+    alpha = torch.as_tensor(alpha, dtype=floor_NV.dtype, device=floor_NV.device)
+    return (1.0 - alpha) * floor_NV + alpha * teacher_logits_NV.clamp(min=LOG_ZERO)
+
+
 def log_mix(alpha: float | Tensor, d_NV: Tensor) -> Tensor:
     """log(a + (1-a) e^d), exact at a = 0 (d), at d = 0 (0) and for any size of d."""
     alpha = torch.as_tensor(alpha, dtype=d_NV.dtype, device=d_NV.device)
@@ -128,11 +173,15 @@ def check_alpha(spec: Divergence, alpha_N: Tensor | None, n_tokens: int) -> floa
     """`spec.alpha`, or `alpha_N` as a column [N, 1] in float64 after checking it."""
     if alpha_N is None:
         return spec.alpha
-    if spec.name not in SKEWED:
-        raise ValueError(f"alpha_N was given, but {spec.name!r} has no alpha; use one of {', '.join(SKEWED)}")
+    if spec.name not in WITH_ALPHA:
+        raise ValueError(
+            f"alpha_N was given, but {spec.name!r} has no alpha per token; use one of {', '.join(WITH_ALPHA)}"
+        )
     if alpha_N.shape != (n_tokens,):
         raise ValueError(f"alpha_N has shape {tuple(alpha_N.shape)}, but there are {n_tokens} tokens: give one each")
-    if n_tokens and not ((alpha_N >= 0) & (alpha_N < 1)).all():
+    legal_N = (alpha_N > 0) & (alpha_N <= 1) if spec.name == "taid" else (alpha_N >= 0) & (alpha_N < 1)
+    if n_tokens and not legal_N.all():
         low, high = alpha_N.min().item(), alpha_N.max().item()
-        raise ValueError(f"alpha_N spans [{low}, {high}], but must lie in [0, 1): clamp it before the loss")
+        span = "(0, 1]" if spec.name == "taid" else "[0, 1)"
+        raise ValueError(f"alpha_N spans [{low}, {high}], but must lie in {span}: clamp it before the loss")
     return alpha_N.detach().double().unsqueeze(-1)

@@ -1,34 +1,37 @@
 """Projection and divergence in one operation: gradients are formed in forward, tile by tile, and no [N, V]
 tensor exists.
 
-`formulas` is the readable twin; a test holds the two together.
+`formulas` is the readable twin; tests hold the two together. `rows` has the mathematics of a tile, `plan` its size,
+`products` its matrix products; `rows_torch`, `rows_cpp` and `rows_triton` do its elementwise work.
 
-Legend: N tokens, V vocabulary, S and T hidden sizes of student and teacher, n tokens of a tile, r rows of
-a row block. A tile is n tokens x the whole vocabulary: one matrix product per model fills it, a
-row-blocked pass (a block stays in cache) turns the student's logits into their gradient in place, and two
-matrix products consume that.
+Legend: N tokens, V vocabulary, S and T hidden sizes of student and teacher, n tokens and B columns of a tile, K ids a
+token of a stored teacher. Where the whole vocabulary fits (B = V), one matrix product per model fills a tile, one
+kernel turns the student's logits into their gradient, and two matrix products consume that. Where it does not fit, the
+tile is projected once for each pass over its columns: slower, and bounded whatever V is.
 
-Precision. Softmax, row sums and head gradient are fp32 (float64 for float64 inputs), and logits are fp32
-where the machine has a product that returns them: CUDA (`out_dtype`), and fp32 operands on CPU. torch has
-no CPU product from bf16 to fp32, so a CPU has two ways. With bf16 instructions (AVX512-BF16 or AMX)
-operands stay bf16 and logits are rounded to bf16, as in the plain formula and with its error, because there
-the bf16 product is the faster one. Without them torch's bf16 product is several times slower than its fp32
-one, so head blocks are widened to fp32, which is exact.
+Softmax, row sums and head gradient are fp32 (float64 for float64 inputs).
 """
 
-import math
+from __future__ import annotations
+
+import functools
+import operator
+import warnings
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from toolkit.divergences.closed_form import divergence_rows
-from toolkit.divergences.formulas import LOG_ZERO, check_alpha, check_temperature, compute_dtype
-from toolkit.divergences.spec import Divergence
-
-DEFAULT_BUDGET_MIB = 256
-#: Elements of a row block: its buffers stay in a CPU's last-level cache; on a GPU a launch has enough to do.
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+from toolkit.divergences import rows
+from toolkit.divergences.backends import choose_backend, row_kernel
+from toolkit.divergences.formulas import check_alpha, check_temperature, compute_dtype, head_threshold
+from toolkit.divergences.plan import default_budget_mib, make_plan, new_tile
+from toolkit.divergences.products import Projection, operand_dtypes
+from toolkit.divergences.rows import CODES, LogitRule, Passes, RowTask
+from toolkit.divergences.rows_torch import TorchRows, logits_of
+from toolkit.divergences.spec import WITH_ALPHA, Divergence
+from toolkit.divergences.top_k import TopKTeacher, check_top_k, finish_gradient, merge_top_k, take_top_k
 
 
 class FusedLoss(NamedTuple):
@@ -49,9 +52,10 @@ def fused_linear_divergence(
     spec: Divergence,
     student_hidden_NS: Tensor,
     student_head_VS: Tensor,
-    teacher_hidden_NT: Tensor,
-    teacher_head_VT: Tensor,
+    teacher_hidden_NT: Tensor | None = None,
+    teacher_head_VT: Tensor | None = None,
     *,
+    teacher_top_k: TopKTeacher | None = None,
     weights_N: Tensor | None = None,
     targets_N: Tensor | None = None,
     cross_entropy_weight: float = 0.0,
@@ -65,49 +69,69 @@ def fused_linear_divergence(
     teacher_soft_cap: float | None = None,
     alpha_N: Tensor | None = None,
     memory_budget_mib: float | None = None,
+    backend: str = "auto",
 ) -> FusedLoss:
     """Weighted sum of token divergences between two language-model heads, from hidden states.
 
     Logits are cap(scale * (hidden @ head.T + bias)), with cap(z) = c tanh(z / c); divided by `temperature`
     for the divergence only: the cross entropy with `targets_N` is that of the model, at temperature 1.
     Columns from `valid_vocab` on are minus infinity on both sides, so the heads may be padded to different
-    sizes. A bias may hold minus infinity. The teacher's side is constant. `memory_budget_mib` (256 by
-    default) bounds all buffers but the head gradient (fp32 [V, S], with half-precision products also one
-    tile's share of it) and what the caller passed in; smaller is slower.
+    sizes. A bias may hold minus infinity. The teacher's side is constant; in place of hidden states and head it may be
+    `teacher_top_k`, for fkl, rkl, skl and srkl. `alpha_N` replaces `spec.alpha` token by token (skl, srkl, taid).
+
+    `memory_budget_mib` (by default 256 on a CPU, 3,072 on a GPU) bounds all buffers but the fp32 head gradient [V, S],
+    rows of N numbers, and what the caller passed in; smaller is slower. A GPU that runs out of memory halves it, says
+    so once, and goes on. `backend`: "triton" (GPU), "cpp" (CPU with a C++ compiler), "torch" (anywhere), or "auto", the
+    fastest of these that can run here.
 
     Gradients reach student hidden, head and bias, each only if it requires grad; they are formed here, so the
     weights must be final, and backward only scales them by the incoming scalar. The heads are not kept for
     backward. Without grad mode the same values are computed and the gradient work is left out. N = 0 gives
     0, connected.
 
-    Raises ValueError for shapes, token ids, weights' or alpha's shapes that do not fit, unequal
-    vocabularies without `valid_vocab`, a cross-entropy weight without targets, and a budget too small for
-    one token. Source: skewed divergences of DistiLLM, arXiv 2402.03898; the others as in `formulas`.
+    Raises ValueError for shapes, token ids, weights' or alpha's shapes that do not fit, unequal vocabularies without
+    `valid_vocab`, a cross-entropy weight without targets, a missing or double teacher, a budget too small for one
+    token, and a backend that cannot run here. Source: skewed divergences of DistiLLM, arXiv 2402.03898; the others as
+    in `formulas`.
     """
     _check_side("student", student_hidden_NS, student_head_VS, student_bias_V)
-    _check_side("teacher", teacher_hidden_NT, teacher_head_VT, teacher_bias_V)
-    n_tokens, v_student, v_teacher = len(student_hidden_NS), len(student_head_VS), len(teacher_head_VT)
-    if len(teacher_hidden_NT) != n_tokens:
+    n_tokens, v_student = len(student_hidden_NS), len(student_head_VS)
+    heads = [v_student]
+    if (teacher_top_k is None) == (teacher_hidden_NT is None or teacher_head_VT is None):
         raise ValueError(
-            f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher_hidden_NT)}: "
-            "pass the same response positions to both"
+            "the teacher must be given once: either teacher_hidden_NT and teacher_head_VT, or teacher_top_k"
         )
-    if valid_vocab is None and v_student != v_teacher:
-        raise ValueError(
-            f"the student's head has {v_student} rows, the teacher's {v_teacher}: pass valid_vocab, "
-            "the size of the tokenizer's real vocabulary, so that padding is cut on both sides"
-        )
+    if teacher_top_k is None:
+        _check_side("teacher", teacher_hidden_NT, teacher_head_VT, teacher_bias_V)
+        heads.append(len(teacher_head_VT))
+        if len(teacher_hidden_NT) != n_tokens:
+            raise ValueError(
+                f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher_hidden_NT)}: "
+                "pass the same response positions to both"
+            )
+        if valid_vocab is None and v_student != len(teacher_head_VT):
+            raise ValueError(
+                f"the student's head has {v_student} rows, the teacher's {len(teacher_head_VT)}: pass valid_vocab, "
+                "the size of the tokenizer's real vocabulary, so that padding is cut on both sides"
+            )
     check_temperature(temperature)
     if cross_entropy_weight and targets_N is None:
         raise ValueError(f"cross_entropy_weight is {cross_entropy_weight}, but targets_N is None: pass the target ids")
     alpha = check_alpha(spec, alpha_N, n_tokens)
-    v_valid = _valid_vocab(valid_vocab, v_student, v_teacher)
+    if alpha_N is None and spec.alpha == 0.0:  # the plain divergences cost less
+        spec = Divergence({"skl": "fkl", "srkl": "rkl"}.get(spec.name, spec.name), 0.0, spec.beta, spec.head_mass)
+    v_valid = _valid_vocab(valid_vocab, *heads)
+    if teacher_top_k is not None:
+        check_top_k(spec, teacher_top_k, n_tokens, v_valid, temperature, cross_entropy_weight)
+        teacher_top_k = teacher_top_k._replace(ids_NK=teacher_top_k.ids_NK.long())
     student = _Side(student_head_VS, student_bias_V, student_logit_scale, student_soft_cap)
-    teacher = _Side(teacher_head_VT, teacher_bias_V, teacher_logit_scale, teacher_soft_cap)
+    teacher = None
+    if teacher_top_k is None:
+        teacher = _Side(teacher_head_VT, teacher_bias_V, teacher_logit_scale, teacher_soft_cap)
     problem = _Problem(
-        spec, student, teacher_hidden_NT, teacher, _weights(weights_N, student_hidden_NS),
-        _targets(targets_N, n_tokens, v_valid), cross_entropy_weight, temperature, v_valid, alpha,
-        memory_budget_mib,
+        spec, student, teacher_hidden_NT, teacher, teacher_top_k, _weights(weights_N, student_hidden_NS),
+        _targets(targets_N, n_tokens, v_valid), float(cross_entropy_weight), float(temperature), v_valid, alpha,
+        memory_budget_mib, backend,
     )  # fmt: skip
     return _solve(student_hidden_NS, student_head_VS, student_bias_V, problem)
 
@@ -123,14 +147,15 @@ def fused_linear_cross_entropy(
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
     memory_budget_mib: float | None = None,
+    backend: str = "auto",
 ) -> FusedLoss:
     """Weighted sum of token cross entropies, in nats: `fused_linear_divergence` without a teacher, same
     arguments."""
     _check_side("student", hidden_NS, head_VS, bias_V)
     v_valid = _valid_vocab(valid_vocab, len(head_VS))
     problem = _Problem(
-        None, _Side(head_VS, bias_V, logit_scale, soft_cap), None, None, _weights(weights_N, hidden_NS),
-        _targets(targets_N, len(hidden_NS), v_valid), 1.0, 1.0, v_valid, 0.0, memory_budget_mib,
+        None, _Side(head_VS, bias_V, logit_scale, soft_cap), None, None, None, _weights(weights_N, hidden_NS),
+        _targets(targets_N, len(hidden_NS), v_valid), 1.0, 1.0, v_valid, 0.0, memory_budget_mib, backend,
     )  # fmt: skip
     return _solve(hidden_NS, head_VS, bias_V, problem)
 
@@ -141,12 +166,17 @@ class _Side(NamedTuple):
     scale: float
     cap: float | None
 
+    def rule(self, columns: range, dtype: torch.dtype) -> LogitRule:
+        bias_B = None if self.bias_V is None else self.bias_V.detach()[columns.start : columns.stop].to(dtype)
+        return LogitRule(self.scale, self.cap, bias_B)
+
 
 class _Problem(NamedTuple):
     spec: Divergence | None
     student: _Side
     teacher_hidden_NT: Tensor | None
     teacher: _Side | None
+    top_k: TopKTeacher | None
     weights_N: Tensor | None
     targets_N: Tensor | None
     cross_entropy_weight: float
@@ -154,6 +184,15 @@ class _Problem(NamedTuple):
     valid_vocab: int
     alpha: float | Tensor
     budget_mib: float | None
+    backend: str
+
+    @property
+    def code(self) -> int:
+        if self.top_k is not None:
+            return CODES["top_k"]
+        if self.spec is None:
+            return CODES["none"]
+        return CODES[self.spec.name]
 
 
 def _solve(hidden_NS: Tensor, head_VS: Tensor, bias_V: Tensor | None, problem: _Problem) -> FusedLoss:
@@ -172,6 +211,7 @@ class _GradientsInForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[1:])
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [x if x is None else x.dtype for x in (hidden_NS, head_VS, bias_V)]
         return tuple(result)
 
     @staticmethod
@@ -179,248 +219,214 @@ class _GradientsInForward(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
             return None, None, None, None, None
-        return *(None if g is None else g * grad_loss for g in ctx.saved_tensors), None, None
+        scaled = (
+            None if total is None else _scaled(total, grad_loss, dtype)
+            for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )  # fmt: skip
+        return *scaled, None, None
+
+
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """total * factor in `dtype`, in one pass."""
+    return torch.mul(total, factor, out=total.new_empty(total.shape, dtype=dtype))
 
 
 def _run_tiles(hidden_NS: Tensor, problem: _Problem, wanted: tuple[bool, bool, bool]):
-    """The whole operation: `FusedLoss` and the gradients of hidden, head and bias (None where not wanted)."""
+    """The whole operation: `FusedLoss` and the gradients of hidden, head and bias (None where not wanted).
+
+    A tile that does not fit the device's memory is halved until it does: nothing has been changed by then.
+    """
+    hidden_NS = hidden_NS.detach()
     with torch.autocast(hidden_NS.device.type, enabled=False):
-        return _run_tiles_in_own_dtype(hidden_NS.detach(), problem, wanted)
+        while True:
+            try:
+                tiles = _Tiles(hidden_NS, problem, wanted)
+                return tiles.run()
+            except torch.OutOfMemoryError:
+                smaller = _halved_budget(hidden_NS.device, problem.budget_mib)
+            problem = problem._replace(budget_mib=smaller)
+            torch.cuda.empty_cache()
 
 
-def _run_tiles_in_own_dtype(hidden_NS: Tensor, problem: _Problem, wanted: tuple[bool, bool, bool]):
-    n_tokens, v, device = len(hidden_NS), problem.valid_vocab, hidden_NS.device
-    dtype = compute_dtype(hidden_NS, problem.student.head_VH)
-    plan = _Plan(n_tokens, v, dtype, device, problem)
-    student = _Head(problem.student, v, hidden_NS.dtype, dtype, plan)
-    teacher = problem.teacher and _Head(problem.teacher, v, problem.teacher_hidden_NT.dtype, dtype, plan)
-    pass_rows = _RowPass(problem, student, teacher, plan, any(wanted))
-
-    divergence_N, cross_entropy_N = torch.zeros(2, n_tokens, dtype=dtype, device=device)
-    agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-    wants_hidden, wants_head, wants_bias = wanted
-    hidden_grad_NS = torch.zeros_like(hidden_NS, memory_format=torch.contiguous_format) if wants_hidden else None
-    head_grad_VS = torch.zeros(problem.student.head_VH.shape, dtype=dtype, device=device) if wants_head else None
-    bias_grad_V = torch.zeros(len(problem.student.head_VH), dtype=dtype, device=device) if wants_bias else None
-
-    for start in range(0, n_tokens, plan.tile_rows):
-        tile = slice(start, min(start + plan.tile_rows, n_tokens))
-        hidden_nS = hidden_NS[tile]
-        student_nV = student.project(hidden_nS)
-        teacher_nV = teacher and teacher.project(problem.teacher_hidden_NT[tile].detach())
-        for first in range(0, tile.stop - start, plan.block_rows):
-            in_tile = slice(first, min(first + plan.block_rows, tile.stop - start))
-            rows = slice(start + in_tile.start, start + in_tile.stop)
-            divergence_N[rows], cross_entropy_N[rows], agreement_N[rows] = pass_rows(
-                student_nV[in_tile], None if teacher is None else teacher_nV[in_tile], rows,
-                None if bias_grad_V is None else bias_grad_V[:v],
-            )  # fmt: skip
-        gradient_nV = student_nV.to(student.operand)  # copies on a GPU only
-        if wants_hidden:
-            hidden_grad_NS[tile] = student.back_to_hidden(gradient_nV)
-        if wants_head:
-            student.add_head_gradient(head_grad_VS[:v], gradient_nV, hidden_nS)
-
-    value_N = divergence_N + problem.cross_entropy_weight * cross_entropy_N
-    loss = (value_N if problem.weights_N is None else value_N * problem.weights_N.to(dtype)).sum()
-    gradients = (
-        hidden_grad_NS,
-        head_grad_VS if head_grad_VS is None else head_grad_VS.to(problem.student.head_VH.dtype),
-        bias_grad_V if bias_grad_V is None else bias_grad_V.to(problem.student.bias_V.dtype),
-    )
-    return FusedLoss(loss, divergence_N, cross_entropy_N, agreement_N), gradients
+#: Device -> the budget that its memory turned out to allow; later calls start from it.
+_allowed_mib: dict[torch.device, float] = {}
+_SMALLEST_MIB = 16
 
 
-class _Plan:
-    """Tile height, row-block height and head blocks within the budget: half for tiles, a quarter for each
-    head block."""
-
-    def __init__(self, n_tokens: int, v: int, dtype: torch.dtype, device: torch.device, problem: _Problem):
-        budget_mib = DEFAULT_BUDGET_MIB if problem.budget_mib is None else problem.budget_mib
-        half_bytes = int(budget_mib * 2**20) // 2
-        row_bytes = v * dtype.itemsize
-        n_tiles_held = 1 + (problem.teacher is not None) + (device.type == "cuda")
-        n_buffers = 6  # the most that `_RowPass` allocates
-        rows = max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // v)
-        self.block_rows = max(1, min(rows, half_bytes // 2 // (n_buffers * row_bytes)))
-        fit = (half_bytes - n_buffers * self.block_rows * row_bytes) // (n_tiles_held * row_bytes)
-        if fit < 1:
-            needed = math.ceil(2 * (n_buffers + n_tiles_held) * row_bytes / 2**20)
-            raise ValueError(
-                f"memory_budget_mib is {budget_mib}, but one token of {v} columns needs {needed}: "
-                f"raise it (default {DEFAULT_BUDGET_MIB})"
-            )
-        n_tiles = max(1, math.ceil(n_tokens / fit))
-        self.tile_rows = max(1, math.ceil(n_tokens / n_tiles))
-        self.block_rows = min(self.block_rows, self.tile_rows)
-        self.head_block_bytes = half_bytes // 2
-        self.device = device
-
-
-class _Head:
-    """One model's head: products in the best precision and speed the machine offers, and this model's
-    logit tile."""
-
-    def __init__(self, side: _Side, v: int, hidden_dtype: torch.dtype, dtype: torch.dtype, plan: _Plan):
-        self.weight_VH = side.head_VH.detach()[:v]
-        self.bias_V = None if side.bias_V is None else side.bias_V.detach()[:v].to(dtype)
-        self.scale, self.cap, self.dtype = side.scale, side.cap, dtype
-        device, hidden_size = plan.device, self.weight_VH.shape[1]
-        half_operands = hidden_dtype == self.weight_VH.dtype in (torch.bfloat16, torch.float16)
-        self.out_dtype_product = half_operands and device.type == "cuda" and dtype == torch.float32
-        self.native = (
-            half_operands and hidden_dtype == torch.bfloat16 and device.type == "cpu" and cpu_has_bf16_products()
+def _halved_budget(device: torch.device, budget_mib: float | None) -> float:
+    """Half of the budget in use. Raises the out-of-memory error that is being handled where that would be too small."""
+    smaller = default_budget_mib(device, budget_mib) / 2
+    if smaller < _SMALLEST_MIB:
+        raise
+    if device not in _allowed_mib:
+        warnings.warn(
+            f"out of memory in the loss on {device}: its tiles are halved to memory_budget_mib={smaller:g}, and the "
+            "step goes on. Set loss.memory_budget_mib to that, or lower train.micro_rows",
+            stacklevel=2,
         )
-        self.operand = self.weight_VH.dtype if self.native or self.out_dtype_product else dtype
-        self.tile_nV = torch.empty(plan.tile_rows, v, dtype=torch.bfloat16 if self.native else dtype, device=device)
-        self.wide_BH, self.block, self.scratch_VH = None, v, None
-        if self.operand != self.weight_VH.dtype:
-            fit = max(64, plan.head_block_bytes // (hidden_size * dtype.itemsize))
-            self.block = math.ceil(v / math.ceil(v / fit))
-            self.wide_BH = torch.empty(self.block, hidden_size, dtype=dtype, device=device)
-            if self.block >= v:
-                self.wide_BH.copy_(self.weight_VH)
+    _allowed_mib[device] = smaller
+    return smaller
 
-    def project(self, hidden_nH: Tensor) -> Tensor:
-        """Raw logits of the tile, in this head's buffer; overwritten by the next call."""
-        logits_nV, hidden_nH = self.tile_nV[: len(hidden_nH)], hidden_nH.to(self.operand)
-        for columns, weight_BH in self._blocks():
-            if self.out_dtype_product:
-                torch.mm(hidden_nH, weight_BH.t(), out_dtype=torch.float32, out=logits_nV[:, columns])
-            else:
-                torch.mm(hidden_nH, weight_BH.t(), out=logits_nV[:, columns])
-        return logits_nV
 
-    def back_to_hidden(self, gradient_nV: Tensor) -> Tensor:
-        """gradient @ head, summed over head blocks in the computing dtype."""
-        total_nH = None
-        for columns, weight_BH in self._blocks():
-            if total_nH is None:
-                total_nH = torch.mm(gradient_nV[:, columns], weight_BH)
-            else:
-                total_nH.addmm_(gradient_nV[:, columns], weight_BH)
-        return total_nH
+class _Tiles:
+    """One run over all tiles."""
 
-    def add_head_gradient(self, total_VH: Tensor, gradient_nV: Tensor, hidden_nH: Tensor) -> None:
-        """total += gradient.T @ hidden. Half-precision operands: a product per tile, summed in `total`'s
-        fp32."""
-        hidden_nH = hidden_nH.to(self.operand)
-        if self.operand == total_VH.dtype:
-            total_VH.addmm_(gradient_nV.t(), hidden_nH)
-            return
-        if self.scratch_VH is None:
-            self.scratch_VH = torch.empty_like(
-                total_VH, dtype=torch.float32 if self.out_dtype_product else self.operand
+    def __init__(self, hidden_NS: Tensor, problem: _Problem, wanted: tuple[bool, bool, bool]):
+        self.hidden_NS, self.problem, self.wanted = hidden_NS, problem, wanted
+        self.v, device = problem.valid_vocab, hidden_NS.device
+        self.dtype = compute_dtype(hidden_NS, problem.student.head_VH)
+        backend = choose_backend(problem.backend, device, self.dtype)
+        operand, student_dtype = operand_dtypes(problem.student.head_VH, hidden_NS.dtype, self.dtype)
+        element_bytes, teacher_dtype = student_dtype.itemsize, None
+        if problem.teacher is not None:
+            teacher_dtype = operand_dtypes(problem.teacher.head_VH, problem.teacher_hidden_NT.dtype, self.dtype)[1]
+            element_bytes += teacher_dtype.itemsize
+        if operand != student_dtype and any(wanted):
+            element_bytes += operand.itemsize  # the gradient has a tile of its own
+        budget_mib = min(default_budget_mib(device, problem.budget_mib), _allowed_mib.get(device, float("inf")))
+        self.plan = make_plan(len(hidden_NS), self.v, element_bytes, backend == "torch", device, budget_mib)
+        rows, columns = self.plan.tile_rows, self.plan.tile_columns
+        self.student = Projection(problem.student.head_VH.detach(), hidden_NS.dtype, self.dtype, self.plan.block_bytes)
+        self.student_tile = new_tile(rows, columns, student_dtype, device)
+        self.gradient_tile = self.student_tile if operand == student_dtype else None
+        if self.gradient_tile is None and any(wanted):
+            self.gradient_tile = new_tile(rows, columns, operand, device)
+        self.teacher = self.teacher_tile = None
+        if problem.teacher is not None:
+            self.teacher = Projection(
+                problem.teacher.head_VH.detach(), problem.teacher_hidden_NT.dtype, self.dtype, self.plan.block_bytes
             )
-        if self.out_dtype_product:
-            torch.mm(gradient_nV.t(), hidden_nH, out_dtype=torch.float32, out=self.scratch_VH)
+            self.teacher_tile = new_tile(rows, columns, teacher_dtype, device)
+        if backend == "torch":
+            self.kernel = TorchRows(rows, columns, self.plan.rows_bytes, self.dtype, device).run
         else:
-            torch.mm(gradient_nV.t(), hidden_nH, out=self.scratch_VH)
-        total_VH.add_(self.scratch_VH)
+            self.kernel = row_kernel(backend)
+        wants_hidden, wants_head, wants_bias = wanted
+        self.hidden_grad_NS = (
+            torch.zeros_like(hidden_NS, memory_format=torch.contiguous_format) if wants_hidden else None
+        )
+        head = problem.student.head_VH
+        self.head_grad_VS = None
+        if wants_head:  # the first tile's product is written, not added; padding stays 0
+            self.head_grad_VS = torch.empty(head.shape, dtype=self.dtype, device=device)
+            self.head_grad_VS[self.v if len(hidden_NS) else 0 :] = 0
+        self.bias_grad_V = torch.zeros(len(head), dtype=self.dtype, device=device) if wants_bias else None
 
-    def logits(self, raw_rV: Tensor, buffer_rV: Tensor | None, tanh_rV: Tensor | None) -> Tensor:
-        """Bias, scale and soft cap over raw logits, in place (in `buffer_rV` where the tile is narrower)."""
-        logits_rV = raw_rV if raw_rV.dtype == self.dtype else buffer_rV.copy_(raw_rV)
-        if self.bias_V is not None:
-            logits_rV.add_(self.bias_V)
-        if self.scale != 1.0:
-            logits_rV.mul_(self.scale)
-        if self.cap is not None:
-            logits_rV.div_(self.cap).tanh_()
-            if tanh_rV is not None:
-                tanh_rV.copy_(logits_rV)
-            logits_rV.mul_(self.cap)
-        return logits_rV
+    def run(self) -> tuple[FusedLoss, tuple]:
+        problem, n_tokens, device = self.problem, len(self.hidden_NS), self.hidden_NS.device
+        divergence_N, cross_entropy_N = torch.zeros(2, n_tokens, dtype=self.dtype, device=device)
+        agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
+        for start in range(0, n_tokens, self.plan.tile_rows):
+            tile = slice(start, min(start + self.plan.tile_rows, n_tokens))
+            state, merged = self._tile(tile)
+            if problem.spec is not None:
+                divergence_N[tile] = rows.divergence_values(problem.code, state)
+                agreement_N[tile] = rows.agreements(state) if merged is None else merged.agreement_n
+            if problem.targets_N is not None:
+                cross_entropy_N[tile] = rows.cross_entropy_values(state) if merged is None else merged.cross_entropy_n
+        value_N = divergence_N + problem.cross_entropy_weight * cross_entropy_N
+        loss = (value_N if problem.weights_N is None else value_N * problem.weights_N.to(self.dtype)).sum()
+        gradients = self.hidden_grad_NS, self.head_grad_VS, self.bias_grad_V
+        return FusedLoss(loss, divergence_N, cross_entropy_N, agreement_N), gradients
 
-    def _blocks(self):
-        v = len(self.weight_VH)
-        for start in range(0, v, self.block):
-            columns = slice(start, min(start + self.block, v))
-            if self.wide_BH is None:
-                yield columns, self.weight_VH[columns]
-            elif self.block >= v:
-                yield columns, self.wide_BH
+    def _tile(self, tile: slice):
+        """All passes over the rows of a tile: at once where it holds the whole vocabulary, else pass by pass."""
+        problem, n = self.problem, tile.stop - tile.start
+        state = rows.new_state(n, self.dtype, self.hidden_NS.device)
+        task = self._task(tile)
+        total_nS = None
+        if self.wanted[0]:
+            total_nS = torch.zeros(n, self.hidden_NS.shape[1], dtype=self.dtype, device=self.hidden_NS.device)
+        top_k, merged = None, None
+        if problem.top_k is not None:
+            top_k = TopKTeacher(*(x[tile] for x in problem.top_k))
+            raw_nK = torch.empty(top_k.ids_NK.shape, dtype=self.dtype, device=state.device)
+        whole = self.plan.whole(self.v)
+        if problem.code == CODES["akl"] and not whole:
+            task = replace(task, threshold_n=self._thresholds(tile, None))
+        for passes in self._passes(whole):
+            for first in range(0, self.v, self.plan.tile_columns):
+                columns = range(first, min(first + self.plan.tile_columns, self.v))
+                if not (top_k is not None and whole and Passes.STATISTICS not in passes):
+                    student_nB, teacher_nB = self._project(tile, columns)
+                    if top_k is not None:
+                        take_top_k(student_nB, top_k.ids_NK, first, self.v, raw_nK)
+                here = replace(
+                    task, first_column=first, student=problem.student.rule(columns, self.dtype),
+                    teacher=LogitRule() if problem.teacher is None else problem.teacher.rule(columns, self.dtype),
+                )  # fmt: skip
+                if problem.code == CODES["akl"] and whole:
+                    here = replace(here, threshold_n=self._thresholds(tile, teacher_nB))
+                gradient_nB = None if self.gradient_tile is None else self.gradient_tile[:n, : len(columns)]
+                plain = here if top_k is None else replace(here, spec=None, cross_entropy_weight=0.0, alpha_n=None)
+                self.kernel(plain, state, student_nB, teacher_nB, gradient_nB, passes)
+                if Passes.GRADIENT in passes:
+                    if top_k is not None:
+                        finish_gradient(gradient_nB, here, top_k.ids_NK, self.v, merged)
+                    self._use_gradient(tile, columns, gradient_nB, total_nS)
+            if top_k is not None and Passes.STATISTICS in passes:
+                full = replace(task, student=problem.student.rule(range(self.v), self.dtype))
+                merged = merge_top_k(full, problem.spec, state, raw_nK, top_k)
+        if total_nS is not None:
+            self.hidden_grad_NS[tile] = total_nS
+        return state, merged
+
+    def _passes(self, whole: bool) -> list[Passes]:
+        wanted = [Passes.STATISTICS]
+        if self.problem.code not in (CODES["none"], CODES["top_k"]):
+            wanted.append(Passes.SUMS)
+        if any(self.wanted):
+            wanted.append(Passes.GRADIENT)
+        if whole and self.problem.top_k is None:  # a stored teacher is merged in between
+            return [functools.reduce(operator.or_, wanted)]
+        return wanted
+
+    def _task(self, tile: slice) -> RowTask:
+        problem, device = self.problem, self.hidden_NS.device
+        alpha_n = None
+        if problem.spec is not None and problem.spec.name in WITH_ALPHA:
+            alpha = torch.as_tensor(problem.alpha, dtype=self.dtype, device=device)
+            alpha_n = alpha.flatten()[tile] if alpha.dim() else alpha.expand(tile.stop - tile.start).contiguous()
+        return RowTask(
+            problem.spec, problem.code, problem.temperature, problem.cross_entropy_weight, LogitRule(), LogitRule(),
+            alpha_n, None if problem.weights_N is None else problem.weights_N[tile].to(self.dtype),
+            None if problem.targets_N is None else problem.targets_N[tile], None,
+        )  # fmt: skip
+
+    def _project(self, tile: slice, columns: range) -> tuple[Tensor, Tensor | None]:
+        n = tile.stop - tile.start
+        student_nB = self.student.project(self.hidden_NS[tile], columns, self.student_tile[:n, : len(columns)])
+        if self.teacher is None:
+            return student_nB, None
+        hidden_nT = self.problem.teacher_hidden_NT[tile].detach()
+        return student_nB, self.teacher.project(hidden_nT, columns, self.teacher_tile[:n, : len(columns)])
+
+    def _use_gradient(self, tile: slice, columns: range, gradient_nB: Tensor, total_nS: Tensor | None) -> None:
+        if total_nS is not None:
+            self.student.add_to_hidden(total_nS, gradient_nB, columns)
+        if self.head_grad_VS is not None:
+            self.student.add_to_head(self.head_grad_VS, gradient_nB, self.hidden_NS[tile], columns, tile.start == 0)
+        if self.bias_grad_V is not None:
+            self.bias_grad_V[columns.start : columns.stop] += gradient_nB.sum(0, dtype=self.dtype)
+
+    def _thresholds(self, tile: slice, teacher_nV: Tensor | None) -> Tensor:
+        """akl's heads need the teacher's whole distribution: a few rows at a time, projected here unless given."""
+        problem, columns = self.problem, range(self.v)
+        n_rows = max(1, self.plan.block_bytes // (self.v * 6 * self.dtype.itemsize))
+        rule, found = problem.teacher.rule(columns, self.dtype), []
+        buffer = (
+            None if teacher_nV is not None else new_tile(n_rows, self.v, self.teacher_tile.dtype, self.hidden_NS.device)
+        )
+        for start in range(tile.start, tile.stop, n_rows):
+            some = slice(start, min(start + n_rows, tile.stop))
+            if teacher_nV is None:
+                hidden_rT = problem.teacher_hidden_NT[some].detach()
+                raw_rV = self.teacher.project(hidden_rT, columns, buffer[: len(hidden_rT)])
             else:
-                yield columns, self.wide_BH[: columns.stop - start].copy_(self.weight_VH[columns])
-
-
-class _RowPass:
-    """Logits of a row block -> values, and the gradient written over the student's raw logits."""
-
-    def __init__(self, problem: _Problem, student: _Head, teacher: _Head | None, plan: _Plan, wants_gradient: bool):
-        self.problem, self.student, self.teacher, self.wants_gradient = (
-            problem,
-            student,
-            teacher,
-            wants_gradient,
-        )
-        self.with_share = wants_gradient and problem.cross_entropy_weight != 0.0
-
-        def buffer(needed=True):
-            shape = plan.block_rows, problem.valid_vocab
-            return torch.empty(shape, dtype=student.dtype, device=plan.device) if needed else None
-
-        self.log_q, self.x, self.log_p, self.y = buffer(), buffer(), buffer(teacher), buffer(teacher)
-        self.q1, self.tanh = buffer(self.with_share), buffer(wants_gradient and student.cap is not None)
-
-    def __call__(self, student_rV, teacher_rV, rows: slice, bias_grad_V: Tensor | None):
-        problem, r = self.problem, len(student_rV)
-        log_q, log_p, x, y, q1, tanh = (
-            b if b is None else b[:r] for b in (self.log_q, self.log_p, self.x, self.y, self.q1, self.tanh)
-        )
-        divergence_r, cross_entropy_r, agreement_r = 0.0, 0.0, False
-        s = self.student.logits(student_rV, x, tanh)
-        if self.teacher is not None:
-            t = self.teacher.logits(teacher_rV, y, None)
-            first_choice_r1 = t.argmax(-1, keepdim=True)
-            agreement_r = s.gather(-1, first_choice_r1).squeeze(-1) == s.amax(-1)
-        targets_r1 = None if problem.targets_N is None else problem.targets_N[rows].unsqueeze(-1)
-        if targets_r1 is not None:
-            _log_softmax(s, self.student, log_q)
-            cross_entropy_r = log_q.gather(-1, targets_r1).squeeze(-1).neg()
-            if self.with_share:
-                torch.exp(log_q, out=q1).scatter_add_(-1, targets_r1, q1.new_full((r, 1), -1.0))
-        if self.teacher is not None:
-            if targets_r1 is None or problem.temperature != 1.0:
-                _log_softmax(_cooled(s, problem.temperature), self.student, log_q)
-            _log_softmax(_cooled(t, problem.temperature), self.teacher, log_p)
-            alpha = problem.alpha
-            alpha = alpha if isinstance(alpha, float | int) else alpha[rows]
-            divergence_r = divergence_rows(problem.spec, log_p, log_q, x, y, alpha)
-        if self.wants_gradient:
-            self._write_gradient(student_rV, log_q if self.teacher is not None else None, q1, tanh, rows, bias_grad_V)
-        return divergence_r, cross_entropy_r, agreement_r
-
-    def _write_gradient(self, out_rV, g, q1, tanh, rows, bias_grad_V):
-        problem = self.problem
-        if g is not None and problem.temperature != 1.0:
-            g.div_(problem.temperature)
-        if self.with_share:
-            g = q1.mul_(problem.cross_entropy_weight) if g is None else g.add_(q1, alpha=problem.cross_entropy_weight)
-        if problem.weights_N is not None:
-            g.mul_(problem.weights_N[rows].to(g.dtype).unsqueeze(-1))
-        if self.student.cap is not None:
-            g.mul_(tanh.square_().neg_().add_(1.0))
-        if self.student.scale != 1.0:
-            g.mul_(self.student.scale)
-        if bias_grad_V is not None:
-            bias_grad_V.add_(g.sum(0))
-        out_rV.copy_(g)
-
-
-def _log_softmax(logits: Tensor, head: _Head, out: Tensor) -> None:
-    torch.log_softmax(logits, -1, out=out)
-    if head.bias_V is not None:
-        out.clamp_(min=LOG_ZERO)
-
-
-def _cooled(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-def cpu_has_bf16_products() -> bool:
-    """Whether torch's CPU matrix products use bf16 instructions."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+                raw_rV = teacher_nV[some.start - tile.start : some.stop - tile.start]
+            logits_rV = logits_of(raw_rV.to(self.dtype), rule)[0]
+            found.append(head_threshold(logits_rV, problem.spec.head_mass, problem.temperature))
+        return torch.cat(found)
 
 
 def _check_side(name: str, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> None:

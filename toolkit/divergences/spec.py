@@ -12,22 +12,29 @@ KNOWN = {
     "tvd": "0.5 sum |p - q| (f-distill, arXiv 2307.15190)",
     "skl": "KL(p, a p + (1 - a) q), skewed forward KL (DistiLLM, arXiv 2402.03898)",
     "srkl": "KL(q, (1 - a) p + a q), skewed reverse KL (DistiLLM, arXiv 2402.03898)",
+    "abkd": "alpha-beta-divergence, alpha and beta above 0 (ABKD, arXiv 2505.04560)",
+    "akl": "w KL(p, q) + (1 - w) KL(q, p), w = share of |p - q| in the teacher's head (AKL, arXiv 2404.02657)",
+    "taid": "KL(m, q), m = softmax((1 - a) student logits + a teacher logits), a constant (TAID, arXiv 2501.16937)",
 }
-SKEWED = ("skl", "srkl")
+#: Divergences whose alpha may be given per token.
+WITH_ALPHA = ("skl", "srkl", "taid")
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence by name; `alpha` is read by skl and srkl, `beta` by jsd.
+    """A divergence by name, with its parameters.
 
-    alpha = 0 makes skl the forward and srkl the reverse KL. `beta` weighs the teacher in the mixture of jsd.
-    Raises ValueError for a name that is not in `KNOWN`, alpha outside [0, 1) or, for jsd, beta outside (0,
-    1).
+    alpha: the skew of skl and srkl, in [0, 1): 0 makes them the forward and reverse KL. For taid the teacher's share of
+    the target, in (0, 1]: 1 makes it the forward KL. For abkd its alpha, above 0.
+    beta: the teacher's weight in the mixture of jsd, in (0, 1). For abkd its beta, above 0.
+    head_mass: for akl, the probability mass that the teacher's head holds at most, in (0, 1).
+    Raises ValueError for a name that is not in `KNOWN` and for a parameter that its divergence cannot use.
     """
 
     name: str
     alpha: float = 0.1
     beta: float = 0.5
+    head_mass: float = 0.5
 
     def __post_init__(self):
         if self.name not in KNOWN:
@@ -35,7 +42,19 @@ class Divergence:
             raise ValueError(
                 f"unknown divergence {self.name!r}; known: {', '.join(KNOWN)}; did you mean {nearest[0]!r}?"
             )
-        if not 0.0 <= self.alpha < 1.0:
+        if self.name == "abkd":
+            if not (self.alpha > 0.0 and self.beta > 0.0):
+                raise ValueError(
+                    f"abkd has alpha {self.alpha} and beta {self.beta}, but both must be above 0: the paper's choice "
+                    "for instructions is alpha=0.2, beta=0.7. For the limits use 'fkl' (1, 0) or 'rkl' (0, 1)"
+                )
+        elif self.name == "taid":
+            if not 0.0 < self.alpha <= 1.0:
+                raise ValueError(
+                    f"alpha is {self.alpha}, but taid needs it in (0, 1]: it is the teacher's share of the target; at "
+                    "0 nothing is learned. Start at about 0.4 and let it rise to 1"
+                )
+        elif not 0.0 <= self.alpha < 1.0:
             raise ValueError(
                 f"alpha is {self.alpha}, but must lie in [0, 1): at 1 the mixture is its own target "
                 "and nothing is learned. Use alpha=0.1 (the paper's choice), or alpha=0 for the plain KL"
@@ -45,3 +64,5 @@ class Divergence:
                 f"beta is {self.beta}, but jsd needs it in (0, 1): at 0 and 1 it is zero everywhere. "
                 "Use beta=0.5, or name 'fkl' or 'rkl' for the limits"
             )
+        if self.name == "akl" and not 0.0 < self.head_mass < 1.0:
+            raise ValueError(f"head_mass is {self.head_mass}, but akl needs it in (0, 1); the paper's is 0.5")

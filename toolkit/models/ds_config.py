@@ -51,7 +51,8 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
         "gradient_accumulation_steps": config.accumulation(world),
         "train_batch_size": config.train.batch_rows,
         "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16": {"enabled": dtype_name == "bf16"},
+        # Without the check ZeRO-2 would take a bf16 step whose gradient is not finite; fp32 and ZeRO-3 never do.
+        "bf16": {"enabled": dtype_name == "bf16", "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,  # plain SGD; AdamW is on deepspeed's own list
         "steps_per_print": 10**9,
     }

@@ -5,8 +5,9 @@ Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from toolkit import distributed
 from toolkit.batch import TokenBatch
 from toolkit.config import LossConfig, OptimizerConfig, RunConfig
 from toolkit.divergences import Divergence, fused_linear_divergence
+from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.load import load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
@@ -47,6 +49,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     model = load_model(config.teacher, path, ds_config, dtype, config.seed)
     check_head("teacher", _rows(model.get_output_embeddings().weight), vocabulary)
     model.requires_grad_(False)
+    split_where_memory_runs_out(model)
     engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
     return Teacher(engine, config.teacher.pass_rows)
@@ -146,6 +149,8 @@ class _StudentForward(nn.Module):
         super().__init__()
         self.model, self.loss_config, self.vocabulary = model, loss, vocabulary
         self.divergence = Divergence(loss.divergence, alpha=loss.alpha, beta=loss.beta)
+        # One token's tile has to fit into the least of it, whatever the vocabulary.
+        self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=max(16, vocabulary.size // 8192))
 
     def forward(self, batch: TokenBatch, teacher_hidden_NT: Tensor, teacher_head: tuple, token_weight: float,
                 divergence: Divergence | None) -> tuple[Tensor, ...]:  # fmt: skip
@@ -156,10 +161,13 @@ class _StudentForward(nn.Module):
         teacher = Head(*teacher_head)
         projection = self.model.get_output_embeddings()
         scale, soft_cap = logit_rules(self.model.config)
-        out = fused_linear_divergence(
+        weight_VS = projection.weight  # read here: deepspeed gathers it as an external parameter, for backward as well
+        bias_V = getattr(projection, "bias", None)
+        # Around the operation and not the forward pass: nothing in it communicates, so one rank may repeat it alone.
+        out = self.tiles.run(lambda budget_mib: fused_linear_divergence(
             divergence or self.divergence,
             hidden_NS,
-            projection.weight,  # read here: deepspeed gathers it as an external parameter, for backward as well
+            weight_VS,
             teacher_hidden_NT,
             teacher.weight_VH,
             weights_N=hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
@@ -167,15 +175,63 @@ class _StudentForward(nn.Module):
             cross_entropy_weight=self.loss_config.cross_entropy_weight if divergence is None else 0.0,
             temperature=self.loss_config.temperature if divergence is None else 1.0,
             valid_vocab=self.vocabulary.size,
-            student_bias_V=getattr(projection, "bias", None),
+            student_bias_V=bias_V,
             teacher_bias_V=teacher.bias_V,
             student_logit_scale=scale,
             teacher_logit_scale=teacher.logit_scale,
             student_soft_cap=soft_cap,
             teacher_soft_cap=teacher.soft_cap,
-            memory_budget_mib=self.loss_config.memory_budget_mib,
-        )
+            memory_budget_mib=budget_mib,
+        ), whole=256)  # fmt: skip
         return out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum()
+
+
+def split_where_memory_runs_out(model: PreTrainedModel) -> None:
+    """Lets each decoder layer of a frozen model work on half of its rows, a quarter, ..., once memory runs out.
+
+    ZeRO-3 gathers a layer as a whole then (deepspeed's leaf modules): inside it nothing communicates, and a rank that
+    repeats a layer keeps in step with the others. To be called before deepspeed.initialize.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        return
+    deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+    halving = Halving("the teacher's window", "rows")
+    for layer in layers:
+        layer.forward = _in_parts(layer.forward, halving)
+
+
+def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = len(hidden_BTH)
+        if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
+            return forward(
+                hidden_BTH, *args, **kwargs
+            )  # generation: the cache holds all rows, and halves its own batch
+
+        def part(value: Any, start: int, end: int) -> Any:
+            if isinstance(value, tuple):
+                return tuple(part(item, start, end) for item in value)
+            is_per_row = torch.is_tensor(value) and value.dim() >= 2 and len(value) == rows
+            return value[start:end] if is_per_row else value
+
+        def work(size: float | None) -> Any:
+            if size is None or size >= rows:
+                return forward(hidden_BTH, *args, **kwargs)
+            outs = []
+            for start in range(0, rows, int(size)):
+                at = start, min(rows, start + int(size))
+                named = {name: part(value, *at) for name, value in kwargs.items()}
+                outs.append(forward(part(hidden_BTH, *at), *(part(value, *at) for value in args), **named))
+            if torch.is_tensor(outs[0]):
+                return torch.cat(outs)
+            return tuple(torch.cat(same) if torch.is_tensor(same[0]) else same[0] for same in zip(*outs, strict=True))
+
+        return halving.run(work, whole=rows)
+
+    return run
 
 
 def logit_rules(config: Any) -> tuple[float, float | None]:

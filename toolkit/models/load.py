@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -124,6 +125,11 @@ def load_model(model: ModelConfig, path: str, ds_config: dict, dtype: torch.dtyp
                     f"the weights at {path} lack {len(missing)} parameters of the configuration, the first is "
                     f"{missing[0]}; copy the missing files, or correct config.json"
                 )
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the pickled weights at {path} hold more than tensors, and code in them is not run; "
+            "save them as safetensors"
+        ) from error
     except (OSError, StrictDataclassError) as error:
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
     finally:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from toolkit import distributed
 from toolkit.batch import Example
+from toolkit.faults import Halving
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.decode import DecodeStats, cache_bytes_per_token, decode, is_supported, plain_decode, row_tokens
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
@@ -57,7 +58,8 @@ class GatheredRollout(RolloutEngine):
 
     def __init__(self, engine: Any, vocabulary: Vocabulary, batch_rows: int | None = None,
                  cache_mib: int | None = None, gather: str = "auto"):  # fmt: skip
-        self.engine, self.vocabulary, self.batch_rows = engine, vocabulary, batch_rows
+        self.engine, self.vocabulary = engine, vocabulary
+        self.rows = Halving("generation", "rows", batch_rows)
         self.cache_mib, self.gather = cache_mib, gather
         self.last: RolloutStats | None = None
 
@@ -119,18 +121,15 @@ class GatheredRollout(RolloutEngine):
     def _decode_or_split(
         self, model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: SeededSampling, rows: int
     ) -> tuple[list[np.ndarray], DecodeStats]:
-        while True:  # a text is a function of its seed: what is tried again says the same
-            try:
-                return _decoder(model)(model, prompts, sampling, self.vocabulary, rows)
-            except torch.OutOfMemoryError:
-                rows = min(rows, len(prompts))
-                if rows <= 1:
-                    raise
-            rows = -(-rows // 2)
+        def work(size: float | None) -> tuple[list[np.ndarray], DecodeStats]:
+            # A text is a function of its seed: what is tried again says the same.
+            return _decoder(model)(model, prompts, sampling, self.vocabulary, int(min(rows, size or rows)))
+
+        return self.rows.run(work, whole=min(rows, len(prompts)))
 
     def _rows(self, row_bytes: int) -> int:
         budget = self.cache_mib * MIB if self.cache_mib else _free_bytes() // 2
-        return min(self.batch_rows or 10**9, max(1, budget // row_bytes))
+        return int(min(self.rows.size or 10**9, max(1, budget // row_bytes)))
 
     def _gathers(self, row_bytes: int) -> bool:
         if self.engine.zero_optimization_stage() < 3 or self.gather == "always":

@@ -1,0 +1,116 @@
+"""A rank that hangs, stops or falls behind ends the job: real processes, which the watchdog ends."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_overrides
+from toolkit.faults import EXIT_LATER, EXIT_STUCK, Sign, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 6
+SCRIPT = """
+import sys, time, os, signal
+sys.path.insert(0, {root!r})
+from toolkit.config import RunConfig
+from toolkit.loop import DistillationLoop
+from toolkit.run import main
+original, fault = DistillationLoop.choose_examples, os.environ["FAULT"]
+def choose(self, step):
+    if step == 2 and os.environ["RANK"] == "1":
+        print("FAULT", flush=True)
+        if fault == "hang":
+            time.sleep(600)
+        if fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault == "silence":
+            import ctypes
+            ctypes.PyDLL(None).sleep(600)  # C code that keeps the interpreter's lock
+    return original(self, step)
+DistillationLoop.choose_examples = choose
+main(RunConfig(), sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def start(tiny):
+    """Starts two ranks with a fault in the third step of rank 1; they are gone afterwards."""
+    started = []
+
+    def run(fault):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        overrides = tiny_overrides(tiny, name=fault, train__steps=6, faults__hang_s=LIMIT_S)
+        for rank in range(2):
+            env = os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "FAULT": fault,
+            }  # fmt: skip
+            started.append(subprocess.Popen(
+                [sys.executable, "-c", SCRIPT.format(root=str(ROOT)), *overrides], env=env, cwd=ROOT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ))  # fmt: skip
+        for line in started[1].stdout:
+            if "FAULT" in line:
+                break
+        return started, time.monotonic()
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_hangs_is_named_and_every_rank_ends(start):
+    (zero, one), began_s = start("hang")
+    said = zero.communicate(timeout=60)[1]
+    assert one.wait(60) == zero.returncode == EXIT_STUCK
+    assert time.monotonic() - began_s < LIMIT_S + 5 * LIMIT_S / 4 + 3
+    assert "rank 1 holds the others up, in phase data of step 3" in said
+    assert "rank 0: in phase data of step 3, waiting for other ranks, at toolkit/" in said
+
+
+@pytest.mark.multiprocess
+def test_a_stopped_process_is_named_by_the_other(start):
+    (zero, _), _ = start("stop")
+    said = zero.communicate(timeout=60)[1]
+    assert zero.returncode == EXIT_STUCK and "rank 1 does not answer: its process is dead or stopped" in said
+
+
+@pytest.mark.multiprocess
+def test_a_rank_stuck_in_c_code_ends_though_its_python_is_frozen(start):
+    (_, one), began_s = start("silence")
+    said = one.communicate(timeout=90)[1]
+    assert one.returncode == 1 and "Timeout" in said
+    assert time.monotonic() - began_s < LIMIT_S + 5 * LIMIT_S / 4 + 3
+
+
+@pytest.mark.parametrize(
+    ("signals", "message"), [(2, "exits at once"), (1, "no step ended within faults.grace_s = 1 s")]
+)
+def test_a_second_signal_or_the_end_of_the_grace_ends_a_rank_at_once(signals, message):
+    script = (
+        "import os, signal, time\nfrom toolkit.faults import StopSignals\nwith StopSignals(1).watched():\n"
+        f"    for _ in range({signals}): os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == EXIT_LATER and message in done.stderr
+
+
+def test_verdicts():
+    waits = Sign(step=3, phase="student", changes=20, waits=True)
+    held = Sign(step=3, phase="student", changes=20)
+    behind = Sign(step=2, phase="rollout", changes=15, waits=True)
+    assert "rank 1 holds the others up, in phase student of step 3" in verdict({0: waits, 1: held}, set(), 9)
+    assert "rank 2 holds the others up, in phase rollout of step 2" in verdict(
+        {0: waits, 1: waits, 2: behind}, set(), 9
+    )
+    assert "All ranks stand in the same place" in verdict({0: waits, 1: waits}, set(), 9)
+    assert "rank 1 does not answer" in verdict({0: waits, 1: held}, {1}, 9)

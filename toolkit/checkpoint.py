@@ -1,0 +1,420 @@
+"""Checkpoints that are whole or absent, and what may change between a run and its continuation.
+
+A checkpoint is a folder `step-00000123` of one safetensors file a rank, `state.json`, and `manifest.json` with the size
+and SHA-256 of each. Ranks write beside it (`.unfinished`), read back what they wrote, and one rename makes it the
+newest. Nothing in it is pickled. All ranks have to see the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from toolkit import distributed
+from toolkit.config import RunConfig
+from toolkit.data import Data
+from toolkit.models.shards import WEIGHTS, Piece, load_pieces, optimizer_scalars, pieces
+from toolkit.rollout.replay import ReplayBuffer, deal
+from toolkit.rollout.schedule import philox
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+NAME = re.compile(r"step-(\d{8})")
+DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8",
+}  # fmt: skip
+REPLAY, RNG = "replay", "rng"
+#: settings that may change from one start of a run to the next: places, layout, limits, how often to save.
+#: Where they name a model or data, what is there is compared by its contents.
+FREE = re.compile(
+    r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|tokenizer|ds_config|"
+    r"pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir)|train\.micro_rows|"
+    r"rollout\.(batch_rows|cache_mib|gather)|validation\.batch_rows|loss\.memory_budget_mib"
+)
+
+
+class Checkpoints:
+    """The checkpoints in `folder`, of which the newest `keep` stay. Every method is collective.
+
+    A failure, a full disk for instance, is a ValueError on every rank, and leaves the older checkpoints as they are.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, engine: Any, replay: ReplayBuffer, state: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of `step`: the student, its optimizer, replay and RNGs of every rank, and `state` (of
+        rank 0, plain JSON types). Older ones are pruned after this one was read back and renamed."""
+        final = self.folder / f"step-{step:08d}"
+        unfinished = final.with_name(final.name + ".unfinished")
+        is_main, own = distributed.rank() == 0, rank_file(distributed.rank())
+        try:
+            distributed.together(lambda: _empty_folder(unfinished) if is_main else None)
+            tensors = [(piece.key, piece.tensor) for piece in pieces(engine)]
+            tensors += [(f"{REPLAY}/{name}", torch.from_numpy(a)) for name, a in replay.state_dict().items()]
+            tensors += [(f"{RNG}/{name}", value) for name, value in rng_state().items()]
+            entry = distributed.together(lambda: _write_checked(unfinished / own, tensors))
+            files = dict(distributed.gather_objects((own, entry)))
+            scalars = optimizer_scalars(engine)
+            distributed.together(
+                lambda: _finish(unfinished, final, step, files, {**state, "optimizer": scalars}) if is_main else None
+            )
+        except ValueError as error:
+            if is_main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise ValueError(f"no checkpoint of step {step} in {self.folder}: {error}") from error
+        distributed.together(lambda: self._prune(step) if is_main else None)
+        return final
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, and what was wrong with newer ones. Files are hashed, dealt over the ranks.
+
+        Raises ValueError where there are checkpoints and none is whole.
+        """
+        passed_over: list[str] = []
+        for step in distributed.together(lambda: sorted(self._steps(), reverse=True)):
+            found = Checkpoint(self.folder / f"step-{step:08d}")
+            try:
+                distributed.together(lambda found=found: found.check(distributed.rank(), distributed.world()))
+                return found, passed_over
+            except ValueError as error:
+                passed_over.append(str(error))
+        if passed_over:
+            raise ValueError(
+                "no whole checkpoint to resume from:\n  "
+                + "\n  ".join(passed_over)
+                + "\nset resume=never to start over"
+            )
+        return None, passed_over
+
+    def clear(self) -> None:
+        """Delete all of them: the run starts over."""
+        distributed.together(lambda: self._delete(self._steps()) if distributed.rank() == 0 else None)
+
+    def _steps(self) -> list[int]:
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return [int(match[1]) for name in names if (match := NAME.fullmatch(name))]
+
+    def _prune(self, newest: int) -> None:
+        """Keeps `newest` and the ones before it; what lies after it is of a future that was passed over."""
+        kept = sorted((step for step in self._steps() if step <= newest), reverse=True)[: self.keep]
+        self._delete([step for step in self._steps() if step not in kept])
+
+    def _delete(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            doomed = self.folder / f"step-{step:08d}.deleting"
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(self.folder / f"step-{step:08d}", doomed)  # a kill may not leave half a checkpoint under its name
+        for ending in ("deleting", "unfinished"):  # what a kill left behind
+            for leftover in self.folder.glob(f"step-*.{ending}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+class Checkpoint:
+    """One checkpoint on disk. `check` it before anything else is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+
+    def check(self, share: int = 0, shares: int = 1) -> None:
+        """Raises ValueError, naming file and both values, unless the files are those of the manifest. Sizes are
+        compared for all files, hashes for every `shares`-th. No communication."""
+        manifest = self._json(MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{self.folder} has format {manifest.get('format')!r}, this version reads {FORMAT}")
+        for name, entry in manifest["files"].items():
+            file = self.folder / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry["bytes"]:
+                raise ValueError(f"{file} has {size} bytes, its manifest says {entry['bytes']}: it is damaged")
+        for name in sorted(manifest["files"])[share::shares]:
+            found = _sha256(self.folder / name)
+            if found != manifest["files"][name]["sha256"]:
+                raise ValueError(
+                    f"{self.folder / name} has SHA-256 {found[:16]}..., its manifest says "
+                    f"{manifest['files'][name]['sha256'][:16]}...: it is damaged"
+                )
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._json(STATE)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the run that wrote it."""
+        return sum(name.startswith("rank-") for name in self._json(MANIFEST)["files"])
+
+    def load_student(self, engine: Any) -> None:
+        """Weights and optimizer states, whatever the ranks and the ZeRO stage were. Collective.
+
+        Raises ValueError for a parameter that is missing or of another size.
+        """
+        index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        kinds: set[str] = set()
+
+        def make_index() -> None:
+            for rank in range(self.world):
+                name = rank_file(rank)
+                for key in self._open(name).keys():  # noqa: SIM118 (safe_open is not a dict)
+                    kind, _, rest = key.partition("/")
+                    parameter, at, start = rest.rpartition("@")
+                    if at:
+                        (length,) = self._open(name).get_slice(key).get_shape()
+                        index.setdefault((kind, parameter), []).append((int(start), length, name, key))
+                        kinds.add(kind)
+            for name, parameter in engine.module.named_parameters():
+                if parameter.requires_grad:
+                    found = sum(length for _, length, *_ in index.get((WEIGHTS, name), []))
+                    wanted = getattr(parameter, "ds_numel", parameter.numel())
+                    if found != wanted:
+                        raise ValueError(
+                            f"{self.folder} holds {found} elements of the student's {name}, which has {wanted}: "
+                            "the checkpoint is of another model"
+                        )
+
+        def read(piece: Piece) -> None:
+            end = piece.start + len(piece.tensor)
+            for start, length, file, key in index.get((piece.kind, piece.name), []):
+                first, last = max(start, piece.start), min(start + length, end)
+                if first < last:
+                    part = self._open(file).get_slice(key)[first - start : last - start]
+                    piece.tensor[first - piece.start : last - piece.start].copy_(part)
+
+        distributed.together(make_index)
+        with torch.no_grad():
+            load_pieces(engine, sorted(kinds - {WEIGHTS}), self.state["optimizer"], read)
+
+    def load_replay(self, replay: ReplayBuffer) -> None:
+        """This rank's shard, or its part of all shards dealt out again. No communication."""
+        if self.world == replay.world:
+            replay.load_state_dict(self._group(replay.rank, REPLAY))
+        else:
+            states = [self._group(rank, REPLAY) for rank in range(self.world)]
+            replay.load_state_dict(deal(states, replay.capacity, replay.rank, replay.world))
+
+    def load_rng(self, seed: int, step: int) -> None:
+        """The generators as they were on this rank; on another number of ranks, seeded anew for each from the step."""
+        rank, world = distributed.rank(), distributed.world()
+        if self.world == world:
+            load_rng_state({name: torch.from_numpy(a) for name, a in self._group(rank, RNG).items()})
+        else:
+            drawn = int(philox(seed, step, rank).random_raw())
+            torch.manual_seed(drawn)
+            np.random.seed(drawn % 2**32)
+            random.seed(drawn)
+
+    def _group(self, rank: int, group: str) -> dict[str, np.ndarray]:
+        file = self._open(rank_file(rank))
+        names = [key for key in file.keys() if key.startswith(group + "/")]  # noqa: SIM118 (safe_open is not a dict)
+        return {name.removeprefix(group + "/"): file.get_tensor(name).numpy() for name in names}
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.folder / name, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from error
+        return self._files[name]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder / name} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.folder / name} holds a {type(found).__name__}, not an object")
+        return found
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """One tensor after the other: the library's own writer would hold a second copy of all of them in memory.
+
+    Returns the SHA-256 of what was to be written; on disk when it returns."""
+    tensors = list(tensors)
+    header, at = {}, 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(head)
+    with path.open("wb") as file:
+        file.write(head)
+        for _, tensor in tensors:
+            content = tensor.detach().cpu().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+            digest.update(content)
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The state of every generator of this process, as tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    assert kind == "MT19937"
+    version, words, next_gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.array([*keys, position, has_gauss], np.int64)),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "gauss": torch.tensor([gauss, float("nan") if next_gauss is None else next_gauss], dtype=torch.float64),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def load_rng_state(state: Mapping[str, Tensor]) -> None:
+    gauss, next_gauss = state["gauss"].tolist()
+    *keys, position, has_gauss = state["numpy"].tolist()
+    version, *words = state["python"].tolist()
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
+    random.setstate((version, tuple(words), None if next_gauss != next_gauss else next_gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def identity(teacher_path: str, data: Data, dtype: torch.dtype) -> dict[str, Any]:
+    """What a run is made of beside its settings: the teacher's files, every token of the data, the precision.
+
+    The files are hashed, dealt over the ranks. Collective.
+    """
+    rank, world = distributed.rank(), distributed.world()
+    files = _model_files(teacher_path)
+    hashes = distributed.together(lambda: {file.name: _sha256(file) for file in files[rank::world]})
+    tokens = hashlib.sha256()
+    for example in (*data.train, *data.validation):
+        tokens.update(f"{len(example.tokens)} {example.prompt_length} ".encode() + example.tokens.tobytes())
+    return {
+        "teacher_path": teacher_path,
+        "teacher_sha256": {k: v for part in distributed.gather_objects(hashes) for k, v in sorted(part.items())},
+        "data_sha256": tokens.hexdigest(),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any]) -> list[str]:
+    """What changed since the checkpoint whose state is `saved`, a line each, where it may change.
+
+    Raises ValueError, with every such difference, where a change would make the run a different one.
+    """
+    free, refused = [], []
+    before, now, default = (_flat(part) for part in (saved["config"], config.to_dict(), RunConfig().to_dict()))
+    for name in sorted(before.keys() | now.keys()):
+        old = before.get(name, default.get(name))  # a setting that is newer than the checkpoint had its default
+        new = now.get(name)
+        if old != new:
+            (free if FREE.fullmatch(name) else refused).append(f"{name} was {old!r}, is {new!r}")
+    old = saved["identity"]
+    if old["precision"] != found["precision"]:
+        refused.append(f"precision was {old['precision']}, is {found['precision']}")
+    if old["data_sha256"] != found["data_sha256"]:
+        refused.append(
+            f"the tokens of {config.data.source} had SHA-256 {old['data_sha256'][:16]}..., have "
+            f"{found['data_sha256'][:16]}...: rows, tokenizer or template are others"
+        )
+    files, files_now = old["teacher_sha256"], found["teacher_sha256"]
+    for name in sorted(files.keys() | files_now.keys()):
+        if files.get(name) != files_now.get(name):
+            refused.append(
+                f"the teacher's {name} had SHA-256 {str(files.get(name))[:16]}, has {str(files_now.get(name))[:16]} "
+                f"({old['teacher_path']} before, {found['teacher_path']} now)"
+            )
+    if refused:
+        raise ValueError(
+            "the run cannot go on from its checkpoint, it would become a different one:\n  "
+            + "\n  ".join(refused)
+            + "\nset these back, give the new run a name of its own (name=...), or start over with resume=never"
+        )
+    return free
+
+
+def _empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_checked(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
+    """Writes, and reads back; the manifest's entry."""
+    digest = write_safetensors(path, tensors)
+    if _sha256(path) != digest:
+        raise ValueError(f"{path} reads back other than it was written: the storage is broken")
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Any], state: dict[str, Any]) -> None:
+    _write_json(unfinished / STATE, state)
+    files[STATE] = {"bytes": (unfinished / STATE).stat().st_size, "sha256": _sha256(unfinished / STATE)}
+    _write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+    _sync(unfinished)
+    if final.exists():  # the damaged one that this run was resumed before
+        doomed = final.with_name(final.name + ".deleting")
+        shutil.rmtree(doomed, ignore_errors=True)
+        final.rename(doomed)
+    unfinished.rename(final)
+    _sync(final.parent)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with path.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """A rename outlives a power cut once its folder is on disk; file systems that cannot are left alone."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _model_files(path: str) -> list[Path]:
+    """Weights, configuration and tokenizer of a model folder, or of a hub name's copy in the cache."""
+    folder = Path(path)
+    if path and not folder.is_dir():
+        cached = try_to_load_from_cache(path, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    patterns = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt")
+    found = {file for pattern in patterns for file in folder.glob(pattern)} if path and folder.is_dir() else set()
+    return sorted(found)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        # A model's shape is one setting: its keys are not ours.
+        found |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and name != "shape" else {prefix + name: value}
+        )
+    return found

@@ -1,0 +1,71 @@
+"""How large a tile is: the memory budget becomes rows, columns and block sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+#: A GPU needs tall tiles: each tile reads and writes the whole fp32 head gradient once.
+DEFAULT_BUDGET_MIB = {"cpu": 256, "cuda": 3072}
+#: With fewer rows than this a whole-vocabulary tile spends its time on the heads, and columns are tiled too.
+USEFUL_ROWS = 64
+TILED_ROWS = 256
+#: Row strides of tiles are multiples of this many elements, so that every row is aligned.
+ALIGNMENT = 64
+
+
+class Plan(NamedTuple):
+    tile_rows: int
+    tile_columns: int
+    rows_bytes: int  # for buffers of the row passes
+    block_bytes: int  # for each model's block of the head
+
+    def whole(self, v: int) -> bool:
+        return self.tile_columns >= v
+
+
+def make_plan(n_tokens: int, v: int, element_bytes: int, rows_buffered: bool, device: torch.device,
+              budget_mib: float | None) -> Plan:  # fmt: skip
+    """Half of the budget for tiles, a quarter for each head's block; of the tiles' half, a quarter is for the buffers
+    of the row passes where those need some. On CUDA nothing but tiles is needed.
+
+    element_bytes: what one token takes in all tiles together, per column. Raises ValueError for a budget too small for
+    one token and one column block.
+    """
+    budget_mib = default_budget_mib(device, budget_mib)
+    budget = int(budget_mib * 2**20) if budget_mib > 0 else 0
+    half = budget // 2
+    tile_bytes = half if device.type == "cpu" else budget * 15 // 16
+    rows_bytes = tile_bytes // 4 if rows_buffered else 0
+    elements = (tile_bytes - rows_bytes) // element_bytes
+    fit = elements // padded(v)
+    if fit >= min(max(n_tokens, 1), USEFUL_ROWS):
+        rows = math.ceil(n_tokens / max(1, math.ceil(n_tokens / fit)))
+        aligned = math.ceil(rows / 128) * 128  # whole blocks of a matrix product
+        return Plan(max(1, aligned if aligned <= min(fit, n_tokens) else rows), v, rows_bytes, half // 2)
+    rows = min(n_tokens, TILED_ROWS)
+    while rows > 1 and elements // rows < 4 * ALIGNMENT:
+        rows //= 2
+    columns = elements // rows // ALIGNMENT * ALIGNMENT
+    if columns < ALIGNMENT:
+        needed = math.ceil(ALIGNMENT * element_bytes * (4 if rows_buffered else 2) / 2**20 * 10) / 10
+        raise ValueError(
+            f"memory_budget_mib is {budget_mib}, but one token with {ALIGNMENT} columns needs {needed}: raise it "
+            f"(default {default_budget_mib(device):g})"
+        )
+    return Plan(rows, min(columns, v), rows_bytes, half // 2)
+
+
+def default_budget_mib(device: torch.device, asked_mib: float | None = None) -> float:
+    return DEFAULT_BUDGET_MIB.get(device.type, DEFAULT_BUDGET_MIB["cuda"]) if asked_mib is None else asked_mib
+
+
+def padded(columns: int) -> int:
+    return math.ceil(columns / ALIGNMENT) * ALIGNMENT
+
+
+def new_tile(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[rows, columns], uninitialised, with aligned rows."""
+    return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]

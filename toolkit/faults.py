@@ -1,0 +1,310 @@
+"""What goes wrong from outside: signals, steps that are not finite, ranks that hang, memory that runs out."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from toolkit import distributed
+from toolkit.config import FaultsConfig
+
+Result = TypeVar("Result")
+#: Exit code of a run that saved itself and wants to be started again with the same command (sysexits' EX_TEMPFAIL).
+EXIT_LATER = 75
+#: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
+EXIT_STUCK = 70
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: seconds between two looks at a rank, at most
+LOOK_EVERY_S = 10.0
+
+
+class GoOnLater(Exception):
+    """The run was asked to stop, and what it needs to go on is saved; `main` exits with EXIT_LATER."""
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1 set `received`; ranks agree on it where a step ends. A second signal exits at once, and so
+    does the time `grace_s` after the first one: the newest checkpoint is whole at any moment."""
+
+    def __init__(self, grace_s: float):
+        self.grace_s, self.received = grace_s, False
+
+    @contextmanager
+    def watched(self) -> Iterator[StopSignals]:
+        """Handles the signals inside the `with` block, in the main thread; elsewhere it does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if self.received:
+                self._timer.cancel()
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; alike on all ranks. Collective."""
+        return distributed.sum_over_ranks([self.received])[0] > 0
+
+    def _handle(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self.received:
+            _last_words(f"{name} again: rank {distributed.rank()} exits at once", EXIT_LATER)
+        self.received = True
+        self._timer = threading.Timer(
+            self.grace_s, _last_words,
+            (f"{name}: no step ended within faults.grace_s = {self.grace_s:g} s, rank {distributed.rank()} exits; "
+             "the newest checkpoint stands", EXIT_LATER),
+        )  # fmt: skip
+        self._timer.daemon = True
+        self._timer.start()
+
+
+@dataclass
+class StepGuard:
+    """Which optimizer steps are not taken. Its numbers are of all ranks together, so every rank decides alike."""
+
+    config: FaultsConfig
+    skipped: int = 0
+    skipped_in_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of the last steps that were taken
+
+    def objection(self, loss: float) -> str | None:
+        """Why a step with this loss must not be taken, or None."""
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if self.config.spike_factor is not None and len(self.losses) >= self.config.spike_window:
+            limit = self.config.spike_factor * statistics.median(self.losses)
+            if loss > limit:
+                return f"its loss is {loss:.4g}, above {self.config.spike_factor:g} medians = {limit:.4g}"
+        return None
+
+    def record(self, loss: float, taken: bool) -> None:
+        if taken:
+            self.skipped_in_row = 0
+            self.losses = [*self.losses, loss][-self.config.spike_window :]
+        else:
+            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+
+    @property
+    def gives_up(self) -> bool:
+        return self.skipped_in_row >= self.config.max_skipped_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "losses": self.losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.skipped, self.skipped_in_row, self.losses = state["skipped"], state["skipped_in_row"], state["losses"]
+
+
+class Halving:
+    """A size, rows or MiB, that is halved where memory runs out, said each time, and stays at what fitted.
+
+    size: what to begin with; None is a whole of `whole`, which `run` is told each time. It does not go below `least`.
+    """
+
+    def __init__(self, what: str, unit: str, size: float | None = None, least: float = 1):
+        self.what, self.unit, self.size, self.least = what, unit, size, least
+
+    def run(self, work: Callable[[float | None], Result], whole: float) -> Result:
+        """`work(size)`, or of the largest half, quarter, ... that fits. It may not communicate: other ranks do not
+        repeat it. Raises what `work` raised last where not even `least` fits."""
+        while True:
+            try:
+                return work(self.size)
+            except RuntimeError as error:
+                tried = whole if self.size is None else min(whole, self.size)
+                if not is_out_of_memory(error) or tried <= self.least:
+                    raise
+                said = str(error).split("\n")[0][:200]
+            # Outside the `except`: there, the error's traceback would keep the failed attempt's tensors alive.
+            self.size = max(self.least, tried // 2)
+            print(
+                f"rank {distributed.rank()}: out of memory in {self.what}; {tried:g} {self.unit} become "
+                f"{self.size:g} ({said})", file=sys.stderr, flush=True,
+            )  # fmt: skip
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class for GPUs; on the CPU its allocator says so in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+@dataclass
+class Sign:
+    """What a rank last told of itself."""
+
+    step: int = 0
+    phase: str = "start"
+    changes: int = 0  # of phase, since the start: the rank that is behind has fewer
+    beat: int = 0
+    waits: bool = False  # inside a collective: it is not the one that others wait for
+    where: str = ""
+
+
+class Watchdog:
+    """Ends a job that stands still. A thread of each rank tells the others, through the process group's store, what the
+    rank does; where its own phase lasts longer than `limit_s`, it says which rank is behind, where, and exits.
+
+    The job is over `limit_s` + 5 looks (of 10 s at most) after the last progress, from before the ranks have joined on.
+    """
+
+    def __init__(self, limit_s: float, end: Callable[[str, int], None] | None = None):
+        self.limit_s, self.look_s = limit_s, min(LOOK_EVERY_S, limit_s / 4)
+        self.end = end or _last_words
+        self.sign = Sign()
+        self.changed_s = time.monotonic()
+        self._over = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join(2 * self.look_s)
+        faulthandler.cancel_dump_traceback_later()
+
+    def progress(self, phase: str, step: int | None = None) -> None:
+        """This rank now does `phase`, of `step` where that changed."""
+        self.sign.phase, self.sign.changes = phase, self.sign.changes + 1
+        self.sign.step = self.sign.step if step is None else step
+        self.changed_s = time.monotonic()
+
+    def _watch(self) -> None:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        store = None
+        while not self._over.wait(self.look_s):
+            # A collective in C++ that never lets Python run again stops this thread too; this switch needs no Python.
+            faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__)
+            if store is None and world > 1 and torch.distributed.is_initialized():
+                store = _own_store(self.look_s)
+            self._publish(store, rank)
+            if time.monotonic() - self.changed_s > self.limit_s:
+                self._conclude(store, rank, world)
+
+    def _conclude(self, store: Any, rank: int, world: int) -> None:
+        if store is None and world > 1:
+            self.end(
+                f"watchdog: rank {rank} of {world} found no other rank within {self.limit_s:g} s (faults.hang_s), "
+                f"{self.sign.where}",
+                EXIT_STUCK,
+            )
+        first = self._read(store, world)
+        for _ in range(2):  # time for a living rank to be heard
+            if self._over.wait(self.look_s):
+                return
+            self._publish(store, rank)
+        signs = self._read(store, world)
+        if time.monotonic() - self.changed_s <= self.limit_s:
+            return  # it went on meanwhile
+        beats = [{r: sign.beat for r, sign in part.items()} for part in (first, signs)]
+        silent = {r for r in range(world) if r != rank and (r not in signs or beats[0].get(r) == beats[1][r])}
+        text = verdict(signs | {rank: self.sign}, silent, self.limit_s)
+        if rank != min(set(range(world)) - silent):
+            self._over.wait(self.look_s)  # one rank speaks, and gets the time to
+            text = ""
+        self.end(text, EXIT_STUCK)
+
+    def _publish(self, store: Any, rank: int) -> None:
+        self.sign.beat += 1
+        self.sign.where, self.sign.waits = _where(self._main)
+        if store is not None:
+            with suppress(Exception):  # its keeper, rank 0, is gone: what is known of the others is all there is
+                store.set(f"watchdog/{rank}", json.dumps(asdict(self.sign)))
+
+    def _read(self, store: Any, world: int) -> dict[int, Sign]:
+        found = {}
+        for rank in range(world if store is not None else 0):
+            try:
+                if store.check([f"watchdog/{rank}"]):
+                    found[rank] = Sign(**json.loads(store.get(f"watchdog/{rank}")))
+            except Exception:
+                break
+        return found
+
+
+def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
+    """Which rank the others wait for, and what each does."""
+    heard = {rank: sign for rank, sign in signs.items() if rank not in silent}
+    last = min((sign.step, sign.changes) for sign in heard.values())
+    behind = [rank for rank, sign in heard.items() if (sign.step, sign.changes) == last]
+    if len(behind) == len(heard):  # all in the same phase: whoever is in no collective holds the others up
+        behind = [rank for rank in behind if not heard[rank].waits] or behind
+    lines = [f"watchdog: no progress for {limit_s:g} s (faults.hang_s), the job is ended."]
+    if silent:
+        lines.append(f"rank {_listed(silent)} does not answer: its process is dead or stopped.")
+    elif len(behind) < len(heard):
+        sign = heard[behind[0]]
+        lines.append(f"rank {_listed(behind)} holds the others up, in phase {sign.phase} of step {sign.step}.")
+    else:
+        lines.append("All ranks stand in the same place: network, file system, or a phase longer than the limit.")
+    for rank, sign in sorted(signs.items()):
+        heard_of = "last heard of " if rank in silent else ""
+        lines.append(
+            f"  rank {rank}: {heard_of}in phase {sign.phase} of step {sign.step}"
+            f"{', waiting for other ranks' if sign.waits else ''}, {sign.where}"
+        )
+    return "\n".join(lines)
+
+
+def _listed(ranks: Any) -> str:
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _where(thread: int | None) -> tuple[str, bool]:
+    """(the innermost line of this package that a thread is in, and what it called; whether that is a collective)"""
+    frame = sys._current_frames().get(thread)
+    package, inner, waits, line = str(Path(__file__).resolve().parent), "", False, ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        inner = inner or f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
+        waits = waits or "torch/distributed/" in file or "deepspeed/comm/" in file
+        if file.startswith(package):
+            line = f"at {Path(file).relative_to(Path(package).parent)}:{frame.f_lineno} {frame.f_code.co_name}"
+            break
+        frame = frame.f_back
+    return (f"{line}, in {inner}" if line and not line.endswith(inner) else line or f"at {inner}"), waits
+
+
+def _own_store(timeout_s: float) -> Any:
+    """A connection of its own to the process group's store: the main thread may hold the other one for minutes."""
+    from datetime import timedelta
+
+    try:
+        return torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=timedelta(seconds=max(1.0, timeout_s)),
+        )  # fmt: skip
+    except Exception as error:
+        print(f"watchdog: rank {distributed.rank()} cannot reach the others ({error})", file=sys.stderr, flush=True)
+        return None
+
+
+def _last_words(text: str, code: int) -> None:
+    if text:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    os._exit(code)
