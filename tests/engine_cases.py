@@ -99,19 +99,50 @@ def with_engine(folder, work):
     return work(GatheredRollout(student.engine, vocabulary), tokenizer)
 
 
-def sampled_texts(folder, prompts, batch_rows, **sampling):
+def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):
     """Token ids of the answers to `prompts`, dealt over the ranks and put together again."""
+    return _sampled(folder, prompts, batch_rows, gather, **sampling)[0]
+
+
+def sampled_texts_and_mode(folder, prompts, gather, free_bytes=None, **sampling):
+    """The same with the mode that ran; `free_bytes`: this rank's free memory, as far as the choice knows."""
+    from toolkit import distributed
+    from toolkit.rollout import engine
+
+    kept = engine._free_bytes
+    if free_bytes is not None:
+        engine._free_bytes = lambda: free_bytes[distributed.rank()]
+    try:
+        return _sampled(folder, prompts, None, gather, **sampling)
+    finally:
+        engine._free_bytes = kept
+
+
+def texts_within_budget(folder, prompts, cache_mib, **sampling):
+    """(token ids, what the engine says of the call) with a bound on the key-value cache; one rank."""
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        rollout.cache_mib = cache_mib
+        seeded = SeededSampling(seeds=range(len(prompts)), **sampling)
+        found = rollout.complete([tokenizer(prompt)["input_ids"] for prompt in prompts], seeded)
+        return [example.response.tolist() for example in found], rollout.last
+
+    return with_engine(folder, work)
+
+
+def _sampled(folder, prompts, batch_rows, gather, **sampling):
     from toolkit import distributed
     from toolkit.rollout.engine import SeededSampling, sequence_seed
 
     def work(rollout, tokenizer):
-        rollout.rows.size = batch_rows
+        rollout.rows.size, rollout.gather = batch_rows, gather
         rank, world = distributed.rank(), distributed.world()
         rows = range(rank, len(prompts), world)
         seeded = SeededSampling(seeds=[sequence_seed(7, 0, row) for row in rows], **sampling)
         found = rollout.complete([tokenizer(prompts[row])["input_ids"] for row in rows], seeded)
         dealt = distributed.gather_objects([example.response.tolist() for example in found])
-        return [dealt[row % world][row // world] for row in range(len(prompts))]
+        return [dealt[row % world][row // world] for row in range(len(prompts))], rollout.last.mode
 
     return with_engine(folder, work)
 

@@ -8,13 +8,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA, BASICS = "toolkit.data", {"toolkit.batch", "toolkit.config"}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
-ENGINES = PURE | {
-    "toolkit.models",
-    "toolkit.rollout.engine",
-    "toolkit.distributed",
-    "toolkit.monitor",
-    "toolkit.faults",
-}
+DECODING = {"toolkit.rollout.decode", "toolkit.rollout.sampling"}
+ENGINES = (
+    PURE
+    | DECODING
+    | {
+        "toolkit.models",
+        "toolkit.rollout.engine",
+        "toolkit.distributed",
+        "toolkit.monitor",
+        "toolkit.faults",
+    }
+)
 #: part -> parts it may import; the longest name that fits a module is its part
 ALLOWED = {
     "toolkit.batch": set(),
@@ -29,6 +34,8 @@ ALLOWED = {
     "toolkit.monitor": set(),
     "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
+    "toolkit.rollout.sampling": {"toolkit.rollout.schedule"},
+    "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
     "toolkit.rollout.engine": ENGINES,
     "toolkit.evaluation": ENGINES,
     "toolkit.checkpoint": ENGINES,

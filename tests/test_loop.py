@@ -127,6 +127,12 @@ def test_ranks_take_the_same_source_and_their_own_rows(tiny, ranks2):
     assert again == seen
 
 
+def test_training_is_exact_after_sharded_generation(tiny, ranks2):
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="untouched"))
+    ranks2.run(engine_cases.run_generating_aside, tiny_overrides(tiny, name="sharded", rollout__gather="never"))
+    assert_close(weights(tiny, "sharded"), weights(tiny, "untouched"), 0.0)
+
+
 @pytest.mark.parametrize("fail", [False, True])
 def test_training_is_exact_after_generation(tiny, ranks2, fail):
     ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="untouched"))

@@ -22,6 +22,7 @@ RESUME = ("auto", "never")
 ON_FAILURE = ("continue", "stop")
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd")
+GATHER_MODES = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,10 @@ class RolloutConfig:
     capacity: entries of the replay buffer, over all ranks. max_age_steps: older entries are not used (None: no limit).
     train_on_fresh: a GENERATE step trains on the text it just made (the released code) and not on a draw from the
     buffer (Algorithm 1). max_new_tokens: None is data.max_length - data.max_prompt_length.
-    batch_rows: rows generated together on one rank; None is a rank's whole window.
-    temperature 0 is greedy; top_p = 1 and top_k = 0 switch their filters off.
+    batch_rows: rows generated together on one rank; None is as many as the cache holds.
+    cache_mib: bound on a rank's key-value cache, one row at least; None is half of the free memory.
+    gather: "always" the whole student on every rank, "never" (sharded, ranks in step), or "auto": by free memory.
+    temperature 0 is greedy; top_p = 1, top_k = 0, min_p = 0 and repetition_penalty = 1 switch their rules off.
     """
 
     capacity: int = 1000
@@ -152,17 +155,26 @@ class RolloutConfig:
     train_on_fresh: bool = False
     max_new_tokens: int | None = None
     batch_rows: int | None = None
+    cache_mib: int | None = None
+    gather: str = "auto"
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def validate(self) -> None:
-        for name in ("capacity", "max_age_steps", "max_new_tokens", "batch_rows"):
+        for name in ("capacity", "max_age_steps", "max_new_tokens", "batch_rows", "cache_mib"):
             _at_least(f"rollout.{name}", getattr(self, name), 1)
         _at_least("rollout.temperature", self.temperature, 0)
         _at_least("rollout.top_k", self.top_k, 0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p = {self.top_p} lies outside (0, 1]; 1 switches it off")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"rollout.min_p = {self.min_p} lies outside [0, 1); 0 switches it off")
+        _above_zero("rollout.repetition_penalty", self.repetition_penalty)
+        if self.gather not in GATHER_MODES:
+            raise unknown("rollout.gather", self.gather, GATHER_MODES)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ class DistillationLoop:
             "top1_agreement": agreements / targets,
             "phi": self.schedule.phi,
             "source": source.value,
+            "rollout_mode": self.rollout.last.mode if source is Source.GENERATE else None,
             "staleness_steps": self.replay.staleness(step) if source is not Source.DATASET else None,
             "tokens": int(tokens),
             "response_tokens": int(targets),
@@ -155,6 +156,7 @@ class DistillationLoop:
             first = rank * rows
             sampling = SeededSampling(
                 self.config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
+                min_p=settings.min_p, repetition_penalty=settings.repetition_penalty,
                 seeds=[sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)],
             )  # fmt: skip
             with self.timer.phase("rollout"):

@@ -95,8 +95,9 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     schedule = Schedule(config.schedule, config.seed, config.train.steps)
     settings = config.rollout
     validation = config.validation
-    student_rollout = GatheredRollout(student.engine, vocabulary, settings.batch_rows)
-    teacher_rollout = GatheredRollout(teacher.engine, vocabulary, settings.batch_rows)
+    limits = settings.batch_rows, settings.cache_mib, settings.gather
+    student_rollout = GatheredRollout(student.engine, vocabulary, *limits)
+    teacher_rollout = GatheredRollout(teacher.engine, vocabulary, *limits)
     timer = PhaseTimer(sync=torch.cuda.synchronize if torch.cuda.is_available() else None, watch=watchdog.progress)
     deepspeed_monitor = monitor_master(read_ds_config(config.student.ds_config), run_dir, distributed.rank())
     saved = {} if resumed is None else resumed.state

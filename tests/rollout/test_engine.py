@@ -7,8 +7,7 @@ from deepspeed.runtime.rollout import RolloutEngine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import engine_cases
-from toolkit.batch import TokenBatch
-from toolkit.rollout.engine import GatheredRollout, SeededSampling, _examples, choose_tokens
+from toolkit.rollout.engine import GatheredRollout, SeededSampling, choose_tokens
 
 PROMPTS = [
     "Return the number",
@@ -50,6 +49,34 @@ def test_rank_without_prompts_does_not_hang(tiny, ranks2):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])  # ragged ends, and a rank without a prompt
+def test_sharded_text_is_gathered_text(tiny, ranks2, prompts):
+    settings = dict(max_new_tokens=15, temperature=0.9)
+    gathered = ranks2.run(engine_cases.sampled_texts_and_mode, tiny, prompts, "always", **settings)[0]
+    sharded = ranks2.run(engine_cases.sampled_texts_and_mode, tiny, prompts, "never", **settings)[0]
+    assert gathered == (sharded[0], "gathered") and sharded[1] == "sharded"
+
+
+@pytest.mark.multiprocess
+def test_one_rank_without_memory_makes_all_ranks_generate_sharded(tiny, ranks2):
+    for free_bytes, mode in (([2**30, 2**30], "gathered"), ([2**30, 2**12], "sharded")):
+        for found in ranks2.run(
+            engine_cases.sampled_texts_and_mode, tiny, PROMPTS, "auto", free_bytes, max_new_tokens=4
+        ):
+            assert found[1] == mode
+
+
+@pytest.mark.multiprocess
+def test_a_batch_that_exceeds_the_cache_budget_is_split(tiny, ranks1):
+    settings = dict(max_new_tokens=60, temperature=0.9)
+    whole, free = ranks1.run(engine_cases.texts_within_budget, tiny, PROMPTS * 12, None, **settings)[0]
+    split, bound = ranks1.run(engine_cases.texts_within_budget, tiny, PROMPTS * 12, 1, **settings)[0]
+    assert split == whole
+    assert free.peak_rows == 72 > bound.peak_rows and free.cache_mib > 1 >= bound.cache_mib
+    assert bound.tokens == sum(len(text) for text in split) and bound.texts == 72
+
+
+@pytest.mark.multiprocess
 def test_hooks_and_partitions_come_back(tiny, ranks2):
     for before, inside, after, whole, local_numel, kept_handles in ranks2.run(
         engine_cases.hooks_around_generation, tiny
@@ -70,22 +97,6 @@ def test_eos_ends_a_text_and_is_learned_though_it_is_the_pad_token(tiny, ranks1)
     assert ended and len(ended) < len(texts)  # both kinds are there
     assert all(ids.index(eos) == len(ids) - 1 for ids in ended)
     assert all(len(ids) == 60 for ids in texts if eos not in ids)
-
-
-def test_a_rollout_becomes_examples_that_predict_eos():
-    from deepspeed.runtime.rollout import RolloutBatch
-
-    eos = 2
-    batch = RolloutBatch(
-        input_ids=torch.tensor([[eos, eos, 5, 6, 7, eos], [3, eos, 4, 8, eos, eos]]),
-        attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]),
-        response_start_idx=torch.tensor([3, 3]),
-    )
-    first, second = _examples(batch)
-    assert first.tokens.tolist() == [5, 6, 7, eos] and first.prompt_length == 1
-    assert second.tokens.tolist() == [3, eos, 4, 8, eos] and second.prompt_length == 3
-    tokens = TokenBatch.from_examples([first, second], pad_id=eos)
-    assert tokens.targets_N.tolist() == [6, 7, eos, 8, eos]
 
 
 def test_it_is_a_deepspeed_rollout_engine_and_counts_seeds():

@@ -35,7 +35,7 @@ constexpr int64_t BLOCK = 1024;  // columns; seven buffers of this size fit a ca
 constexpr float LOG_ZERO = -1e30f;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// As in rows.py: a test compares them.
+// As in rows.py; `rows_cpp` checks that they agree.
 enum Pass { STATISTICS = 1, SUMS = 2, GRADIENT = 4 };
 enum Code { NONE, TOP_K, FKL, RKL, SYMMETRIC_KL, TVD, SKL, SRKL, JSD, ABKD, AKL, TAID };
 enum Row {

@@ -1,0 +1,109 @@
+"""Tokens per second of generation, side by side in one run: the toolkit's rollout, transformers' generate through
+ZeRO-3 hooks, and generate on a dense copy.   deepspeed --num_accelerators 2 benchmarks/rollout.py --model FOLDER
+
+Texts end at ragged lengths: besides the real EOS, every id that is a multiple of --end_every counts as one, for all
+three alike. Each path answers the same prompts; tokens are counted up to and including the end.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import deepspeed
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from toolkit import distributed
+from toolkit.config import ModelConfig
+from toolkit.models import load_model
+from toolkit.models.vocabulary import Vocabulary
+from toolkit.monitor import format_table
+from toolkit.rollout.engine import GatheredRollout, SeededSampling
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT):
+        return self.model(input_ids=ids_BT).logits
+
+
+def generate(model, prompts, new_tokens, ends, synced):
+    """Tokens that `model.generate` makes up to each row's end, left-padded as its documentation asks."""
+    width = max(map(len, prompts))
+    ids_BT = torch.tensor([[ends[0]] * (width - len(p)) + p.tolist() for p in prompts])
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        eos_token_id=ends, pad_token_id=ends[0], synced_gpus=synced,
+    )[:, width:]  # fmt: skip
+    is_end = torch.isin(out, torch.tensor(ends))
+    return int(torch.where(is_end.any(1), is_end.int().argmax(1) + 1, out.shape[1]).sum())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--rows", type=int, default=32, help="prompts of each rank")
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--end_every", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--local_rank", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    distributed.start()
+    ds_config = {
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10000},
+        "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    sharded = load_model(ModelConfig(path=options.model), options.model, ds_config, torch.float32)
+    wrapped = Wrapped(sharded)
+    engine, *_ = deepspeed.initialize(
+        model=wrapped, optimizer=torch.optim.SGD(wrapped.parameters(), lr=0.0), config=ds_config
+    )
+    sharded.config.use_cache = True
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    size = dense.config.vocab_size
+    ends = [dense.config.eos_token_id, *range(options.end_every, size, options.end_every)]
+    rng = np.random.default_rng(distributed.rank())
+    prompts = [rng.integers(3, size, rng.integers(16, 65)).astype(np.int32) for _ in range(options.rows)]
+    rollout = GatheredRollout(engine, Vocabulary(size, tuple(ends), ends[0]), gather="always")
+    sampling = SeededSampling(options.new_tokens, seeds=range(options.rows))
+
+    def ours():
+        return sum(len(example.response) for example in rollout.complete(prompts, sampling))
+
+    def hooked():
+        engine.module.eval()
+        return generate(sharded, prompts, options.new_tokens, ends, synced=True)
+
+    def plain():
+        return generate(dense, prompts, options.new_tokens, ends, synced=False)
+
+    paths = {"toolkit rollout": ours, "generate, dense copy": plain, "generate, ZeRO-3 hooks": hooked}
+    rates = {name: [] for name in paths}
+    with torch.no_grad():
+        for repeat in range(options.repeats):  # in turn: other work on the machine meets all three alike
+            for name, path in paths.items():
+                torch.distributed.barrier()
+                started_s = time.perf_counter()
+                (tokens,) = distributed.sum_over_ranks([path()])  # also the wait for the slower rank
+                rates[name].append(tokens / (time.perf_counter() - started_s))
+                if distributed.rank() == 0:
+                    print(f"repeat {repeat}  {name}: {rates[name][-1]:.1f} tokens/s", flush=True)
+    if distributed.rank() == 0:
+        middle = {name: float(np.median(values)) for name, values in rates.items()}
+        rows = [[name, rate, middle["toolkit rollout"] / rate] for name, rate in middle.items()]
+        print(format_table(["path", "tokens/s, both ranks", "toolkit is faster by"], rows))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

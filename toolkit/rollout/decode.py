@@ -1,0 +1,369 @@
+"""The decode loop: rows of ragged length side by side, in a cache that is allocated once.
+
+Tokens of all rows lie behind each other in one line, [1, N]: a prompt pass computes no padding, a step is such a pass
+of one token a row. A finished row's place goes to the last row, and then to a waiting prompt.
+
+Shapes: N tokens of this pass, R rows of the cache, B rows running now, C tokens a row may hold, T tokens that the
+longest running row holds, G query heads to each of the K key heads, D head size, V the vocabulary's real size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+
+from toolkit.models.engines import logit_rules
+from toolkit.models.vocabulary import Vocabulary
+from toolkit.rollout.sampling import SeededSampling, choose_tokens, uniform_draws
+
+ATTENTION = "ragged_rows"  # the name under which transformers' models find `_attend`
+
+
+@dataclass
+class DecodeStats:
+    """What one rank did: passes of the model over prompts and over one token a row, and the most rows at once."""
+
+    prefills: int = 0
+    steps: int = 0
+    tokens: int = 0
+    peak_rows: int = 0
+    cache_bytes: int = 0
+
+
+class RaggedCache(Cache):
+    """Keys and values of R rows, [R, K, C, D] a layer, allocated at first use. Each row fills its own front."""
+
+    def __init__(self, rows: int, tokens: int):
+        self.layers, self.rows, self.tokens = [], rows, tokens
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def start_pass(self, row_N: Tensor, position_N: Tensor, lengths: Sequence[int], is_prompt: bool) -> None:
+        """Say what the next pass holds: for each token its row and position; for each row its tokens after the pass.
+
+        A pass over prompts starts its rows anew; any other is one token for each of the rows 0 to B - 1.
+        """
+        self.row_N, self.position_N, self.lengths, self.is_prompt = row_N, position_N, lengths, is_prompt
+        self.width = max(lengths) if is_prompt else min(self.tokens, row_tokens(max(lengths)))
+        self.made: dict[object, Tensor] = {}  # indices and masks that all layers of this pass share
+
+    def update(self, key_1KND: Tensor, value_1KND: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Write the new tokens; what attention has to read, all of it or only the prompt itself, comes back."""
+        if layer_idx not in self.keys:
+            for store, new in ((self.keys, key_1KND), (self.values, value_1KND)):
+                # Zeros: an unwritten place is masked, but a NaN in it would not be.
+                store[layer_idx] = new.new_zeros(self.rows, new.shape[1], self.tokens, new.shape[3])
+        for store, new in ((self.keys, key_1KND), (self.values, value_1KND)):
+            places = self._places(new.shape[1])
+            store[layer_idx].view(-1, new.shape[3]).index_copy_(0, places, new[0].reshape(-1, new.shape[3]))
+        if self.is_prompt:
+            return key_1KND, value_1KND
+        running = len(self.lengths)
+        return self.keys[layer_idx][:running, :, : self.width], self.values[layer_idx][:running, :, : self.width]
+
+    def attend(self, query_1HND: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """Causal attention of each row to itself alone, [1, N, H, D]; `window`: the last tokens that are seen."""
+        if self.is_prompt:
+            return self._attend_prompts(query_1HND, key, value, scale, window)
+        rows, key_heads = key.shape[:2]
+        # The query heads of one key head take the place of tokens: keys are not repeated.
+        query_BKGD = query_1HND.transpose(1, 2).reshape(rows, key_heads, -1, query_1HND.shape[3])
+        mask = self._mask(("step", window), query_1HND.dtype)
+        out_BKGD = F.scaled_dot_product_attention(query_BKGD, key, value, mask, scale=scale)
+        return out_BKGD.reshape(1, rows, query_1HND.shape[1], -1)
+
+    def _attend_prompts(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None):
+        count, width = len(self.lengths), self.width
+        at_N = self._padded_places()
+
+        def padded(new_1hND: Tensor) -> Tensor:
+            heads, size = new_1hND.shape[1], new_1hND.shape[3]
+            whole = new_1hND.new_zeros(count * width, heads, size)
+            return (
+                whole.index_copy_(0, at_N, new_1hND[0].transpose(0, 1)).view(count, width, heads, size).transpose(1, 2)
+            )
+
+        query, key, value = padded(query), padded(key), padded(value)
+        mask = None if window is None or window >= width else self._mask(("prompt", window), query.dtype)
+        # Padding is to the right, where causal attention never looks.
+        out = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2).flatten(0, 1)[at_N][None]
+
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
+        for store in (*self.keys.values(), *self.values.values()):
+            store[target, :, : self.width] = store[source, :, : self.width]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions are always given, and no model-wide mask is made
+
+    @property
+    def bytes(self) -> int:
+        return sum(store.numel() * store.element_size() for store in (*self.keys.values(), *self.values.values()))
+
+    def _places(self, heads: int) -> Tensor:
+        """Index of each new (head, token) among all R x K x C places."""
+        if ("places", heads) not in self.made:
+            head_K = torch.arange(heads, device=self.row_N.device)
+            first_KN = (self.row_N * heads)[None, :] + head_K[:, None]
+            self.made["places", heads] = (first_KN * self.tokens + self.position_N).flatten()
+        return self.made["places", heads]
+
+    def _padded_places(self) -> Tensor:
+        if "padded" not in self.made:
+            lengths = torch.tensor(self.lengths, device=self.row_N.device)
+            row_N = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+            self.made["padded"] = row_N * self.width + self.position_N
+        return self.made["padded"]
+
+    def _mask(self, kind: tuple[str, int | None], dtype: torch.dtype) -> Tensor:
+        if kind not in self.made:
+            name, window = kind
+            seen = torch.arange(self.width, device=self.row_N.device)
+            at = seen[None, None, :, None] if name == "prompt" else self.position_N[:, None, None, None]
+            hidden = seen > at
+            if window is not None:
+                hidden |= seen <= at - window
+            self.made[kind] = torch.zeros(hidden.shape, dtype=dtype, device=seen.device).masked_fill(hidden, -torch.inf)
+        return self.made[kind]
+
+
+_cache: RaggedCache | None = None  # of the pass that runs now; a registered attention function has no other way to it
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    assert _cache is not None, "ragged attention outside of a decode loop"
+    return _cache.attend(query, key, value, scaling, sliding_window), None
+
+
+AttentionInterface.register(ATTENTION, _attend)  # and no mask under this name: models then make none
+
+
+def is_supported(model: PreTrainedModel) -> bool:
+    """Whether `decode` knows this model's attention: transformers' interface, full or sliding, no caps, no sinks."""
+    config = model.config.get_text_config()
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and "position_ids" in inspect.signature(model.base_model.forward).parameters
+        and {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}
+        and getattr(config, "attn_logit_softcapping", None) is None
+        and not any(name.endswith("sinks") for name, _ in model.named_parameters())
+    )
+
+
+def row_tokens(longest: int) -> int:
+    """Places that a row of `longest` tokens takes: a multiple of 16, as GPU attention wants its masks."""
+    return -(-longest // 16) * 16
+
+
+def cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Keys and values of one token in all layers, in the model's dtype."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * next(model.parameters()).element_size()
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    sampling: SeededSampling,
+    vocabulary: Vocabulary,
+    rows: int,
+    anyone_going: Callable[[bool], bool] | None = None,
+) -> tuple[list[np.ndarray], DecodeStats]:
+    """What `model` says after each prompt (int32 [L], EOS included where it came), order kept.
+
+    rows: running at once, at most. A row that ends is replaced by a waiting prompt, shortest prompts first.
+    anyone_going: whether any rank goes on, from whether this one does. With it ranks make passes in step, those that
+    are done with one token that nobody reads: for a model whose every pass is a collective.
+    """
+    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))[::-1]
+    rows = min(rows, max(1, len(prompts)))
+    most = sampling.max_new_tokens
+    room = row_tokens(max((len(prompt) for prompt in prompts), default=1) + most)
+    device = model.get_input_embeddings().weight.device
+    cache, found, stats = RaggedCache(rows, room), [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
+    eos_ids = torch.tensor(vocabulary.eos_ids, device=device)
+    every = torch.arange(rows, device=device)
+    # One line of each for every row of the cache: said tokens, their number, the next token's input and its draws.
+    texts_RT = torch.zeros(rows, most, dtype=torch.long, device=device)
+    said_R = torch.zeros(rows, dtype=torch.long, device=device)
+    length_R, next_R = torch.zeros_like(said_R), torch.zeros_like(said_R)
+    draws_RT = torch.zeros(rows, most, dtype=torch.float64, device=device)
+    penalised = sampling.repetition_penalty != 1
+    seen_RC = torch.zeros(rows, room if penalised else 1, dtype=torch.long, device=device)
+    running: list[int] = []  # which prompt each row is
+    lengths: list[int] = []  # length_R, without asking the device
+    with _attention(model):
+        while anyone_going(bool(waiting or running)) if anyone_going else waiting or running:
+            free = rows - len(running)
+            if not waiting and not running:
+                _idle_pass(model, device)
+                continue
+            if waiting and (not running or 4 * free >= rows):
+                first, new = len(running), [waiting.pop() for _ in range(min(free, len(waiting)))]
+                running += new
+                lengths += [len(prompts[index]) for index in new]
+                logits_BV = _prompt_pass(
+                    model, cache, [prompts[index] for index in new], first, vocabulary.size, device
+                )
+                at_B = every[first : len(running)]
+                draws_RT[at_B] = torch.from_numpy(
+                    np.stack([uniform_draws(sampling.seeds[index], most) for index in new])
+                ).to(device)  # fmt: skip
+                said_R[at_B], length_R[at_B] = 0, torch.tensor(lengths[first:], device=device)
+                if penalised:
+                    for row, index in enumerate(new, first):
+                        ids = torch.from_numpy(prompts[index].astype(np.int64)).to(device)
+                        seen_RC[row] = ids[0]
+                        seen_RC[row, : len(ids)] = ids
+                stats.prefills += 1
+            else:
+                at_B = every[: len(running)]
+                lengths = [length + 1 for length in lengths]
+                cache.start_pass(at_B, length_R[at_B] - 1, lengths, is_prompt=False)
+                logits_BV = _logits(model, _hidden(model, cache, next_R[at_B], cache.position_N), vocabulary.size)
+                stats.steps += 1
+            said_B = said_R[at_B]
+            next_B = choose_tokens(logits_BV, sampling, draws_RT[at_B, said_B], seen_RC[at_B] if penalised else None)
+            texts_RT[at_B, said_B], next_R[at_B] = next_B, next_B
+            if penalised:
+                seen_RC[at_B, length_R[at_B]] = next_B
+            said_R[at_B] += 1
+            length_R[at_B] += 1
+            stats.tokens += len(at_B)
+            stats.peak_rows = max(stats.peak_rows, len(running))
+            ended = at_B[torch.isin(next_B, eos_ids) | (said_B + 1 >= most)].tolist()
+            if ended:
+                for row, text, said in zip(ended, texts_RT[ended].cpu().numpy(), said_R[ended].tolist(), strict=True):
+                    found[running[row]] = text[:said].astype(np.int32)
+                left = len(running) - len(ended)
+                target = [row for row in ended if row < left]
+                source = sorted({*range(left, len(running))} - {*ended})
+                for row, last in zip(target, source, strict=True):
+                    running[row], lengths[row] = running[last], lengths[last]
+                del running[left:], lengths[left:]
+                if target:
+                    source, target = torch.tensor(source, device=device), torch.tensor(target, device=device)
+                    cache.move_rows(source, target)
+                    for state in (texts_RT, said_R, length_R, next_R, draws_RT, seen_RC):
+                        state[target] = state[source]
+    stats.cache_bytes = cache.bytes
+    return found, stats
+
+
+def _prompt_pass(
+    model: PreTrainedModel, cache: RaggedCache, prompts: list[np.ndarray], first: int, vocab_size: int, device
+) -> Tensor:
+    """Logits [B, V] after each prompt; the prompts become rows `first`, `first` + 1, ... of the cache."""
+    lengths = [len(prompt) for prompt in prompts]
+    row_N = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(lengths)).to(device) + first
+    position_N = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    cache.start_pass(row_N, position_N, lengths, is_prompt=True)
+    ids_N = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)
+    hidden_NH = _hidden(model, cache, ids_N, position_N)
+    return _logits(model, hidden_NH[torch.tensor(lengths, device=device).cumsum(0) - 1], vocab_size)
+
+
+def _idle_pass(model: PreTrainedModel, device: torch.device) -> None:
+    spare, token = RaggedCache(1, 16), torch.zeros(1, dtype=torch.long, device=device)
+    spare.start_pass(token, token, [1], is_prompt=True)
+    _logits(model, _hidden(model, spare, token, token), None)
+
+
+def _hidden(model: PreTrainedModel, cache: RaggedCache, ids_N: Tensor, position_N: Tensor) -> Tensor:
+    global _cache
+    _cache = cache
+    try:
+        return model.base_model(
+            input_ids=ids_N[None], position_ids=position_N[None], use_cache=True, **{_cache_name(model): cache}
+        ).last_hidden_state[0]
+    finally:
+        _cache = None
+
+
+def _logits(model: PreTrainedModel, hidden_BH: Tensor, vocab_size: int | None) -> Tensor:
+    scale, soft_cap = logit_rules(model.config)
+    logits_BV = model.get_output_embeddings()(hidden_BH)[:, :vocab_size].float()
+    logits_BV = logits_BV if scale == 1 else logits_BV * scale
+    return logits_BV if soft_cap is None else soft_cap * torch.tanh(logits_BV / soft_cap)
+
+
+@contextmanager
+def _attention(model: PreTrainedModel):
+    kept, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = kept
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """transformers renames `past_key_values` to `cache`, model by model."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+
+
+@torch.no_grad()
+def plain_decode(
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: SeededSampling, vocabulary: Vocabulary, rows: int,
+    anyone_going: Callable[[bool], bool] | None = None,
+) -> tuple[list[np.ndarray], DecodeStats]:  # fmt: skip
+    """`decode` for any causal model of transformers, and its readable twin: padded to the left, a cache that grows."""
+    device = model.get_input_embeddings().weight.device
+    eos_ids = torch.tensor(vocabulary.eos_ids)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found, stats = [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
+    parts = [order[start : start + rows] for start in range(0, len(order), rows)]
+    part, said = None, 0
+    while anyone_going(bool(parts or part)) if anyone_going else parts or part:
+        if part is None and not parts:  # another rank still needs this one in its collectives
+            token = torch.zeros(1, 1, dtype=torch.long, device=device)
+            _logits(model, model.base_model(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
+            continue
+        if part is None:
+            part, said, cache = parts.pop(0), 0, DynamicCache(config=model.config)
+            width = max(len(prompts[index]) for index in part)
+            padded = [[vocabulary.pad_id] * (width - len(prompts[i])) + prompts[i].tolist() for i in part]
+            ids_BT = torch.tensor(padded, device=device)
+            mask_BT = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part]).to(device)
+            draws = [uniform_draws(sampling.seeds[i], sampling.max_new_tokens) for i in part]
+            texts: dict[int, list[int]] = {index: [] for index in part}
+            running, stats.peak_rows, stats.prefills = list(part), max(stats.peak_rows, len(part)), stats.prefills + 1
+        new_BT = ids_BT if said == 0 else ids_BT[:, -1:]
+        positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -new_BT.shape[1] :]
+        hidden_BTH = model.base_model(
+            input_ids=new_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=True,
+            **{_cache_name(model): cache},
+        ).last_hidden_state  # fmt: skip
+        logits_BV = _logits(model, hidden_BTH[:, -1], vocabulary.size)
+        # Padding stands in `seen` as the row's last token, which is there anyway.
+        seen_BT = torch.where(mask_BT.bool(), ids_BT, ids_BT[:, -1:])
+        drawn_B = torch.tensor([draws[part.index(index)][said] for index in running], dtype=torch.float64).to(device)
+        next_B = choose_tokens(logits_BV, sampling, drawn_B, seen_BT).cpu()
+        for index, token in zip(running, next_B.tolist(), strict=True):
+            texts[index].append(token)
+        said, stats.tokens = said + 1, stats.tokens + len(running)
+        stats.steps += said > 1
+        keep = (~torch.isin(next_B, eos_ids)).nonzero().squeeze(1)
+        if said == sampling.max_new_tokens or not len(keep):
+            for index in part:
+                found[index] = np.array(texts[index], np.int32)
+            part = None
+            continue
+        running, next_B, keep = [running[row] for row in keep.tolist()], next_B[keep].to(device), keep.to(device)
+        cache.batch_select_indices(keep)
+        ids_BT, mask_BT = ids_BT[keep], mask_BT[keep]
+        ids_BT = torch.cat([ids_BT, next_B[:, None]], 1)
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(running), 1)], 1)
+    return found, stats

@@ -1,0 +1,108 @@
+"""Choosing the next token: settings, a seed for each text, and one pass over the logits where no filter needs more.
+
+Shapes: B rows, V the vocabulary's real size, K candidates, L tokens said so far (prompt included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from deepspeed.runtime.rollout import SamplingConfig
+from torch import Tensor
+
+from toolkit.rollout.schedule import philox
+
+BLOCK = 256  # entries whose sum is one number of the outer cumulative distribution
+CANDIDATES = 256  # where top-p first looks for its nucleus
+
+
+@dataclass
+class SeededSampling(SamplingConfig):
+    """DeepSpeed's sampling settings and a seed for each prompt, so that a text depends neither on the rows generated
+    beside it nor on the number of ranks. temperature <= 0 is greedy.
+
+    min_p: tokens below this part of the likeliest token's probability are not chosen (arXiv 2407.01082); 0 is off.
+    repetition_penalty: logits of tokens already in prompt or text are divided by it where positive, multiplied where
+    negative (arXiv 1909.05858); 1 is off.
+    """
+
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seeds: Sequence[int] = ()
+
+
+def sequence_seed(seed: int, step: int, row: int) -> int:
+    """The seed of one generated text: of row `row` of the global batch, whichever rank it is on."""
+    return int(philox(seed, step, row).random_raw())
+
+
+def uniform_draws(seed: int, count: int) -> np.ndarray:
+    """The float64 draws in [0, 1) that choose the tokens of the text with this seed."""
+    return np.random.Generator(philox(seed)).random(count)
+
+
+def choose_tokens(
+    logits_BV: Tensor, sampling: SeededSampling, draws_B: Tensor, seen_BL: Tensor | None = None
+) -> Tensor:
+    """The next token of each row, int64 [B].
+
+    Order of the rules: repetition penalty on the tokens in `seen_BL`, temperature, top-k, nucleus (top-p, arXiv
+    1904.09751), min-p; then the inverse of the cumulative distribution at `draws_B` (float64 in [0, 1)): in the order
+    of ids, or where top-k or top-p is on, likeliest first. The likeliest token always stays. Greedy for
+    temperature <= 0. `logits_BV` is fp32 and may be changed.
+    """
+    if sampling.repetition_penalty != 1 and seen_BL is not None:
+        said_BL = logits_BV.gather(1, seen_BL)
+        penalty = sampling.repetition_penalty
+        said_BL = torch.where(said_BL > 0, said_BL / penalty, said_BL * penalty)
+        logits_BV = logits_BV.scatter(1, seen_BL, said_BL)
+    if sampling.temperature <= 0:
+        return logits_BV.argmax(-1)
+    probs_BV = torch.softmax(logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature, -1)
+    has_top_k = 0 < sampling.top_k < probs_BV.shape[1]
+    if has_top_k or sampling.top_p < 1:
+        probs_BK, ids_BK = _nucleus(probs_BV, sampling.top_k if has_top_k else None, sampling.top_p)
+        if sampling.min_p > 0:
+            probs_BK = probs_BK.masked_fill(probs_BK < sampling.min_p * probs_BK[:, :1], 0)
+        return ids_BK.gather(1, _inverse(probs_BK.double().cumsum(-1), draws_B[:, None])).squeeze(1)
+    if sampling.min_p > 0:
+        probs_BV = probs_BV.masked_fill(probs_BV < sampling.min_p * probs_BV.amax(-1, keepdim=True), 0)
+    return _draw(probs_BV, draws_B)
+
+
+def _nucleus(probs_BV: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:
+    """(probabilities, ids) of the tokens that stay, likeliest first; the probabilities of those that go are 0."""
+    size = probs_BV.shape[1]
+    count = min(top_k or CANDIDATES, size)
+    while True:  # a whole sort of a vocabulary takes longer than a small student's forward pass
+        probs_BK, ids_BK = probs_BV.topk(count, -1)
+        mass_BK = probs_BK.double().cumsum(-1)
+        total = mass_BK[:, -1:] if top_k else 1.0
+        if top_k or count == size or bool((mass_BK[:, -1] >= top_p).all()):
+            return probs_BK.masked_fill(mass_BK - probs_BK >= top_p * total, 0), ids_BK
+        count = min(4 * count, size)
+
+
+def _draw(weights_BV: Tensor, draws_B: Tensor) -> Tensor:
+    """Index drawn with probability weights / sum: first a block, then inside it, so that no [B, V] is accumulated."""
+    rows, size = weights_BV.shape
+    whole = size // BLOCK
+    sums = weights_BV[:, : whole * BLOCK].view(rows, whole, BLOCK).sum(-1).double()
+    rest = weights_BV[:, whole * BLOCK :].sum(-1, keepdim=True).double()
+    outer = torch.cat([sums, rest], 1).cumsum(-1)
+    block_B1 = _inverse(outer, draws_B[:, None])
+    below = torch.where(block_B1 > 0, outer.gather(1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inside = (draws_B[:, None] * outer[:, -1:] - below) / (outer.gather(1, block_B1) - below)
+    ids_BK = block_B1 * BLOCK + torch.arange(BLOCK, device=weights_BV.device)
+    weights_BK = weights_BV.gather(1, ids_BK.clamp(max=size - 1)).masked_fill(ids_BK >= size, 0)
+    return ids_BK.gather(1, _inverse(weights_BK.double().cumsum(-1), inside)).squeeze(1)
+
+
+def _inverse(cumulative: Tensor, at: Tensor) -> Tensor:
+    """First index whose cumulative sum exceeds `at` (in [0, 1]) times the total; never one without weight."""
+    total = cumulative[:, -1:].contiguous()
+    target = torch.minimum(at.clamp(min=0) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)
