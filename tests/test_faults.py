@@ -110,12 +110,3 @@ def test_halving_says_so_and_stays_at_what_fits(capsys):
     assert is_out_of_memory(raised.value) and halving.size == 2
     with pytest.raises(RuntimeError, match="something else"):
         halving.run(lambda size: exec('raise RuntimeError("something else")'), whole=12)
-
-
-@pytest.mark.multiprocess
-@pytest.mark.parametrize("part", ["teacher", "generation", "loss"])
-def test_a_rank_that_runs_out_of_memory_halves_and_the_result_stays(tiny, ranks2, part):
-    """Only rank 1 is short of memory (a limit on its address space), and the ranks stay in step."""
-    for rank, (difference, said) in enumerate(ranks2.run(engine_cases.short_of_memory, tiny, part, timeout_s=90)):
-        assert difference <= 1e-5
-        assert ("out of memory in" in said) == (rank == 1), said
