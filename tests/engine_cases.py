@@ -310,8 +310,8 @@ def loss_step(folder, memory_budget_mib):
     from pathlib import Path
 
     import numpy as np
-    from torch.utils._python_dispatch import TorchDispatchMode
 
+    from tests.allocations import LargestTensor
     from tests.tiny import tiny_overrides
     from toolkit.batch import Example, TokenBatch
     from toolkit.divergences import fused
@@ -347,19 +347,9 @@ def loss_step(folder, memory_budget_mib):
         tiles.append((tile, columns))
         return project(self, tile, columns)
 
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, torch.Tensor):
-                    self.numel = max(self.numel, x.numel())
-            return out
-
     fused._Tiles._project = counting
     try:
-        with Largest() as largest:
+        with LargestTensor() as largest:
             hidden_NT = teacher.hidden_states([batch])[0]
             with teacher.head() as head:
                 found = student.loss(batch, hidden_NT, head, 1e-4)

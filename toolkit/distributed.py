@@ -65,9 +65,14 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def anywhere(value: bool) -> bool:
+    """Whether it is true on any rank; alike on all of them. Collective."""
+    return sum_over_ranks([value])[0] > 0
+
+
 def everywhere(value: bool) -> bool:
-    """Whether it is true on every rank; alike on all of them."""
-    return sum_over_ranks([not value])[0] == 0
+    """Whether it is true on every rank; alike on all of them. Collective."""
+    return not anywhere(not value)
 
 
 def gather_objects(value: Result) -> list[Result]:

@@ -61,7 +61,7 @@ class StopSignals:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; alike on all ranks. Collective."""
-        return distributed.sum_over_ranks([self.received])[0] > 0
+        return distributed.anywhere(self.received)
 
     def _handle(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.allocations import LargestTensor
 from toolkit.divergences import (
     Divergence,
     TopKTeacher,
@@ -451,20 +451,10 @@ def test_nothing_of_size_tokens_times_vocabulary_is_allocated(dtype, grad, produ
     if backend == "triton":
         pytest.skip("its interpreter is slow, and tiles are allocated alike for all kernels")
 
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(x, torch.Tensor):
-                    self.numel = max(self.numel, x.numel())
-            return out
-
     n, v = 150, 700
     h, w, ht, wt = inputs(n=n, v=v, dtype=dtype)
     targets = torch.zeros(n, dtype=torch.long)
-    with Largest() as largest, torch.set_grad_enabled(grad):
+    with LargestTensor() as largest, torch.set_grad_enabled(grad):
         result = fused_linear_divergence(
             Divergence("skl"), h, w, ht, wt, targets_N=targets, cross_entropy_weight=0.1,
             memory_budget_mib=0.2,

@@ -391,7 +391,7 @@ class _Tiles:
                 raw_rV = self.teacher.project(hidden_rT, columns, buffer[: len(hidden_rT)])
             else:
                 raw_rV = teacher_nV[some.start - tile.start : some.stop - tile.start]
-            logits_rV = logits_of(raw_rV.to(self.dtype), rule)[0]
+            logits_rV = logits_of(raw_rV.to(self.dtype), rule)
             found.append(head_threshold(logits_rV, problem.spec.head_mass, problem.temperature))
         return torch.cat(found)
 

@@ -35,8 +35,8 @@ class TorchRows:
 
     def _block(self, task, rows, state, student, teacher, out, passes):
         wants_gradient = Passes.GRADIENT in passes
-        s, slope = self._logits("student", student, task.student, wants_gradient)
-        t = None if teacher is None else self._logits("teacher", teacher, task.teacher, False)[0]
+        s = self._logits("student", student, task.student)
+        t = None if teacher is None else self._logits("teacher", teacher, task.teacher)
         alpha = None if task.alpha_n is None else task.alpha_n[rows].unsqueeze(-1)
         targets = None if task.targets_n is None else (task.targets_n[rows] - task.first_column).unsqueeze(-1)
         if Passes.STATISTICS in passes:
@@ -70,8 +70,8 @@ class TorchRows:
                 self._add_cross_entropy(task, state, s, g, q, targets)
             if task.weights_n is not None:
                 g.mul_(task.weights_n[rows].unsqueeze(-1))
-            if slope is not None:
-                g.mul_(slope)
+            if task.student.cap is not None or task.student.scale != 1.0:
+                g.mul_(slope_of(s, task.student))
             out.copy_(g)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -79,22 +79,17 @@ class TorchRows:
             self.buffers[name] = torch.empty(self.block_rows * self.columns, dtype=self.dtype, device=self.device)
         return self.buffers[name][: like.numel()].view(like.shape)
 
-    def _logits(self, name: str, raw: Tensor, rule: LogitRule, wants_slope: bool) -> tuple[Tensor, Tensor | None]:
-        """Logits, and d logit / d raw where it is not 1. The tile itself is left as it is."""
+    def _logits(self, name: str, raw: Tensor, rule: LogitRule) -> Tensor:
+        """`logits_of` in a buffer; the tile itself is left as it is."""
         z = self._buffer(name, raw).copy_(raw)
-        slope = None
         if rule.bias_B is not None:
             z.add_(rule.bias_B)
         if rule.scale != 1.0:
             z.mul_(rule.scale)
-            slope = rule.scale
         if rule.cap is not None:
             nothing = z == -torch.inf
-            z.div_(rule.cap).tanh_()
-            if wants_slope:
-                slope = z.square().neg_().add_(1.0).mul_(rule.scale)
-            z.mul_(rule.cap).masked_fill_(nothing, LOG_ZERO)
-        return z.clamp_(min=LOG_ZERO), slope
+            z.div_(rule.cap).tanh_().mul_(rule.cap).masked_fill_(nothing, LOG_ZERO)
+        return z.clamp_(min=LOG_ZERO)
 
     def _statistics(self, task, state, s, t, alpha, targets):
         x = self._buffer("x", s)
@@ -138,21 +133,20 @@ def block_rows(tile_rows: int, columns: int, budget_bytes: int, dtype: torch.dty
     return max(1, min(tile_rows, cached, fit))
 
 
-def logits_of(raw: Tensor, rule: LogitRule) -> tuple[Tensor, Tensor]:
-    """(logits, d logit / d raw) of raw products, in new tensors; the readable form of what the tiles do."""
+def logits_of(raw: Tensor, rule: LogitRule) -> Tensor:
+    """Logits of raw products, in a new tensor; the readable form of what the tiles do."""
     z = raw if rule.bias_B is None else raw + rule.bias_B
     nothing = z == -torch.inf
     z = z * rule.scale
     if rule.cap is not None:
         z = rule.cap * torch.tanh(z / rule.cap)
-    z = z.masked_fill(nothing, LOG_ZERO).clamp(min=LOG_ZERO)
-    return z, slope_of(z, rule)
+    return z.masked_fill(nothing, LOG_ZERO).clamp(min=LOG_ZERO)
 
 
-def slope_of(logits: Tensor, rule: LogitRule) -> Tensor:
-    """d logit / d raw."""
+def slope_of(logits: Tensor, rule: LogitRule) -> Tensor | float:
+    """d logit / d raw; a number where it is the same for all."""
     if rule.cap is None:
-        return torch.full_like(logits, rule.scale)
+        return rule.scale
     return rule.scale * (1.0 - (logits / rule.cap).square().clamp(max=1.0))
 
 

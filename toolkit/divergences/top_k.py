@@ -80,7 +80,7 @@ def merge_top_k(task: RowTask, spec: Divergence, state: Tensor, raw_nK: Tensor, 
     """After STATISTICS of the other columns: the divergence goes to `state`, and what GRADIENT there needs."""
     temperature, weight = task.temperature, task.cross_entropy_weight
     rule = _at_ids(task.student, teacher.ids_NK)
-    s_nK, slope_nK = logits_of(raw_nK, rule)
+    s_nK = logits_of(raw_nK, rule)
     scaled_nK = s_nK / temperature
     tail_n = state[Row.STUDENT_MAX] / temperature + state[Row.STUDENT_SUM_T].log()
     lse_n = torch.logaddexp(tail_n, scaled_nK.logsumexp(-1))
@@ -111,10 +111,10 @@ def merge_top_k(task: RowTask, spec: Divergence, state: Tensor, raw_nK: Tensor, 
         if weight:
             gradient_nK = gradient_nK + weight * (q[:, :-1] - is_target_nK.to(q.dtype))
             slope_n = slope_of(at_target_n, task.student)
-            target_gradient_n = torch.where(stored_n, 0.0, -weight * slope_n)
+            target_gradient_n = torch.where(stored_n, torch.zeros_like(at_target_n), -weight * slope_n)
             if task.weights_n is not None:
                 target_gradient_n = target_gradient_n * task.weights_n
-    gradient_nK = gradient_nK * slope_nK
+    gradient_nK = gradient_nK * slope_of(s_nK, rule)
     if task.weights_n is not None:
         gradient_nK = gradient_nK * task.weights_n.unsqueeze(-1)
     return Merged(cross_entropy_n, agreement_n, gradient_nK, target_gradient_n)

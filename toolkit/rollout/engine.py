@@ -88,7 +88,12 @@ class GatheredRollout(RolloutEngine):
             mode = "sharded"
             with _evaluation_mode(self.engine):
                 texts, stats = _decoder(self.engine.module.model)(
-                    self.engine.module.model, prompts, sampling, self.vocabulary, self._rows(row_bytes), self._any_rank
+                    self.engine.module.model,
+                    prompts,
+                    sampling,
+                    self.vocabulary,
+                    self._rows(row_bytes),
+                    distributed.anywhere,
                 )
         self.last = RolloutStats(
             mode, time.perf_counter() - started_s, len(prompts), stats.tokens, stats.prefills + stats.steps,
@@ -139,12 +144,7 @@ class GatheredRollout(RolloutEngine):
         parameters = self.engine.module.model.parameters()
         model_bytes = sum(p.ds_numel * p.element_size() for p in parameters if p.ds_numel != p.numel())
         cache_bytes = self.cache_mib * MIB if self.cache_mib else row_bytes
-        fits = model_bytes + cache_bytes <= 0.8 * _free_bytes()
-        return not self._any_rank(not fits)
-
-    def _any_rank(self, value: bool) -> bool:
-        """Whether it is true anywhere: alike on all ranks."""
-        return distributed.sum_over_ranks([float(value)])[0] > 0
+        return distributed.everywhere(model_bytes + cache_bytes <= 0.8 * _free_bytes())
 
 
 def _decoder(model: PreTrainedModel) -> Any:
