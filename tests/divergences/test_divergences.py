@@ -574,6 +574,19 @@ def test_a_stored_teacher_of_all_ids_is_the_teacher(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_is_not_hidden(name, backend):
+    """A NaN in a hidden state of either model: that token's value is NaN, the others' are not; so is, where the student
+    has it, its gradient."""
+    for side in (0, 2):
+        tensors = [x.detach().clone() for x in inputs()]
+        tensors[side][4, 0] = math.nan
+        tensors[0].requires_grad_()
+        result = fused_linear_divergence(Divergence(name), *tensors)
+        assert result.divergence_N.isnan().nonzero().flatten().tolist() == [4], side
+        assert side == 2 or gradients(result.loss, tensors[0])[0][4].isnan().all()
+
+
 def call(**changes):
     h, w, ht, wt = inputs()
     arguments = dict(

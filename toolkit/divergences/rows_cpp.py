@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -90,7 +91,7 @@ def _library() -> ctypes.CDLL | None:
         f"{SOURCE.read_text()}{Path(__file__).read_text()}{torch.__version__}".encode()
     ).hexdigest()[:12]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "distil_rows"
-    path = folder / f"rows_{capability.lower()}_{version}.so"
+    path = folder / f"rows_{platform.machine()}_{capability.lower()}_{version}.so"
     try:
         if not path.exists():
             _build(path, capability)

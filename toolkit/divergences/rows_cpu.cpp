@@ -35,7 +35,7 @@ constexpr int64_t BLOCK = 1024;  // columns; seven buffers of this size fit a ca
 constexpr float LOG_ZERO = -1e30f;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// As in rows.py; `rows_cpp` checks that they agree.
+// As in rows.py.
 enum Pass { STATISTICS = 1, SUMS = 2, GRADIENT = 4 };
 enum Code { NONE, TOP_K, FKL, RKL, SYMMETRIC_KL, TVD, SKL, SRKL, JSD, ABKD, AKL, TAID };
 enum Row {
@@ -121,7 +121,7 @@ inline Vec log_of(Vec x) {
   y = y * f;
   y = at::vec::fmadd(exponent, Vec(-2.12194440e-4f), y * f2);
   y = at::vec::fmadd(f2, Vec(-0.5f), y) + f;
-  return at::vec::fmadd(exponent, Vec(0.693359375f), y);
+  return at::vec::fmadd(exponent, Vec(0.693359375f), y) + (x - x);  // NaN stays NaN
 }
 
 #else

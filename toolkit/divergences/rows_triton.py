@@ -74,6 +74,12 @@ def launch_arguments(task, state, student_nB, teacher_nB, out_nB, passes) -> tup
 
 
 @triton.jit
+def _floored(z):
+    """At least LOG_ZERO; NaN stays NaN, which a plain maximum would hide."""
+    return tl.maximum(z, _LOG_ZERO, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _logits(raw_ptr, bias_ptr, offsets, inside, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
     raw = tl.load(raw_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
     if BIAS:
@@ -83,7 +89,7 @@ def _logits(raw_ptr, bias_ptr, offsets, inside, scale, cap, BIAS: tl.constexpr, 
         e = tl.exp(-2.0 * tl.abs(z) / cap)
         capped = cap * (1.0 - e) / (1.0 + e)
         z = tl.where(raw == float("-inf"), _LOG_ZERO, tl.where(z < 0.0, -capped, capped))
-    return tl.maximum(z, _LOG_ZERO)
+    return _floored(z)
 
 
 @triton.jit
@@ -370,4 +376,4 @@ def _log_probabilities(
     if COOLED:
         lp = lp / temperature
         lq = lq / temperature
-    return tl.maximum(lp - p_log_sum, _LOG_ZERO), tl.maximum(lq - q_log_sum, _LOG_ZERO)
+    return _floored(lp - p_log_sum), _floored(lq - q_log_sum)
