@@ -61,6 +61,27 @@ def run_generating_aside(overrides, fail=False):
     return _observed(choose, overrides, None)
 
 
+def teacher_answers(overrides, count):
+    """What a dense copy of the teacher answers to the first `count` training prompts, one by one."""
+    from transformers import AutoModelForCausalLM
+
+    from toolkit.data import load_data
+    from toolkit.models import load_tokenizer, shared_vocabulary
+    from toolkit.rollout.decode import decode
+    from toolkit.rollout.engine import SeededSampling, sequence_seed
+
+    config = RunConfig().with_overrides(overrides)
+    tokenizer = load_tokenizer(config.teacher, config.teacher.path)
+    data = load_data(config.data, tokenizer, config.seed)
+    model = AutoModelForCausalLM.from_pretrained(config.teacher.path, dtype=torch.float32).eval()
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    texts = []
+    for row in range(count):
+        sampling = SeededSampling(config.max_new_tokens, 1.0, seeds=[sequence_seed(config.seed, 0, row)])
+        texts += decode(model, [data.train[row].prompt], sampling, vocabulary, 1)[0]
+    return texts
+
+
 def _observed(choose, overrides, result):
     original = DistillationLoop.choose_examples
     DistillationLoop.choose_examples = choose

@@ -39,6 +39,7 @@ ALLOWED = {
     "toolkit.rollout.engine": ENGINES,
     "toolkit.evaluation": ENGINES,
     "toolkit.checkpoint": ENGINES,
+    "toolkit.teacher_text": ENGINES,
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint"},
 }
 

@@ -24,6 +24,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd")
 GATHER_MODES = ("auto", "always", "never")
 NO_DIVERGENCE = "none"
+WITH_SEQUENCE_ALPHA = ("skl", "srkl")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class LossConfig:
     divergence, alpha, beta: see toolkit.divergences; "none" asks no teacher: cross entropy alone, as in supervised
     fine-tuning (a teacher is then needed for validation only, and may be left out).
     student_text_divergence: in place of it where the student's own text is trained on ("": the same one).
-    temperature divides both models' logits.
+    alpha_end: alpha moves to it over the run, in a straight line (TAID: from 0.4 to 1); None: it stays.
+    alpha_per_sequence: skl and srkl with an alpha of each text's own, at most `alpha`: smaller where the models differ
+    more than in the rest of the micro-batch (DistiLLM-2). Costs one more product with each head.
+    head_mass: akl's. temperature divides both models' logits.
     cross_entropy_weight: share of the text's own next token beside the divergence.
     memory_budget_mib: bound on the logit tiles; None is the operation's default.
     """
@@ -89,7 +93,10 @@ class LossConfig:
     divergence: str = "skl"
     student_text_divergence: str = ""
     alpha: float = 0.1
+    alpha_end: float | None = None
+    alpha_per_sequence: bool = False
     beta: float = 0.5
+    head_mass: float = 0.5
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
     memory_budget_mib: int | None = None
@@ -97,8 +104,15 @@ class LossConfig:
     def validate(self) -> None:
         from toolkit.divergences import Divergence
 
-        for name in {self.divergence, self.student_text_divergence or self.divergence} - {NO_DIVERGENCE}:
-            Divergence(name, alpha=self.alpha, beta=self.beta)
+        names = {self.divergence, self.student_text_divergence or self.divergence} - {NO_DIVERGENCE}
+        for name in sorted(names):
+            for alpha in (self.alpha, self.alpha if self.alpha_end is None else self.alpha_end):
+                Divergence(name, alpha=alpha, beta=self.beta, head_mass=self.head_mass)
+        if self.alpha_per_sequence and not (names and names <= set(WITH_SEQUENCE_ALPHA) and self.alpha > 0.01):
+            raise ValueError(
+                f"loss.alpha_per_sequence is for {' and '.join(WITH_SEQUENCE_ALPHA)} with an alpha above 0.01, but the "
+                f"divergences are {sorted(names)} and loss.alpha = {self.alpha}; set it to false, or change these"
+            )
         if self.divergence == NO_DIVERGENCE and (self.cross_entropy_weight != 1 or self.student_text_divergence):
             raise ValueError(
                 f"loss.divergence = {NO_DIVERGENCE!r} leaves the cross entropy alone, but loss.cross_entropy_weight = "
@@ -137,16 +151,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps. batch_rows: sequences of one step, over all ranks. micro_rows: of one micro-batch on
-    one rank; batch_rows has to be a multiple of micro_rows x ranks."""
+    """steps: optimizer steps; epochs, where given, takes their place: passes over the training rows. batch_rows:
+    sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be a multiple
+    of micro_rows x ranks."""
 
     steps: int = 100
+    epochs: float | None = None
     batch_rows: int = 8
     micro_rows: int = 4
 
     def validate(self) -> None:
         for name in ("steps", "batch_rows", "micro_rows"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.epochs is not None:
+            _above_zero("train.epochs", self.epochs)
 
 
 @dataclass(frozen=True)
@@ -287,15 +305,30 @@ class RunConfig:
             raise ValueError(f"seed = {self.seed} lies outside [0, 2**64)")
         if self.has_teacher:
             self.teacher.validate("teacher")
+        elif self.data.responses == "teacher":
+            raise ValueError('data.responses = "teacher", but teacher.path is empty; name a teacher, or use "data"')
         self.student.validate("student")
         for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation,
                         self.checkpoint, self.faults):  # fmt: skip
             section.validate()
+        if self.train.epochs is None:
+            self._check_warmup()
+
+    def _check_warmup(self) -> None:
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of train.steps = "
                 f"{self.train.steps}; shorten the warm-up"
             )
+
+    def for_rows(self, rows: int) -> RunConfig:
+        """With train.steps for this many training rows, where train.epochs decides."""
+        if self.train.epochs is None:
+            return self
+        steps = max(1, round(self.train.epochs * rows / self.train.batch_rows))
+        config = dataclasses.replace(self, train=dataclasses.replace(self.train, steps=steps))
+        config._check_warmup()
+        return config
 
     @property
     def run_dir(self) -> Path:

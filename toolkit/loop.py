@@ -94,7 +94,7 @@ class DistillationLoop:
 
         with self.timer.phase("teacher"):
             signals = self.teacher.signals(window)
-        objective = Objective.of(self.config.loss, on_student_text=source is not Source.DATASET)
+        objective = Objective.of(self.config.loss, source is not Source.DATASET, step / self.config.train.steps)
         sums, objection = [], None
         with self.teacher.head() as head:
             for batch, signal in zip(window, signals, strict=True):

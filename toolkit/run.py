@@ -37,10 +37,12 @@ from toolkit.report import Sample, final_report
 from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
+from toolkit.teacher_text import teacher_text, text_folder
 
 TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
-OTHER_PHASES = ("validation", "evaluation", "checkpoint", "export")
+OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "export")
 CHECKPOINTS = "checkpoints"
+GENERATING = "while the teacher generated; what it wrote is kept"
 
 
 def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
+    config = distributed.together(lambda: config.for_rows(len(data.train)))
     parts = identity(teacher_path, data, dtype)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
@@ -123,10 +126,17 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         monitor.note(_introduction(config, data, dtype, run_dir))
         for note in notes:
             monitor.note(note)
+        train = data.train
+        if config.data.responses == "teacher":
+            with timer.phase("teacher_text"):
+                folder = text_folder(cache_dir, parts, config)
+                train = teacher_text(
+                    train, teacher_rollout, config, folder, lambda: _stop_if_asked(signals, GENERATING)
+                )
         loop = DistillationLoop(
             config=config,
             vocabulary=vocabulary,
-            dataset=PromptDataset(data.train, config.seed),
+            dataset=PromptDataset(train, config.seed),
             teacher=NoTeacher() if config.loss.divergence == NO_DIVERGENCE else teacher,
             student=student,
             schedule=schedule,
@@ -279,9 +289,9 @@ def _finished(config: RunConfig, resumed: Checkpoint) -> dict[str, Any] | None:
     return distributed.together(lambda: json.loads(file.read_text()))
 
 
-def _stop_if_asked(signals: StopSignals) -> None:
+def _stop_if_asked(signals: StopSignals, where: str = "after the last step, before the student was exported") -> None:
     if signals.agreed():
-        raise GoOnLater("stopped by a signal after the last step, before the student was exported")
+        raise GoOnLater(f"stopped by a signal {where}")
 
 
 def _start_folder(config: RunConfig, resumed: Checkpoint | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 PYTHON_DOCS = "python_docs"
 TEMPLATE_NAMES = ("chat", "alpaca", "plain")
+RESPONSES = ("data", "teacher")
 ON_BAD_ROW = ("stop", "skip")
 ON_LONG_RESPONSE = ("truncate", "skip", "stop")
 
@@ -30,6 +31,8 @@ class DataConfig:
     validation_source: as `source`. None takes `validation_fraction` of the source's rows by a hash of their
     prompt, so equal prompts stay on one side ("python_docs" has a validation split of its own, by module).
     input_field: a second prompt field, as Alpaca's and Dolly's "input"; rows may leave it empty.
+    responses: "data" trains on the rows' own; "teacher" on what the teacher answers to their prompts, generated once
+    with the rollout section's settings and kept in the cache (sequence-level distillation, arXiv 1606.07947).
     max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens.
     on_long_response: a response that does not fit is cut and gets no EOS, or is skipped, or is an error.
     on_bad_row: a row that cannot be used is an error that names it, or is skipped and counted.
@@ -47,6 +50,7 @@ class DataConfig:
     response_field: str = "response"
     input_field: str | None = None
     template: str = "chat"
+    responses: str = "data"
     max_length: int = 512
     max_prompt_length: int = 256
     on_long_response: str = "truncate"
@@ -58,6 +62,7 @@ class DataConfig:
         """Raises ValueError for the first setting that cannot work, with its value and what to do."""
         for name, known in (
             ("template", TEMPLATE_NAMES),
+            ("responses", RESPONSES),
             ("on_bad_row", ON_BAD_ROW),
             ("on_long_response", ON_LONG_RESPONSE),
         ):

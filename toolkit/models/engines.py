@@ -48,17 +48,22 @@ Signal = Tensor | TopKTeacher | None
 
 class Objective(NamedTuple):
     """What is minimised at a response token that has a signal: divergence + cross_entropy_weight * cross entropy.
-    Where it has none it is the cross entropy alone."""
+    Where it has none it is the cross entropy alone. alpha_per_sequence: see `sequence_alpha`."""
 
     divergence: Divergence | None
     cross_entropy_weight: float = 0.0
     temperature: float = 1.0
+    alpha_per_sequence: bool = False
 
     @classmethod
-    def of(cls, loss: LossConfig, on_student_text: bool = False) -> Objective:
+    def of(cls, loss: LossConfig, on_student_text: bool = False, progress: float = 0.0) -> Objective:
+        """Of the configured loss, at `progress` from 0 to 1 through the run."""
         name = loss.student_text_divergence if on_student_text and loss.student_text_divergence else loss.divergence
-        divergence = None if name == NO_DIVERGENCE else Divergence(name, alpha=loss.alpha, beta=loss.beta)
-        return cls(divergence, loss.cross_entropy_weight, loss.temperature)
+        if name == NO_DIVERGENCE:
+            return cls(None, loss.cross_entropy_weight, loss.temperature)
+        alpha = loss.alpha if loss.alpha_end is None else loss.alpha + (loss.alpha_end - loss.alpha) * progress
+        divergence = Divergence(name, alpha=alpha, beta=loss.beta, head_mass=loss.head_mass)
+        return cls(divergence, loss.cross_entropy_weight, loss.temperature, loss.alpha_per_sequence)
 
 
 class LossSums(NamedTuple):
@@ -193,7 +198,7 @@ class _StudentForward(nn.Module):
         scale, soft_cap = logit_rules(self.model.config)
         weight_VS = projection.weight  # read here: deepspeed gathers it as an external parameter, for backward as well
         bias_V = getattr(projection, "bias", None)
-        divergence, cross_entropy_weight, temperature = objective
+        divergence, cross_entropy_weight, temperature, alpha_per_sequence = objective
         shared = {
             "weights_N": hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
             "valid_vocab": self.vocabulary.size,
@@ -205,10 +210,18 @@ class _StudentForward(nn.Module):
                     hidden_NS, weight_VS, batch.targets_N, bias_V=bias_V, logit_scale=scale, soft_cap=soft_cap,
                     memory_budget_mib=budget_mib, **shared,
                 )  # fmt: skip
+            alpha_N = None
+            if alpha_per_sequence:
+                own = Head(weight_VS, bias_V, scale, soft_cap)
+                log_q, log_p = (
+                    mean_log_probs(batch, hidden_NH, head, self.vocabulary.size, budget_mib)
+                    for hidden_NH, head in ((hidden_NS, own), (signal, Head(*teacher_head)))
+                )
+                alpha_N = sequence_alpha(divergence, log_p, log_q).repeat_interleave(batch.predicts_BT.sum(1))
             return fused_linear_divergence(
                 divergence, hidden_NS, weight_VS, targets_N=batch.targets_N, cross_entropy_weight=cross_entropy_weight,
                 temperature=temperature, student_bias_V=bias_V, student_logit_scale=scale, student_soft_cap=soft_cap,
-                memory_budget_mib=budget_mib, **_teacher_side(signal, teacher_head), **shared,
+                alpha_N=alpha_N, memory_budget_mib=budget_mib, **_teacher_side(signal, teacher_head), **shared,
             )  # fmt: skip
 
         # Around the operation and not the forward pass: nothing in it communicates, so one rank may repeat it alone.
@@ -220,6 +233,31 @@ def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """hidden_NH at the positions that predict response tokens, in the order of `batch.targets_N`."""
     hidden_BTH = model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
     return hidden_BTH[batch.predicts_BT]
+
+
+@torch.no_grad()
+def mean_log_probs(batch: TokenBatch, hidden_NH: Tensor, head: Head, vocab: int, budget_mib: float | None) -> Tensor:
+    """[B] mean log-probability in nats that a model gives to each row's response tokens."""
+    nats_N = fused_linear_cross_entropy(
+        hidden_NH, head.weight_VH, batch.targets_N, valid_vocab=vocab, bias_V=head.bias_V, logit_scale=head.logit_scale,
+        soft_cap=head.soft_cap, memory_budget_mib=budget_mib,
+    ).cross_entropy_N  # fmt: skip
+    counts_B = batch.predicts_BT.sum(1)
+    rows_N = torch.arange(len(counts_B), device=counts_B.device).repeat_interleave(counts_B)
+    return -nats_N.new_zeros(len(counts_B)).index_add_(0, rows_N, nats_N) / counts_B.clamp(min=1)
+
+
+def sequence_alpha(divergence: Divergence, log_p_B: Tensor, log_q_B: Tensor) -> Tensor:
+    """[B] DistiLLM-2's alpha of each text, from both models' mean log-probabilities (arXiv 2503.07067).
+
+    Near q, log p - log((1 - a) q + a p) is about (1 - a) (p - q). It is held at its mean over the micro-batch, where
+    alpha is a0 = divergence.alpha: a = 1 - (1 - a0) mean(p - q) / (p - q), clipped to [0.01, a0]. p and q are the
+    geometric means per token; for srkl they change places.
+    """
+    gap_B = log_p_B.exp() - log_q_B.exp()
+    if divergence.name == "srkl":
+        gap_B = -gap_B
+    return (1 - (1 - divergence.alpha) * gap_B.mean() / (gap_B + 1e-5)).clamp(0.01, divergence.alpha)
 
 
 def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str, Any]:
