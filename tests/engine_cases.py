@@ -48,17 +48,37 @@ def run_generating_aside(overrides, fail=False):
 
     def choose(self, step):
         prompts = [example.prompt for example in self.dataset.examples[:3]]
-        if fail:
-            prompts = [prompts[0], prompts[1] + 10**6]  # not in the embedding: raises inside the model
         try:
-            self.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
-        except IndexError:
-            assert fail
+            with failing("choose_tokens", call=3) if fail else contextlib.nullcontext():
+                self.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
+        except RuntimeError as error:
+            assert fail and "made to fail" in str(error)
         else:
             assert not fail
         return original(self, step)
 
     return _observed(choose, overrides, None)
+
+
+@contextlib.contextmanager
+def failing(name, call, ranks=(0, 1)):
+    """The decode loop with the `call`-th call of its function `name` raising on these ranks."""
+    from toolkit import distributed
+    from toolkit.rollout import decode
+
+    original, calls = getattr(decode, name), []
+
+    def work(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call and distributed.rank() in ranks:
+            raise MemoryError(f"made to fail in {name}")
+        return original(*args, **kwargs)
+
+    setattr(decode, name, work)
+    try:
+        yield
+    finally:
+        setattr(decode, name, original)
 
 
 def _observed(choose, overrides, result):
@@ -143,6 +163,46 @@ def _sampled(folder, prompts, batch_rows, gather, **sampling):
         found = rollout.complete([tokenizer(prompts[row])["input_ids"] for row in rows], seeded)
         dealt = distributed.gather_objects([example.response.tolist() for example in found])
         return [dealt[row % world][row // world] for row in range(len(prompts))], rollout.last.mode
+
+    return with_engine(folder, work)
+
+
+def texts_around_a_failure(folder, prompts, gather, name, call, ranks):
+    """(what was raised here, the texts afterwards, those of an engine that saw no failure)."""
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        rollout.gather, rollout.rows.size = gather, 2
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+
+        def texts():
+            found = rollout.complete(ids, SeededSampling(12, temperature=0.9, seeds=range(len(ids))))
+            return [example.response.tolist() for example in found]
+
+        said, wanted = None, texts()
+        try:
+            with failing(name, call, ranks):
+                texts()
+        except RuntimeError as error:
+            said = str(error)
+        return said, texts(), wanted
+
+    return with_engine(folder, work)
+
+
+def error_of_unknown_ids(folder):
+    """What each rank raises where the prompts of the last one hold an id that the vocabulary does not have."""
+    import numpy as np
+
+    from toolkit import distributed
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        highest = 10**6 if distributed.rank() == distributed.world() - 1 else 7
+        try:
+            rollout.complete([np.array([5, highest])], SeededSampling(3, seeds=[1]))
+        except ValueError as error:
+            return str(error)
 
     return with_engine(folder, work)
 
