@@ -104,19 +104,96 @@ def _main(overrides):
 
 def with_engine(folder, work):
     """`work(rollout, tokenizer)` on a ZeRO-3 student of its own, in the middle of nothing else."""
+    from toolkit.rollout.engine import GatheredRollout
+
+    return with_student(
+        folder,
+        lambda config, student, tokenizer, vocabulary: work(GatheredRollout(student.engine, vocabulary), tokenizer),
+    )
+
+
+def with_student(folder, work, **changes):
+    """`work(config, student, tokenizer, vocabulary)` likewise; changes: settings of the run that it is part of."""
     from pathlib import Path
 
     from tests.tiny import tiny_overrides
     from toolkit import distributed
     from toolkit.models import build_student, load_tokenizer, materialize, shared_vocabulary
-    from toolkit.rollout.engine import GatheredRollout
 
-    config = RunConfig().with_overrides(tiny_overrides(folder, train__micro_rows=8 // distributed.world()))
+    overrides = tiny_overrides(folder, train__micro_rows=8 // distributed.world(), **changes)
+    config = RunConfig().with_overrides(overrides)
     path = materialize(config.student, Path(config.cache_dir))
     tokenizer = load_tokenizer(config.student, path)
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
-    student = build_student(config, path, torch.float32, vocabulary)
-    return work(GatheredRollout(student.engine, vocabulary), tokenizer)
+    return work(config, build_student(config, path, torch.float32, vocabulary), tokenizer, vocabulary)
+
+
+def with_server(folder, student, url, work, timeout_s=60):
+    """`work(rollout, tokenizer)` with a rollout that asks the server at `url`."""
+    from toolkit.rollout.vllm import VllmRollout
+
+    return with_student(
+        folder, lambda config, *made: work(VllmRollout(config, *made), made[1]), name="served",
+        student__path=f"{folder}/{student}", rollout__engine="vllm", rollout__server=url,
+        rollout__server_timeout_s=timeout_s,
+    )  # fmt: skip
+
+
+def server_texts(folder, student, url, prompts, **sampling):
+    """(token ids of the answers, all asked for by every rank, in another order on each; what the engine says of the
+    call; the first three by DeepSpeed's interface, as (ids, their numbers))."""
+    from deepspeed.runtime.rollout import RolloutRequest
+
+    from toolkit import distributed
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        rollout.start()
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        order = list(range(len(ids)))[:: 1 if distributed.rank() == 0 else -1]
+        found = rollout.complete([ids[i] for i in order], SeededSampling(seeds=order, **sampling))
+        texts = dict(zip(order, (example.response.tolist() for example in found), strict=True))
+        stats, width = rollout.last, max(map(len, ids[:3]))
+        batch = rollout.generate(
+            RolloutRequest(
+                torch.tensor([[0] * (width - len(row)) + row for row in ids[:3]]),
+                torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids[:3]]),
+            ),
+            SeededSampling(seeds=[0, 1, 2], **sampling),
+        )
+        counts = batch.attention_mask[:, width:].sum(1).tolist()
+        return [texts[i] for i in range(len(ids))], stats, (batch.input_ids[:, width:].tolist(), counts)
+
+    return with_server(folder, student, url, work)
+
+
+def server_errors(folder, student, url, faults):
+    """What a start, a push and two texts raise here for each fault of the server, "None" for nothing."""
+    import time
+
+    from toolkit import distributed
+    from toolkit.rollout.engine import SeededSampling
+    from toolkit.rollout.vllm import Server
+
+    def work(rollout, tokenizer):
+        said = []
+        for fault in faults:
+            torch.distributed.barrier()
+            if distributed.rank() == 0:
+                Server(url).ask("POST", "/fault", time.monotonic() + 60, fault)
+            torch.distributed.barrier()
+            rollout.pushed = False
+            try:
+                rollout.start()
+                rollout.sync_weights(3)
+                prompts = [[5, 6, 7]] * (2 if distributed.rank() else 0)  # only the second rank asks for text
+                rollout.complete(prompts, SeededSampling(30, seeds=range(len(prompts))))
+                said.append("None")
+            except ValueError as error:
+                said.append(str(error))
+        return said
+
+    return with_server(folder, student, url, work, timeout_s=4)
 
 
 def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):
