@@ -40,6 +40,24 @@ def run_recording_sources(overrides):
     return _observed(choose, overrides, seen)
 
 
+def run_recording_texts(overrides):
+    """For each call that generates its prompts, and the seeds of its texts, on this rank."""
+    from toolkit.rollout.engine import GatheredRollout
+
+    seen, original = [], GatheredRollout.complete
+
+    def complete(self, prompts, sampling):
+        seen.append(([prompt.tolist() for prompt in prompts], list(sampling.seeds)))
+        return original(self, prompts, sampling)
+
+    GatheredRollout.complete = complete
+    try:
+        _main(overrides)
+    finally:
+        GatheredRollout.complete = original
+    return seen
+
+
 def run_generating_aside(overrides, fail=False):
     """A run that generates before every step and throws the text away; with `fail`, generation raises half-way."""
     from toolkit.rollout.engine import SeededSampling

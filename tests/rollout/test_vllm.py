@@ -26,7 +26,7 @@ def server(tiny):
 def run(tiny, ranks, name, **changes):
     settings = {
         "student__path": f"{tiny}/{STUDENT}", "schedule__policy": "on_policy", "rollout__temperature": 0,
-        "rollout__capacity": 8, "train__steps": 4, "validation__rows": 2,
+        "rollout__capacity": 8, "train__steps": 6, "validation__rows": 2,
     }  # fmt: skip
     ranks.run(engine_cases.run_tiny, tiny_overrides(tiny, name=name, **settings | changes))
     records = [json.loads(line) for line in (tiny / "runs" / name / "metrics.jsonl").open()]
@@ -45,11 +45,13 @@ def test_training_by_a_server_is_training_by_the_student_itself(tiny, ranks2, se
     assert distance(served, alone) < 1e-5
     still, _ = run(tiny, ranks2, "still", schedule__policy="off")
     assert distance(still, alone) > 1e-3
-    assert [record["rollout_mode"] for record in records] == ["vllm"] * 4
-    assert [record["staleness_steps"] for record in records] == [0, 0, 0, 0]
-    assert len(server.log) == 4 * 8 and len({str(prompt) for prompt, _, _ in server.log[:8]}) == 8
-    assert len(server.reloads) == 5  # at the start, and the weights of steps 0 to 3
-    assert server.reloads[0] == server.reloads[1] and len(set(server.reloads)) == 4
+    assert [record["rollout_mode"] for record in records] == ["vllm"] * 6
+    assert [record["staleness_steps"] for record in records] == [0] * 6
+    assert len(server.log) == 6 * 8 and len({str(prompt) for prompt, _, _ in server.log[:8]}) == 8
+    # Prompts come back after 5 steps of 8 rows: what the server keeps of them is by older weights.
+    assert {str(prompt) for prompt, _, _ in server.log[40:]} & {str(prompt) for prompt, _, _ in server.log[:40]}
+    assert len(server.reloads) == 7  # at the start, and the weights of steps 0 to 5
+    assert server.reloads[0] == server.reloads[1] and len(set(server.reloads)) == 6
     assert [digest for _, _, digest in server.log[::8]] == server.reloads[1:]
 
 
@@ -65,6 +67,7 @@ def test_text_is_as_old_as_the_weights_that_said_it(tiny, ranks2, server):
     _, records = run(
         tiny, ranks2, "fresh", rollout__engine="vllm", rollout__server=server.url, rollout__sync_every_steps=3,
         rollout__train_on_fresh=True,
+        train__steps=4,
     )  # fmt: skip
     assert [record["staleness_steps"] for record in records] == [0, 1, 2, 0]
 
