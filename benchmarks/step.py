@@ -181,7 +181,7 @@ def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths:
             max_grad_norm=config.optimizer.max_grad_norm, weight_decay=config.optimizer.weight_decay, lmbda=lmbda,
             beta=0.5, temperature=1.0, max_new_tokens=config.max_new_tokens, max_length=config.data.max_length,
             gradient_checkpointing=False, bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu", report_to=[],
-            save_strategy="no", ddp_find_unused_parameters=False, logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, ddp_find_unused_parameters=False,
             accelerator_config={"split_batches": False, "dispatch_batches": False, "even_batches": True},
         ),
         data_collator=collate,
