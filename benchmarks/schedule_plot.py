@@ -1,4 +1,4 @@
-"""What each schedule does to the sources of 1,000 steps: the table of docs/schedule.md and, with matplotlib, its picture.
+"""What each schedule does to the sources of 1,000 steps: the table of docs/schedule.md and, by matplotlib, its picture.
 
     python benchmarks/schedule_plot.py                        # the table
     python benchmarks/schedule_plot.py --plot docs/schedule.png
