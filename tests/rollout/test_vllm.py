@@ -53,6 +53,7 @@ def test_training_by_a_server_is_training_by_the_student_itself(tiny, ranks2, se
     assert len(server.reloads) == 7  # at the start, and the weights of steps 0 to 5
     assert server.reloads[0] == server.reloads[1] and len(set(server.reloads)) == 6
     assert [digest for _, _, digest in server.log[::8]] == server.reloads[1:]
+    assert {path.name for path in (tiny / "runs" / "served" / "vllm").iterdir()} == {"start", "step-00000005"}
 
 
 @pytest.mark.multiprocess
@@ -133,7 +134,7 @@ def test_a_server_that_is_not_there_ends_all_ranks(tiny, ranks2):
         assert code == 2
         if said:
             assert "no vLLM server answers" in said and "pip install vllm" in said
-            assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {tiny}/runs/down/vllm --generation-config vllm" in said
+            assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {tiny}/runs/down/vllm/start --generation-config vllm" in said
 
 
 def test_answers_that_are_not_vllms_are_told(server):

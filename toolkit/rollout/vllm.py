@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from toolkit.models import Student, Vocabulary
 from toolkit.models.export import export_student
 from toolkit.rollout.engine import Rollout, RolloutStats, SeededSampling, check_prompts, evaluation_mode, joined
 
+START = "start"  # folder of the weights that the server starts with
 REQUESTS_AT_ONCE = 64  # of one rank; the server makes batches of what all ranks ask
 RETRIES = 3  # of a connection that fails, or a server that is overloaded
 PROBE_TOKENS = 16
@@ -59,18 +61,21 @@ class VllmRollout(Rollout):
         """Export the student, wait up to rollout.server_timeout_s for the server, and make sure that it is the right
         one. Collective; raises ValueError on every rank."""
         is_main = distributed.rank() == 0
-        export_student(self.student, self.tokenizer, self.folder)
+        folder = self.folder / START
+        export_student(self.student, self.tokenizer, folder)
         found = distributed.together(lambda: self._wait_for_server() if is_main else None)
         self.served_name, self.max_model_len = distributed.gather_objects(found)[0]
-        self._hand_over()
+        self._hand_over(folder)
 
     def sync_weights(self, step: int) -> None:
         """Collective; raises ValueError on every rank where the weights do not arrive."""
         every = self.settings.sync_every_steps
         if self.pushed and step // every == self.weights_step // every:
             return
-        export_student(self.student, self.tokenizer, self.folder)
-        self._hand_over()
+        # A name that the server never read: file systems over a network may show it the old file under an old name.
+        folder = self.folder / f"step-{step:08d}"
+        export_student(self.student, self.tokenizer, folder)
+        self._hand_over(folder)
         self.weights_step, self.pushed = step, True
 
     def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
@@ -183,19 +188,19 @@ class VllmRollout(Rollout):
         dtype = str(next(self.student.model.parameters()).dtype).removeprefix("torch.")
         port = urlsplit(self.server.url).port or 80
         return (
-            f"VLLM_SERVER_DEV_MODE=1 vllm serve {self.folder} --generation-config vllm --dtype {dtype} "
+            f"VLLM_SERVER_DEV_MODE=1 vllm serve {self.folder / START} --generation-config vllm --dtype {dtype} "
             f"--max-model-len {self.max_length} --port {port}"
         )
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, folder: Path) -> None:
         """Have the server read the exported weights, forget what it computed by older ones, and show that it did."""
         ids = np.random.default_rng(0).integers(0, self.vocabulary.size, PROBE_TOKENS)
         wanted = self._own_log_probs(ids)
-        distributed.together(lambda: self._reload_and_check(ids, wanted) if distributed.rank() == 0 else None)
+        distributed.together(lambda: self._reload_and_check(folder, ids, wanted) if distributed.rank() == 0 else None)
 
-    def _reload_and_check(self, ids: np.ndarray, wanted: np.ndarray) -> None:
+    def _reload_and_check(self, folder: Path, ids: np.ndarray, wanted: np.ndarray) -> None:
         deadline_s = self._deadline_s
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self.server.ask("POST", "/collective_rpc", deadline_s, body)
         while not (self.server.ask("POST", "/reset_prefix_cache", deadline_s) or {}).get("success"):
             if time.monotonic() + 1 > deadline_s:  # other users' requests may hold blocks for a while
@@ -210,9 +215,12 @@ class VllmRollout(Rollout):
         error_nats = float(np.abs(found - wanted).mean())
         if not error_nats <= PROBE_TOLERANCE_NATS:
             raise self._wrong(
-                f"speaks by other weights than those in {self.folder}: log-probabilities of the same tokens differ by "
-                f"{error_nats:.2f} nats from the student's. Start it on that folder, with VLLM_SERVER_DEV_MODE=1"
+                f"speaks by other weights than those in {folder}: log-probabilities of the same tokens differ by "
+                f"{error_nats:.2f} nats from the student's. Start it with\n  {self._command}"
             )
+        for older in self.folder.glob("step-*"):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
 
     @torch.no_grad()
     def _own_log_probs(self, ids: np.ndarray) -> np.ndarray:
