@@ -470,7 +470,7 @@ def loss_step(folder, memory_budget_mib):
     from tests.tiny import tiny_overrides
     from toolkit.batch import Example, TokenBatch
     from toolkit.divergences import fused
-    from toolkit.models import build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.models import Objective, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
 
     overrides = tiny_overrides(folder, loss__memory_budget_mib=memory_budget_mib)
     config = RunConfig().with_overrides(overrides)
@@ -505,9 +505,9 @@ def loss_step(folder, memory_budget_mib):
     fused._Tiles._project = counting
     try:
         with LargestTensor() as largest:
-            hidden_NT = teacher.hidden_states([batch])[0]
+            hidden_NT = teacher.signals([batch])[0]
             with teacher.head() as head:
-                found = student.loss(batch, hidden_NT, head, 1e-4)
+                found = student.loss(batch, hidden_NT, head, Objective.of(config.loss), 1e-4)
                 student.engine.backward(found.loss)
             student.engine.step()
     finally:

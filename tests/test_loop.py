@@ -57,6 +57,40 @@ def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, diverge
     assert_close(weights(tiny, name), dense_reference(tiny, steps=4, divergence=divergence), 1e-5)
 
 
+def test_fine_tuning_needs_no_teacher_and_follows_the_reference(tiny, ranks2):
+    """With a teacher it only validates; without one none is loaded, and the schedule sees the cross entropy."""
+    alone, measured = (
+        tiny_overrides(
+            tiny, name=f"fine-tuning {teacher}", teacher__path=f"{tiny}/teacher" if teacher else "", train__steps=4,
+            loss__divergence="none", loss__cross_entropy_weight=1, validation__rouge_rows=2, validation__samples=1,
+        ) for teacher in (False, True)
+    )  # fmt: skip
+    summary = ranks2.run(engine_cases.run_tiny, alone)[0]
+    against = ranks2.run(engine_cases.run_tiny, measured)[0]
+    reference = dense_reference(tiny, steps=4, divergence="none")
+    for teacher in (False, True):
+        assert_close(weights(tiny, f"fine-tuning {teacher}"), reference, 1e-5)
+    final = summary["validation"]["final"]
+    assert final["kl_nats"] is None and final["top1_agreement"] is None and "teacher" not in summary["rouge_l"]
+    assert against["validation"]["final"]["kl_nats"] > 0 and "teacher" in against["rouge_l"]
+    assert final["ce_nats"] == pytest.approx(against["validation"]["final"]["ce_nats"], abs=1e-6)
+    assert [loss for _, loss, _ in summary["phi_history"]][-1] == final["ce_nats"]
+
+
+def test_student_text_may_have_a_divergence_of_its_own(tiny, ranks2):
+    """As in DistiLLM-2: one for the data, another for what the student says."""
+
+    def first_loss(policy, divergence, student_text=""):
+        name = f"text {policy} {divergence} {student_text}"
+        ranks2.run(engine_cases.run_tiny, tiny_overrides(
+            tiny, name=name, schedule__policy=policy, train__steps=1, loss__divergence=divergence,
+            loss__student_text_divergence=student_text))  # fmt: skip
+        return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())["loss"]
+
+    assert first_loss("on_policy", "skl", "srkl") == first_loss("on_policy", "srkl") != first_loss("on_policy", "skl")
+    assert first_loss("off", "skl", "srkl") == first_loss("off", "skl")
+
+
 def load_tiny(tiny, tokenizer):
     rows = f"{tiny}/rows.jsonl"
     config = DataConfig(source=rows, validation_source=rows, max_length=96, max_prompt_length=64)
@@ -78,7 +112,9 @@ def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=
             with torch.no_grad():
                 p = teacher(ids).logits[0, at, : len(tokenizer)].softmax(-1)
             q = student(ids).logits[0, at, : len(tokenizer)].softmax(-1)
-            if divergence == "skl":
+            if divergence == "none":
+                total = total - q[torch.arange(len(q)), ids[0, at.start + 1 :]].log().sum()
+            elif divergence == "skl":
                 total = total + (p * (p / (alpha * p + (1 - alpha) * q)).log()).sum()
             else:
                 total = total + (q * (q / ((1 - alpha) * p + alpha * q)).log()).sum()

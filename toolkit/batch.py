@@ -5,6 +5,7 @@ Shapes: B rows, T padded length (a multiple of `pad_to_multiple`), N predicted (
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,21 +113,25 @@ class TokenBatch:
         """int64 [N], ids of the predicted tokens in the order of hidden_BTH[predicts_BT]."""
         return self.input_ids_BT[:, 1:][self.predicts_BT[:, :-1]]
 
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """What the model's forward takes, by its names."""
+        return {"input_ids": self.input_ids_BT, "attention_mask": self.attention_mask_BT}
+
     @classmethod
     def concatenate(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """One batch of all rows, order kept, padded to the longest; its targets are theirs, in order."""
-        width = max(batch.input_ids_BT.shape[1] for batch in batches)
 
         def joined(name: str) -> torch.Tensor:  # padded ids are 0: masks say what is real
             parts = [getattr(batch, name) for batch in batches]
+            width = max(part.shape[1] for part in parts)
             return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
-        return cls(joined("input_ids_BT"), joined("attention_mask_BT"), joined("predicts_BT"))
+        return cls(**{field.name: joined(field.name) for field in dataclasses.fields(cls)})
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
-        fields = self.input_ids_BT, self.attention_mask_BT, self.predicts_BT
-        moved = TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in fields))
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = TokenBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()})
         # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.
         vars(moved).update(num_targets=self.num_targets, num_tokens=self.num_tokens)
         return moved

@@ -25,6 +25,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd")
 GATHER_MODES = ("auto", "always", "never")
 ROLLOUT_ENGINES = ("local", "vllm")
+NO_DIVERGENCE = "none"
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,16 @@ class ModelConfig:
 class LossConfig:
     """What is minimised at each response token, in nats.
 
-    divergence, alpha, beta: see toolkit.divergences. temperature divides both models' logits.
-    cross_entropy_weight: share of the data's own next token beside the divergence.
+    divergence, alpha, beta: see toolkit.divergences; "none" asks no teacher: cross entropy alone, as in supervised
+    fine-tuning (a teacher is then needed for validation only, and may be left out).
+    student_text_divergence: in place of it where the student's own text is trained on ("": the same one).
+    temperature divides both models' logits.
+    cross_entropy_weight: share of the text's own next token beside the divergence.
     memory_budget_mib: bound on the logit tiles; None is the operation's default.
     """
 
     divergence: str = "skl"
+    student_text_divergence: str = ""
     alpha: float = 0.1
     beta: float = 0.5
     temperature: float = 1.0
@@ -94,7 +99,14 @@ class LossConfig:
     def validate(self) -> None:
         from toolkit.divergences import Divergence
 
-        Divergence(self.divergence, alpha=self.alpha, beta=self.beta)
+        for name in {self.divergence, self.student_text_divergence or self.divergence} - {NO_DIVERGENCE}:
+            Divergence(name, alpha=self.alpha, beta=self.beta)
+        if self.divergence == NO_DIVERGENCE and (self.cross_entropy_weight != 1 or self.student_text_divergence):
+            raise ValueError(
+                f"loss.divergence = {NO_DIVERGENCE!r} leaves the cross entropy alone, but loss.cross_entropy_weight = "
+                f"{self.cross_entropy_weight} and loss.student_text_divergence = {self.student_text_divergence!r}; set "
+                'them to 1 and ""'
+            )
         _above_zero("loss.temperature", self.temperature)
         _at_least("loss.cross_entropy_weight", self.cross_entropy_weight, 0)
         _at_least("loss.memory_budget_mib", self.memory_budget_mib, 1)
@@ -294,7 +306,8 @@ class RunConfig:
             raise ValueError(f"name = {self.name!r} has to be the name of one folder below output_dir")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed = {self.seed} lies outside [0, 2**64)")
-        self.teacher.validate("teacher")
+        if self.has_teacher:
+            self.teacher.validate("teacher")
         self.student.validate("student")
         for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation,
                         self.checkpoint, self.faults):  # fmt: skip
@@ -318,6 +331,11 @@ class RunConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is loaded. One is always needed but for loss.divergence = "none"."""
+        return self.loss.divergence != NO_DIVERGENCE or bool(self.teacher.path) or self.teacher.random_weights
 
     @property
     def max_new_tokens(self) -> int:

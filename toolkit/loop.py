@@ -16,7 +16,7 @@ from toolkit.config import RunConfig
 from toolkit.data import PromptDataset
 from toolkit.evaluation import Validation, Validator
 from toolkit.faults import GoOnLater, StepGuard, StopSignals
-from toolkit.models import Student, Teacher, Vocabulary
+from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary
 from toolkit.monitor import Monitor, PhaseTimer, peak_device_gib, peak_rss_gib
 from toolkit.rollout.engine import Rollout, SeededSampling, sequence_seed
 from toolkit.rollout.replay import ReplayBuffer
@@ -28,7 +28,7 @@ class DistillationLoop:
     config: RunConfig
     vocabulary: Vocabulary
     dataset: PromptDataset
-    teacher: Teacher
+    teacher: Teacher | NoTeacher  # of training; the validator has its own
     student: Student
     schedule: Schedule
     replay: ReplayBuffer
@@ -94,12 +94,13 @@ class DistillationLoop:
         learning_rate = self.student.set_learning_rate(step)
 
         with self.timer.phase("teacher"):
-            signals = self.teacher.hidden_states(window)
+            signals = self.teacher.signals(window)
+        objective = Objective.of(self.config.loss, on_student_text=source is not Source.DATASET)
         sums, objection = [], None
         with self.teacher.head() as head:
-            for batch, hidden_NT in zip(window, signals, strict=True):
+            for batch, signal in zip(window, signals, strict=True):
                 with self.timer.phase("student"):
-                    found = self.student.loss(batch, hidden_NT, head, token_weight)
+                    found = self.student.loss(batch, signal, head, objective, token_weight)
                     sums.append(
                         torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double()
                     )
@@ -183,8 +184,8 @@ class DistillationLoop:
     def validate(self, step: int) -> Validation:
         """Measures, and lets the schedule move phi: all ranks see the same number."""
         with self.timer.phase("validation"):
-            found = self.validator.measure(self.student, self.teacher)
-        self.schedule.observe_validation(step, found.kl_nats)
+            found = self.validator.measure(self.student)
+        self.schedule.observe_validation(step, found.ce_nats if found.kl_nats is None else found.kl_nats)
         return found
 
     def save(self) -> None:

@@ -16,12 +16,20 @@ import transformers
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity
-from toolkit.config import RunConfig
+from toolkit.config import NO_DIVERGENCE, RunConfig
 from toolkit.data import Data, PromptDataset, load_data
 from toolkit.evaluation import Validator, answer, rouge_l
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.loop import DistillationLoop
-from toolkit.models import Vocabulary, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+from toolkit.models import (
+    NoTeacher,
+    Vocabulary,
+    build_student,
+    build_teacher,
+    load_tokenizer,
+    materialize,
+    shared_vocabulary,
+)
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
@@ -80,7 +88,9 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     cache_dir = Path(config.cache_dir or user_cache).expanduser()
     dtype = choose_dtype(config.precision, distributed.device())
 
-    teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
+    teacher_path = ""
+    if config.has_teacher:
+        teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
@@ -91,14 +101,14 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         return summary
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
 
-    teacher = build_teacher(config, teacher_path, dtype, vocabulary)
+    teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     student = build_student(config, student_path, dtype, vocabulary)
     schedule = Schedule(config.schedule, config.seed, config.train.steps)
     settings = config.rollout
     validation = config.validation
     limits = settings.batch_rows, settings.cache_mib, settings.gather
     student_rollout = GatheredRollout(student.engine, vocabulary, *limits)
-    teacher_rollout = GatheredRollout(teacher.engine, vocabulary, *limits)
+    teacher_rollout = GatheredRollout(teacher.engine, vocabulary, *limits) if config.has_teacher else None
     rollout = student_rollout
     if settings.engine == "vllm":
         watchdog.progress("vLLM server")
@@ -123,14 +133,14 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
             config=config,
             vocabulary=vocabulary,
             dataset=PromptDataset(data.train, config.seed),
-            teacher=teacher,
+            teacher=NoTeacher() if config.loss.divergence == NO_DIVERGENCE else teacher,
             student=student,
             schedule=schedule,
             replay=ReplayBuffer(
                 settings.capacity, distributed.rank(), distributed.world(), config.seed, settings.max_age_steps
             ),
             rollout=rollout,
-            validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id),
+            validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id, teacher),
             monitor=monitor,
             timer=timer,
             checkpoints=checkpoints,
@@ -150,7 +160,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         with timer.phase("evaluation"):
             after = _ask(config, data, student_rollout, tokenizer)
             _stop_if_asked(signals)
-            theirs = _ask(config, data, teacher_rollout, tokenizer)
+            theirs = _ask(config, data, teacher_rollout, tokenizer) if teacher_rollout else None
         _stop_if_asked(signals)
         with timer.phase("export"):
             export_student(student, tokenizer, run_dir / "student")
@@ -183,7 +193,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         Sample(
             data.validation_rows[i]["prompt"],
             data.validation_rows[i]["response"],
-            theirs[1][i],
+            theirs[1][i] if theirs else None,
             before[1][i],
             after[1][i],
         )
@@ -226,17 +236,17 @@ def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:
     config = recipe.with_overrides(overrides)
     config.validate()
     config.accumulation(distributed.world())
-    for section in (config.teacher, config.student):
+    for section in (config.teacher, config.student) if config.has_teacher else (config.student,):
         read_ds_config(section.ds_config)
     return config
 
 
 def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
     """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
-    teacher = load_tokenizer(config.teacher, teacher_path)
-    has_own = config.student.tokenizer or student_path
+    teacher = load_tokenizer(config.teacher, teacher_path) if config.has_teacher else None
+    has_own = config.student.tokenizer or student_path or teacher is None
     student = load_tokenizer(config.student, student_path) if has_own else teacher
-    return student, shared_vocabulary(teacher, student)
+    return student, shared_vocabulary(teacher or student, student)
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> Data:
@@ -301,12 +311,12 @@ def _ask(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any
 
 
 def _rouge_scores(
-    config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple
+    config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple | None
 ) -> dict[str, float] | None:
     if not after[0]:
         return None
     references = [row["response"] for row in data.validation_rows[: config.validation.rouge_rows]]
-    named = {"initial": before, "final": after, "teacher": teacher}
+    named = {"initial": before, "final": after} | ({"teacher": teacher} if teacher else {})
     return {name: rouge_l(answers[0], references) for name, answers in named.items()} | {"rows": len(references)}
 
 

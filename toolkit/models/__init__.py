@@ -1,10 +1,12 @@
 """Teacher and student: loading under ZeRO, the vocabulary they share, and the two engines."""
 
-from toolkit.models.engines import Student, Teacher, build_student, build_teacher
+from toolkit.models.engines import NoTeacher, Objective, Student, Teacher, build_student, build_teacher
 from toolkit.models.load import load_model, load_tokenizer, materialize
 from toolkit.models.vocabulary import Vocabulary, shared_vocabulary
 
 __all__ = [
+    "NoTeacher",
+    "Objective",
     "Student",
     "Teacher",
     "Vocabulary",

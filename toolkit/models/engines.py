@@ -18,8 +18,15 @@ from transformers import PreTrainedModel
 
 from toolkit import distributed
 from toolkit.batch import TokenBatch
-from toolkit.config import LossConfig, OptimizerConfig, RunConfig
-from toolkit.divergences import Divergence, default_budget_mib, fused_linear_divergence
+from toolkit.config import NO_DIVERGENCE, LossConfig, OptimizerConfig, RunConfig
+from toolkit.divergences import (
+    Divergence,
+    FusedLoss,
+    TopKTeacher,
+    default_budget_mib,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+)
 from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.load import load_model
@@ -35,8 +42,28 @@ class Head(NamedTuple):
     soft_cap: float | None
 
 
+#: the teacher's answer to a micro-batch: hidden_NT, the stored top k of its N positions, or None where it is not asked
+Signal = Tensor | TopKTeacher | None
+
+
+class Objective(NamedTuple):
+    """What is minimised at a response token that has a signal: divergence + cross_entropy_weight * cross entropy.
+    Where it has none it is the cross entropy alone."""
+
+    divergence: Divergence | None
+    cross_entropy_weight: float = 0.0
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, loss: LossConfig, on_student_text: bool = False) -> Objective:
+        name = loss.student_text_divergence if on_student_text and loss.student_text_divergence else loss.divergence
+        divergence = None if name == NO_DIVERGENCE else Divergence(name, alpha=loss.alpha, beta=loss.beta)
+        return cls(divergence, loss.cross_entropy_weight, loss.temperature)
+
+
 class LossSums(NamedTuple):
-    """Sums over a micro-batch's response tokens, detached, except `loss`, which is weighted and carries gradients."""
+    """Sums over a micro-batch's response tokens, detached, except `loss`, which is weighted and carries gradients.
+    divergence_nats and agreements are 0 where there was no signal."""
 
     loss: Tensor
     divergence_nats: Tensor
@@ -78,15 +105,15 @@ class Teacher:
         return self.engine.module.model
 
     @torch.no_grad()
-    def hidden_states(self, window: list[TokenBatch]) -> list[Tensor]:
+    def signals(self, window: list[TokenBatch]) -> list[Signal]:
         """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many rows in its window,
         so every rank makes as many passes, and enters as many all-gathers."""
         per_pass = max(1, (self.pass_rows or 10**9) // len(window[0].input_ids_BT))
-        found: list[Tensor] = []
+        found: list[Signal] = []
         for start in range(0, len(window), per_pass):
             part = window[start : start + per_pass]
             joined = TokenBatch.concatenate(part)
-            hidden_NT = self.engine(joined.input_ids_BT, joined.attention_mask_BT, joined.predicts_BT)
+            hidden_NT = self.engine(joined)
             found += hidden_NT.split([batch.num_targets for batch in part])
         return found
 
@@ -101,6 +128,17 @@ class Teacher:
             yield Head(weight_VH, bias_V, *logit_rules(self.model.config))
 
 
+class NoTeacher:
+    """In the place of a teacher where a run trains on the cross entropy with its data alone."""
+
+    def signals(self, window: list[TokenBatch]) -> list[Signal]:
+        return [None] * len(window)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        yield None
+
+
 class Student:
     """The model that learns. Its engine computes the loss inside `forward`, where DeepSpeed gathers what it needs."""
 
@@ -111,11 +149,12 @@ class Student:
     def model(self) -> PreTrainedModel:
         return self.engine.module.model
 
-    def loss(self, batch: TokenBatch, teacher_hidden_NT: Tensor, teacher_head: Head, token_weight: float = 1.0,
-             divergence: Divergence | None = None) -> LossSums:  # fmt: skip
-        """`loss` is token_weight times the sum over the batch's response tokens. `divergence`: in place of the
-        configured one, for validation."""
-        return LossSums(*self.engine(batch, teacher_hidden_NT, tuple(teacher_head), token_weight, divergence))
+    def loss(self, batch: TokenBatch, signal: Signal, teacher_head: Head | None, objective: Objective,
+             token_weight: float = 1.0) -> LossSums:  # fmt: skip
+        """`loss` is token_weight times the sum of `objective` over the batch's response tokens. `teacher_head`: where
+        the signal is hidden states."""
+        head = None if teacher_head is None else tuple(teacher_head)
+        return LossSums(*self.engine(batch, signal, head, tuple(objective), token_weight))
 
     def learning_rate(self, step: int) -> float:
         """Of step 0, 1, ...: linear warm-up to `lr`, then a cosine to `min_lr`. A pure function of the step."""
@@ -137,52 +176,61 @@ class _TeacherForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, predicts_BT: Tensor) -> Tensor:
-        hidden_BTH = self.model.base_model(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
-        ).last_hidden_state
-        return hidden_BTH[predicts_BT]
+    def forward(self, batch: TokenBatch) -> Tensor:
+        return response_hidden(self.model, batch)
 
 
 class _StudentForward(nn.Module):
     def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
-        self.model, self.loss_config, self.vocabulary = model, loss, vocabulary
-        self.divergence = Divergence(loss.divergence, alpha=loss.alpha, beta=loss.beta)
+        self.model, self.vocabulary = model, vocabulary
         self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=16)
 
-    def forward(self, batch: TokenBatch, teacher_hidden_NT: Tensor, teacher_head: tuple, token_weight: float,
-                divergence: Divergence | None) -> tuple[Tensor, ...]:  # fmt: skip
-        hidden_BTH = self.model.base_model(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-        ).last_hidden_state
-        hidden_NS = hidden_BTH[batch.predicts_BT]
-        teacher = Head(*teacher_head)
+    def forward(self, batch: TokenBatch, signal: Signal, teacher_head: tuple | None, objective: tuple,
+                token_weight: float) -> tuple[Tensor, ...]:  # fmt: skip
+        hidden_NS = response_hidden(self.model, batch)
         projection = self.model.get_output_embeddings()
         scale, soft_cap = logit_rules(self.model.config)
         weight_VS = projection.weight  # read here: deepspeed gathers it as an external parameter, for backward as well
         bias_V = getattr(projection, "bias", None)
+        divergence, cross_entropy_weight, temperature = objective
+        shared = {
+            "weights_N": hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
+            "valid_vocab": self.vocabulary.size,
+        }
+
+        def work(budget_mib: float | None) -> FusedLoss:
+            if signal is None:
+                return fused_linear_cross_entropy(
+                    hidden_NS, weight_VS, batch.targets_N, bias_V=bias_V, logit_scale=scale, soft_cap=soft_cap,
+                    memory_budget_mib=budget_mib, **shared,
+                )  # fmt: skip
+            return fused_linear_divergence(
+                divergence, hidden_NS, weight_VS, targets_N=batch.targets_N, cross_entropy_weight=cross_entropy_weight,
+                temperature=temperature, student_bias_V=bias_V, student_logit_scale=scale, student_soft_cap=soft_cap,
+                memory_budget_mib=budget_mib, **_teacher_side(signal, teacher_head), **shared,
+            )  # fmt: skip
+
         # Around the operation and not the forward pass: nothing in it communicates, so one rank may repeat it alone.
-        out = self.tiles.run(lambda budget_mib: fused_linear_divergence(
-            divergence or self.divergence,
-            hidden_NS,
-            weight_VS,
-            teacher_hidden_NT,
-            teacher.weight_VH,
-            weights_N=hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
-            targets_N=batch.targets_N,
-            cross_entropy_weight=self.loss_config.cross_entropy_weight if divergence is None else 0.0,
-            temperature=self.loss_config.temperature if divergence is None else 1.0,
-            valid_vocab=self.vocabulary.size,
-            student_bias_V=bias_V,
-            teacher_bias_V=teacher.bias_V,
-            student_logit_scale=scale,
-            teacher_logit_scale=teacher.logit_scale,
-            student_soft_cap=soft_cap,
-            teacher_soft_cap=teacher.soft_cap,
-            memory_budget_mib=budget_mib,
-        ), whole=default_budget_mib(hidden_NS.device))  # fmt: skip
+        out = self.tiles.run(work, whole=default_budget_mib(hidden_NS.device))
         return out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum()
+
+
+def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """hidden_NH at the positions that predict response tokens, in the order of `batch.targets_N`."""
+    hidden_BTH = model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
+    return hidden_BTH[batch.predicts_BT]
+
+
+def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str, Any]:
+    """The teacher's arguments of `fused_linear_divergence`."""
+    if isinstance(signal, TopKTeacher):
+        return {"teacher_top_k": signal}
+    weight_VH, bias_V, scale, soft_cap = head
+    return {
+        "teacher_hidden_NT": signal, "teacher_head_VT": weight_VH, "teacher_bias_V": bias_V,
+        "teacher_logit_scale": scale, "teacher_soft_cap": soft_cap,
+    }  # fmt: skip
 
 
 def split_where_memory_runs_out(model: PreTrainedModel) -> None:
