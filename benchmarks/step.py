@@ -19,6 +19,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -171,7 +172,7 @@ def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths:
 
     from datasets import Dataset
 
-    clock, folder = Clock(), tempfile.mkdtemp()
+    clock, folder = Clock(), config.output_dir
     trainer = Counting(
         model=AutoModelForCausalLM.from_pretrained(paths[1], dtype=torch.float32),
         teacher_model=AutoModelForCausalLM.from_pretrained(paths[0], dtype=dtype),
@@ -232,6 +233,7 @@ def main() -> None:
         report(found, options, has_trl)
         if options.json:
             options.json.write_text(json.dumps(found, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
     distributed.stop()
 
 
