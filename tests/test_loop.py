@@ -163,6 +163,26 @@ def test_ranks_take_the_same_source_and_their_own_rows(tiny, ranks2):
     assert again == seen
 
 
+def test_one_gather_makes_the_text_of_several_windows(tiny, ranks2):
+    """The same prompts in a third of the calls, every text with a seed of its own, and the steps between replay."""
+    changes = {"schedule__policy": "on_policy", "train__steps": 6}
+    one = ranks2.run(engine_cases.run_recording_texts, tiny_overrides(tiny, name="window", **changes))
+    many = ranks2.run(
+        engine_cases.run_recording_texts, tiny_overrides(tiny, name="windows", rollout__windows=3, **changes)
+    )
+    for apart, joined in zip(one, many, strict=True):
+        assert [len(prompts) for prompts, _ in apart] == [4] * 6
+        assert [len(prompts) for prompts, _ in joined] == [12, 12]
+        asked = [[ids for prompts, _ in calls for ids in prompts] for calls in (apart, joined)]
+        assert asked[0] == asked[1]
+        assert joined[0][1][:4] == apart[0][1]
+    seeds = [seed for rank in many for _, seeds in rank for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 48
+    records = [json.loads(line) for line in (tiny / "runs" / "windows" / "metrics.jsonl").open()]
+    assert [record["source"] for record in records] == ["generate", "replay", "replay"] * 2
+    assert [records[at]["staleness_steps"] for at in (0, 1, 2)] == [0, 1, 2]
+
+
 def test_training_is_exact_after_sharded_generation(tiny, ranks2):
     ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="untouched"))
     ranks2.run(engine_cases.run_generating_aside, tiny_overrides(tiny, name="sharded", rollout__gather="never"))

@@ -71,6 +71,18 @@ def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precisio
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
 
 
+def test_a_run_stopped_between_two_windows_of_text_knows_how_many_are_left(tiny, ranks2):
+    changes = {"rollout.windows": 2, "schedule.phi_initial": 0.9}
+    ranks2.run(engine_cases.run_tiny, settings(tiny, "windows whole", **changes))
+    sources = [record["source"] for record in outcome(tiny, "windows whole")[1]]
+    stop_after = sources.index("generate") + 1
+    stopped = settings(tiny, "windows stopped", **changes)
+    for code, *_ in ranks2.run(engine_cases.run_until, stopped, stop_after, signal.SIGUSR1):
+        assert code == EXIT_LATER
+    ranks2.run(engine_cases.run_saying, stopped)
+    assert_equal(outcome(tiny, "windows stopped"), outcome(tiny, "windows whole"))
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_and_another_stage_follow(tiny, ranks1, ranks2, first, then):
     """Text is generated and kept, but not drawn from the buffer: what a rank draws is its own."""

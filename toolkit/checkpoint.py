@@ -44,7 +44,8 @@ REPLAY, RNG = "replay", "rng"
 FREE = re.compile(
     r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|tokenizer|ds_config|"
     r"pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir)|train\.micro_rows|"
-    r"rollout\.(batch_rows|cache_mib|gather)|validation\.batch_rows|loss\.memory_budget_mib"
+    r"rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|validation\.batch_rows|"
+    r"loss\.memory_budget_mib"
 )
 
 

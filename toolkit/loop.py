@@ -18,7 +18,7 @@ from toolkit.evaluation import Validation, Validator
 from toolkit.faults import GoOnLater, StepGuard, StopSignals
 from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary
 from toolkit.monitor import Monitor, PhaseTimer, peak_device_gib, peak_rss_gib
-from toolkit.rollout.engine import GatheredRollout, SeededSampling, sequence_seed
+from toolkit.rollout.engine import Rollout, SeededSampling, sequence_seed
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule, Source
 
@@ -32,7 +32,7 @@ class DistillationLoop:
     student: Student
     schedule: Schedule
     replay: ReplayBuffer
-    rollout: GatheredRollout
+    rollout: Rollout
     validator: Validator
     monitor: Monitor
     timer: PhaseTimer
@@ -47,6 +47,7 @@ class DistillationLoop:
     asked_to_stop: bool = False
     source_counts: dict[str, int] = field(default_factory=lambda: {source.value: 0 for source in Source})
     tokens: int = 0
+    windows_ahead: int = 0  # GENERATE steps whose text an earlier one has made
 
     def run(self) -> tuple[Validation, Validation]:
         """All steps that are left; returns the validation before the first and after the last one.
@@ -131,7 +132,7 @@ class DistillationLoop:
             "phi": self.schedule.phi,
             "source": source.value,
             "rollout_mode": self.rollout.last.mode if source is Source.GENERATE else None,
-            "staleness_steps": self.replay.staleness(step) if source is not Source.DATASET else None,
+            "staleness_steps": self._staleness(step, source),
             "tokens": int(tokens),
             "response_tokens": int(targets),
             "learning_rate": learning_rate,
@@ -146,26 +147,39 @@ class DistillationLoop:
         rank, world = distributed.rank(), distributed.world()
         rows = self.config.train.batch_rows // world
         source = self.schedule.decide(step)
+        if source is Source.GENERATE and self.windows_ahead:
+            self.windows_ahead -= 1
+            source = Source.REPLAY
         # The buffer is filled before it is drawn from. Ranks agree: shards differ after a change of world size.
         if source is Source.REPLAY and not distributed.everywhere(self.replay.is_ready(rows, step)):
             source = Source.GENERATE
-        examples = self.dataset.window_examples(step, rank, world, rows)
         if source is Source.DATASET:
-            return source, examples
+            return source, self.dataset.window_examples(step, rank, world, rows)
         if source is Source.GENERATE:
-            settings = self.config.rollout
-            first = rank * rows
-            sampling = SeededSampling(
-                self.config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
-                min_p=settings.min_p, repetition_penalty=settings.repetition_penalty,
-                seeds=[sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)],
-            )  # fmt: skip
-            with self.timer.phase("rollout"):
-                examples = self.rollout.complete([example.prompt for example in examples], sampling)
-            self.replay.push(examples, step)
-            if settings.train_on_fresh:
-                return source, examples
+            fresh = self.generate(step, rows)
+            self.replay.push(fresh, self.rollout.weights_step)
+            if self.config.rollout.train_on_fresh:
+                return source, fresh[:rows]
         return source, self.replay.sample(rows, step)
+
+    def generate(self, step: int, rows: int) -> list[Example]:
+        """This rank's texts of the step's prompts, and of those of as many later steps as rollout.windows asks for."""
+        settings, rank, world = self.config.rollout, distributed.rank(), distributed.world()
+        prompts, seeds = [], []
+        for window in range(settings.windows):
+            examples = self.dataset.window_examples(step + window, rank, world, rows)
+            prompts += [example.prompt for example in examples]
+            first = (window * world + rank) * rows
+            seeds += [sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)]
+        sampling = SeededSampling(
+            self.config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty, seeds=seeds,
+        )  # fmt: skip
+        with self.timer.phase("rollout"):
+            self.rollout.sync_weights(step)
+            texts = self.rollout.complete(prompts, sampling)
+        self.windows_ahead = settings.windows - 1
+        return texts
 
     def validate(self, step: int) -> Validation:
         """Measures, and lets the schedule move phi: all ranks see the same number."""
@@ -198,6 +212,7 @@ class DistillationLoop:
             "latest": self.latest,
             "source_counts": self.source_counts,
             "tokens": self.tokens,
+            "windows_ahead": self.windows_ahead,
             "schedule": self.schedule.state_dict(),
             "guard": self.guard.state_dict(),
             "seconds": self.timer.totals,
@@ -206,6 +221,7 @@ class DistillationLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done, self.tokens, self.source_counts = state["done"], state["tokens"], dict(state["source_counts"])
         self.initial, self.latest = Validation(*state["initial"]), Validation(*state["latest"])
+        self.windows_ahead = state.get("windows_ahead", 0)
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
         self.timer.totals = dict(state["seconds"])
@@ -216,6 +232,14 @@ class DistillationLoop:
         checkpoint.load_student(self.student.engine)
         distributed.together(lambda: checkpoint.load_replay(self.replay))
         distributed.together(lambda: checkpoint.load_rng(self.config.seed, self.done))
+
+    def _staleness(self, step: int, source: Source) -> float | None:
+        """Mean age, in steps, of the weights that this rank's rows were generated by."""
+        if source is Source.DATASET:
+            return None
+        if source is Source.GENERATE and self.config.rollout.train_on_fresh:
+            return float(step - self.rollout.weights_step)
+        return self.replay.staleness(step)
 
     def _tell_skipped(self, step: int, source: Source, examples: list[Example], reason: str) -> None:
         """The batch of a step that was not taken goes to a file: it is what has to be looked at."""

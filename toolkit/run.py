@@ -37,6 +37,7 @@ from toolkit.report import Sample, final_report
 from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
+from toolkit.rollout.vllm import VllmRollout
 from toolkit.teacher_text import teacher_text, text_folder
 
 TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
@@ -111,6 +112,11 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     limits = settings.batch_rows, settings.cache_mib, settings.gather
     student_rollout = GatheredRollout(student.engine, vocabulary, *limits)
     teacher_rollout = GatheredRollout(teacher.engine, vocabulary, *limits) if config.has_teacher else None
+    rollout = student_rollout
+    if settings.engine == "vllm":
+        watchdog.progress("vLLM server")
+        rollout = VllmRollout(config, student, tokenizer, vocabulary)
+        rollout.start()
     timer = PhaseTimer(sync=torch.cuda.synchronize if torch.cuda.is_available() else None, watch=watchdog.progress)
     deepspeed_monitor = monitor_master(read_ds_config(config.student.ds_config), run_dir, distributed.rank())
     saved = {} if resumed is None else resumed.state
@@ -143,7 +149,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
             replay=ReplayBuffer(
                 settings.capacity, distributed.rank(), distributed.world(), config.seed, settings.max_age_steps
             ),
-            rollout=student_rollout,
+            rollout=rollout,
             validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id, teacher),
             monitor=monitor,
             timer=timer,
