@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from toolkit.data.config import DataConfig, unknown
+from toolkit.data.config import DataConfig, TextConfig, unknown
 from toolkit.rollout.schedule import ScheduleConfig
 
 RESUME = ("auto", "never")
@@ -266,6 +266,7 @@ class RunConfig:
     teacher: ModelConfig = ModelConfig(ds_config="ds_configs/teacher_zero3.json")
     student: ModelConfig = ModelConfig(ds_config="ds_configs/student_zero3.json")
     data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -288,7 +289,7 @@ class RunConfig:
         if self.has_teacher:
             self.teacher.validate("teacher")
         self.student.validate("student")
-        for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation,
+        for section in (self.data, self.text, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation,
                         self.checkpoint, self.faults):  # fmt: skip
             section.validate()
         if self.optimizer.warmup_steps >= self.train.steps:
@@ -296,6 +297,18 @@ class RunConfig:
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of train.steps = "
                 f"{self.train.steps}; shorten the warm-up"
             )
+
+        if self.data.kind == "text":
+            for name, value, needed in (
+                ("schedule.policy", self.schedule.policy, "off"),
+                ("validation.rouge_rows", self.validation.rouge_rows, 0),
+                ("validation.samples", self.validation.samples, 0),
+            ):
+                if value != needed:
+                    raise ValueError(
+                        f'{name} = {value!r} asks for generated answers, but data.kind = "text" has no prompts; set it '
+                        f"to {needed!r}"
+                    )
 
     @property
     def run_dir(self) -> Path:
@@ -312,14 +325,26 @@ class RunConfig:
         return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of one optimizer step on one rank; raises ValueError where the batch does not divide."""
+        """Micro-batches of one optimizer step on one rank, those of text.source included; raises ValueError where a
+        batch does not divide."""
         per_step = self.train.micro_rows * world
-        if self.train.batch_rows % per_step:
-            raise ValueError(
-                f"train.batch_rows = {self.train.batch_rows} is not a multiple of train.micro_rows x ranks = "
-                f"{self.train.micro_rows} x {world}; change one of them"
-            )
-        return self.train.batch_rows // per_step
+        for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
+            if rows % per_step:
+                raise ValueError(
+                    f"{name} = {rows} is not a multiple of train.micro_rows x ranks = "
+                    f"{self.train.micro_rows} x {world}; change one of them"
+                )
+        return (self.train.batch_rows + self.text_rows) // per_step
+
+    @property
+    def text_rows(self) -> int:
+        """Blocks of plain text learned beside the distillation in one step, over all ranks."""
+        return (self.text.batch_rows or self.train.batch_rows) if self.text.source else 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows hold several texts that must not see each other."""
+        return self.data.packing or self.data.kind == "text" or bool(self.text.source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `from_dict` gives an equal config back."""

@@ -79,7 +79,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     split_where_memory_runs_out(model)
     engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
-    return Teacher(engine, config.teacher.pass_rows)
+    return Teacher(engine, config.teacher.pass_rows, config.train.micro_rows)
 
 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
@@ -97,8 +97,9 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
 class Teacher:
     """The frozen model that is imitated. It answers with hidden states at response positions, Ht numbers a token."""
 
-    def __init__(self, engine: Any, pass_rows: int | None = None):
-        self.engine, self.pass_rows = engine, pass_rows
+    def __init__(self, engine: Any, pass_rows: int | None = None, micro_rows: int = 1):
+        # Of settings, not of the batches at hand: packed micro-batches have other numbers of rows on other ranks.
+        self.engine, self.batches_per_pass = engine, max(1, (pass_rows or 10**9) // micro_rows)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -106,12 +107,11 @@ class Teacher:
 
     @torch.no_grad()
     def signals(self, window: list[TokenBatch]) -> list[Signal]:
-        """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many rows in its window,
-        so every rank makes as many passes, and enters as many all-gathers."""
-        per_pass = max(1, (self.pass_rows or 10**9) // len(window[0].input_ids_BT))
+        """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
+        window, so every rank makes as many passes, and enters as many all-gathers."""
         found: list[Signal] = []
-        for start in range(0, len(window), per_pass):
-            part = window[start : start + per_pass]
+        for start in range(0, len(window), self.batches_per_pass):
+            part = window[start : start + self.batches_per_pass]
             joined = TokenBatch.concatenate(part)
             hidden_NT = self.engine(joined)
             found += hidden_NT.split([batch.num_targets for batch in part])
