@@ -289,8 +289,8 @@ class RunConfig:
         if self.has_teacher:
             self.teacher.validate("teacher")
         self.student.validate("student")
-        for section in (self.data, self.text, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation,
-                        self.checkpoint, self.faults):  # fmt: skip
+        for section in (self.data, self.text, self.loss, self.train, self.optimizer, self.schedule, self.rollout,
+                        self.validation, self.checkpoint, self.faults):  # fmt: skip
             section.validate()
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(

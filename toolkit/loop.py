@@ -106,17 +106,11 @@ class DistillationLoop:
                         torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double()
                     )
                     if len(sums) == len(token_weights):  # all losses are known, and nothing is taken yet
-                        text_ce = sum(float(part[1]) for part in sums[len(window) :])
+                        stacked = torch.stack(sums)
+                        known = [*stacked[: len(window)].sum(0).tolist(), stacked[len(window) :, 1].sum().item()]
+                        known += [peak_rss_gib(), self.signals.received, step]
                         divergence, cross_entropy, agreements, text_ce, rss_gib, stop, steps = (
-                            distributed.sum_over_ranks(
-                                [
-                                    *torch.stack(sums[: len(window)]).sum(0).tolist(),
-                                    text_ce,
-                                    peak_rss_gib(),
-                                    self.signals.received,
-                                    step,
-                                ]
-                            )
+                            distributed.sum_over_ranks(known)
                         )
                         assert steps == step * distributed.world(), f"rank at step {step}, mean of ranks {steps}"
                         loss = (divergence + self.config.loss.cross_entropy_weight * cross_entropy) / targets

@@ -26,6 +26,7 @@ from toolkit.models import (
     Vocabulary,
     build_student,
     build_teacher,
+    check_packing,
     load_tokenizer,
     materialize,
     shared_vocabulary,
@@ -103,6 +104,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     student = build_student(config, student_path, dtype, vocabulary)
+    if config.packs:
+        check_packing(teacher, student, vocabulary)
     schedule = Schedule(config.schedule, config.seed, config.train.steps)
     settings = config.rollout
     validation = config.validation
@@ -259,8 +262,8 @@ def _load_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any,
     text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
     if text is not None and not isinstance(text, TextStream) and len(text) < config.text_rows:
         raise ValueError(
-            f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, fewer "
-            f"than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
+            f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, "
+            f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
         )
     return text, sha256
 

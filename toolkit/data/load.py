@@ -16,7 +16,7 @@ from toolkit.batch import Example
 from toolkit.data.config import PYTHON_DOCS, DataConfig, TextConfig
 from toolkit.data.sources import Source, content_sha256, load_rows
 from toolkit.data.store import Part, cached, tokenizer_sha256
-from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents
+from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_identity
 from toolkit.data.tokens import tokenize_rows
 
 #: of a stream, this many documents that it holds out (or of its validation source, the first) are the validation text
@@ -29,7 +29,7 @@ class Data:
 
     counts: for "train" and "validation" each `_rows` (examples left), `_truncated_prompts`,
     `_truncated_responses`, `_skipped_long` and `_skipped_bad`. Rows skipped before a source was split count
-    as train's. A stream has no counts. sha256: of every token, of a stream that of its validation.
+    as train's. A stream has no counts. sha256: of every token; a stream counts by the names and sizes of its files.
     """
 
     train: Sequence[Example] | TextStream
@@ -71,8 +71,8 @@ def load_text(
     cache_dir: str | None = None,
     token_cache: Path | None = None,
 ) -> tuple[Sequence[Example] | TextStream | None, str]:
-    """The blocks of plain text that are learned beside the distillation, and the hash of their tokens ("" of a stream);
-    (None, "") where the config names no source.
+    """The blocks of plain text that are learned beside the distillation, and the hash of their tokens (of a stream:
+    of its files' names and sizes); (None, "") where the config names no source.
 
     Raises ValueError for anything wrong with the settings or the text.
     """
@@ -81,7 +81,7 @@ def load_text(
         return None, ""
     source = Source(config.source, config.subset, config.split, cache_dir)
     if config.streaming:
-        return TextStream(source, config.field, tokenizer, config.max_length), ""
+        return TextStream(source, config.field, tokenizer, config.max_length), stream_identity(source)
 
     def build() -> dict[str, Part]:
         documents = itertools.islice(read_documents(source, config.field), config.max_rows)
@@ -177,7 +177,9 @@ def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     part = cached(None, {}, lambda: {"validation": Part(blocks(held_out, tokenizer, config.max_length))})["validation"]
     if not part.examples:
         raise ValueError(f"{own or source.name}: no validation text in it; raise data.validation_fraction")
-    return Data(stream, part.examples, [], {"validation_rows": len(part.examples)}, part.sha256)
+    return Data(
+        stream, part.examples, [], {"validation_rows": len(part.examples)}, f"{stream_identity(source)} {part.sha256}"
+    )
 
 
 def _is_split(config: DataConfig) -> bool:

@@ -93,6 +93,14 @@ def open_stream(source: Source, field: str, rank: int, world: int) -> Any:
     )
 
 
+def stream_identity(source: Source) -> str:
+    """What can be said of a stream's content without reading it: a hub name, or the files' names and sizes."""
+    files = local_files(source)
+    if files is None:
+        return source.name
+    return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
+
+
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
     """By a hash of the text: of two equal documents both are, wherever they lie."""
     digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from toolkit import distributed
 from toolkit.batch import TokenBatch
@@ -31,6 +32,9 @@ from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.load import load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
+
+#: families whose code takes position ids but makes no mask of them, so that packed texts would see each other
+MAKES_NO_PACKED_MASK = {"opt"}
 
 
 class Head(NamedTuple):
@@ -218,7 +222,13 @@ class _StudentForward(nn.Module):
 
 def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """hidden_NH at the positions that predict response tokens, in the order of `batch.targets_N`."""
-    hidden_BTH = model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
+    inputs = batch.model_inputs()
+    if batch.position_ids_BT is not None and model.config.model_type in MAKES_NO_PACKED_MASK:
+        like_BT1 = batch.input_ids_BT.new_empty((*batch.input_ids_BT.shape, 1), dtype=model.dtype)
+        inputs["attention_mask"] = create_causal_mask(
+            model.config, like_BT1, attention_mask=None, cache=None, position_ids=batch.position_ids_BT
+        )
+    hidden_BTH = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden_BTH[batch.predicts_BT]
 
 
