@@ -62,7 +62,7 @@ def load_data(
         counts |= {f"{name}_{what}": count for what, count in parts[name].counts.items()}
     train, validation = parts["train"], parts["validation"]
     both = hashlib.sha256(f"{train.sha256} {validation.sha256}".encode()).hexdigest()
-    return Data(train.examples, validation.examples, validation.rows, counts, both)
+    return Data(train.examples, validation.examples, list(validation.rows), counts, both)
 
 
 def load_text(

@@ -22,6 +22,7 @@ from toolkit.data.sources import (
     lines,
     load_table,
     looks_like_path,
+    numbered,
     records,
 )
 
@@ -38,7 +39,7 @@ def read_documents(source: Source, field: str) -> Iterator[str]:
     """
     files = local_files(source)
     if files is not None:
-        for row in file_documents([str(file) for file in files], field, source.cache_dir):
+        for row in file_documents([str(file) for file in files], field):
             yield row["text"]
         return
     for where, row in records(source):
@@ -48,17 +49,26 @@ def read_documents(source: Source, field: str) -> Iterator[str]:
             yield text
 
 
-def file_documents(files: Sequence[str], field: str, cache_dir: str | None) -> Iterator[dict[str, str]]:
+def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
     """{"text"} of each document in these files."""
     for name in files:
         path = Path(name)
         if path.suffix.lower() == ".txt":
             yield from ({"text": text} for text in _pieces(path) if text.strip())
             continue
-        rows = lines(name, path) if path.suffix.lower() == ".jsonl" else records(Source(name, cache_dir=cache_dir))
-        for where, row in rows:
+        for where, row in lines(name, path) if path.suffix.lower() == ".jsonl" else _table_rows(name, path):
             if text := _text_of(row, field, where):
                 yield {"text": text}
+
+
+def _table_rows(name: str, path: Path) -> Iterator[tuple[str, object]]:
+    """As a stream: nothing is copied into the library's cache."""
+    try:
+        yield from numbered(name, load_table(Source(name), path, streaming=True))
+    except ValueError:
+        raise
+    except Exception as error:  # the library's readers raise a dozen kinds
+        raise ValueError(f"{name}: could not be read as {path.suffix[1:]}: {error}") from error
 
 
 def local_files(source: Source) -> list[Path] | None:
@@ -87,7 +97,7 @@ def open_stream(source: Source, field: str, rank: int, world: int) -> Any:
     files = local_files(source)
     if files is None:
         return split_dataset_by_node(load_table(source, streaming=True), rank, world)
-    settings = {"files": [str(file) for file in files], "field": field, "cache_dir": source.cache_dir}
+    settings = {"files": [str(file) for file in files], "field": field}
     return split_dataset_by_node(
         datasets.IterableDataset.from_generator(file_documents, gen_kwargs=settings), rank, world
     )
