@@ -84,7 +84,8 @@ class DistillationLoop:
         source, examples = self.choose_examples(step)
         data = self.config.data
         window = self._window(examples, data.max_length if data.packing else None)
-        text = self._window(self.choose_text(step))
+        text_examples = self.choose_text(step)
+        text = self._window(text_examples)
         targets, tokens, text_targets, text_tokens = distributed.sum_over_ranks(
             [sum(getattr(batch, n) for batch in part) for part in (window, text) for n in ("num_targets", "num_tokens")]
         )
@@ -125,7 +126,7 @@ class DistillationLoop:
         taken = self.student.engine.was_step_applied()
         self.guard.record(loss, taken)
         if not taken:
-            self._tell_skipped(step, source, examples, objection or "its gradient is not finite")
+            self._tell_skipped(step, source, [*examples, *text_examples], objection or "its gradient is not finite")
         self.source_counts[source.value] += 1
         self.tokens += int(tokens + text_tokens)
         return {

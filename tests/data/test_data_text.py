@@ -7,6 +7,7 @@ import pytest
 
 from toolkit.batch import TokenBatch
 from toolkit.data import DataConfig, TextConfig, TextStream, load_data, load_text
+from toolkit.data.python_docs import python_docs_rows
 from toolkit.data.sources import Source
 from toolkit.data.text import CHUNK_CHARACTERS, blocks, is_held_out, read_documents
 
@@ -115,6 +116,16 @@ def test_documents_are_held_out_by_their_text(tmp_path, tokenizer):
     count = len(data.train) - 1  # the last may be short, and a stream goes on with the first document
     found = streamed.train.window_examples(0, 0, 1, count)
     assert [e.tokens.tolist() for e in found] == [e.tokens.tolist() for e in data.train[:count]]
+
+
+def test_python_docs_as_text_have_a_validation_of_their_own(tmp_path, tokenizer):
+    config = DataConfig(kind="text", max_length=64, max_rows=30)
+    first, again = (load_data(config, tokenizer, 0, tmp_path) for _ in range(2))
+    train, validation = (decoded(tokenizer, part) for part in (first.train, first.validation))
+    rows = python_docs_rows("train")[:30], python_docs_rows("validation")[:30]
+    for text, mine in ((train, rows[0]), (validation, rows[1])):
+        assert text == "".join(f"{row['prompt']}\n{row['response']}<|end|>" for row in mine)
+    assert first.sha256 == again.sha256 and decoded(tokenizer, again.train) == train
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

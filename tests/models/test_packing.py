@@ -108,6 +108,29 @@ def test_packed_sorted_and_one_by_one_are_the_same(name, attention):
         assert loss < 1e-5 and gradients < 1e-5, (loss, gradients)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_in_the_single_row_that_flash_attention_needs_it_is_the_same(name, monkeypatch):
+    """The inputs as they are made for it, here with another attention."""
+    torch.manual_seed(0)
+    model, window = MODELS[name](), make_window(examples(), 5, pad_id=0, pack_to=64)
+    wanted, base, shapes = loss_and_gradients(model, window), model.base_model, []
+    forward = base.forward
+
+    def run(input_ids, position_ids, **options):
+        shapes.append(tuple(input_ids.shape))
+        base.config._attn_implementation = "sdpa"
+        try:
+            return forward(input_ids=input_ids, position_ids=position_ids, **options)
+        finally:
+            base.config._attn_implementation = "flash_attention_2"
+
+    monkeypatch.setattr(base, "forward", run)
+    monkeypatch.setattr(base.config, "_attn_implementation_internal", "flash_attention_2")
+    found = loss_and_gradients(model, window)
+    assert shapes == [(1, batch.input_ids_BT.numel()) for batch in window] and len(window[0].input_ids_BT) > 1
+    assert max(difference(found, wanted)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_without_positions_that_start_over_it_is_not_the_same(name):
     torch.manual_seed(0)

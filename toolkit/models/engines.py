@@ -228,8 +228,11 @@ def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
         inputs["attention_mask"] = create_causal_mask(
             model.config, like_BT1, attention_mask=None, cache=None, position_ids=batch.position_ids_BT
         )
+    elif batch.position_ids_BT is not None and "flash" in (model.config._attn_implementation or ""):
+        # transformers finds the texts for flash attention in a single row only; positions start over in each row too
+        inputs = {name: tensor_BT.reshape(1, -1) for name, tensor_BT in inputs.items()}
     hidden_BTH = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return hidden_BTH[batch.predicts_BT]
+    return hidden_BTH.reshape(*batch.predicts_BT.shape, -1)[batch.predicts_BT]
 
 
 def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str, Any]:

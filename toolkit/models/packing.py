@@ -11,18 +11,19 @@ from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
 from toolkit.models.vocabulary import Vocabulary
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-TEXT_TOKENS, COPIES = 12, 3
+TEXT_TOKENS, COPIES, ROWS = 12, 3, 2
 
 
 def check_packing(teacher: Teacher | NoTeacher, student: Student, vocabulary: Vocabulary) -> None:
-    """One text three times in a row has to give three times what it gives alone; a model that looks back into the copy
-    before it, or counts positions on, gives something else. A few small passes; collective.
+    """One text three times in each of two rows has to give six times what it gives alone; a model that looks back into
+    the copy before it, or counts positions on, gives something else. A few small passes; collective.
 
     Raises ValueError for a model that does not keep them apart.
     """
     draw = np.random.default_rng(0)
     text = Example(draw.integers(0, vocabulary.size, TEXT_TOKENS), 1)
-    alone, packed = (TokenBatch.from_rows([[text] * n], vocabulary.pad_id) for n in (1, COPIES))
+    alone = TokenBatch.from_examples([text], vocabulary.pad_id)
+    packed = TokenBatch.from_rows([[text] * COPIES] * ROWS, vocabulary.pad_id)
     device = next(student.model.parameters()).device
     alone, packed = alone.to(device), packed.to(device)
 
@@ -32,10 +33,10 @@ def check_packing(teacher: Teacher | NoTeacher, student: Student, vocabulary: Vo
     student.engine.eval()
     try:
         with torch.no_grad():
-            _compare("student", student, COPIES * cross_entropy(alone), cross_entropy(packed))
+            _compare("student", student, COPIES * ROWS * cross_entropy(alone), cross_entropy(packed))
             if isinstance(teacher, Teacher):
                 first, then = (teacher.signals([batch])[0].double().sum(0) for batch in (alone, packed))
-                _compare("teacher", teacher, COPIES * first, then)
+                _compare("teacher", teacher, COPIES * ROWS * first, then)
     finally:
         student.engine.train()
 
