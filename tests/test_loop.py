@@ -333,6 +333,7 @@ def test_validation_agrees_with_full_logits(tiny, ranks2):
 def test_bf16_adamw_learns(tiny, ranks2):
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
         tiny, name="bf16", precision="bf16", optimizer__name="adamw", optimizer__lr=0.01, train__steps=15,
-        optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True))[0]  # fmt: skip
+        optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True,
+        data__packing=True))[0]  # fmt: skip
     assert summary["precision"] == "bfloat16"
     assert summary["validation"]["final"]["kl_nats"] < 0.7 * summary["validation"]["initial"]["kl_nats"]
