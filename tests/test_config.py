@@ -125,6 +125,9 @@ def test_wrong_keys_and_types_are_named(override, told):
     ("data.template=alpacca", "did you mean 'alpaca'"),
     ("data.max_prompt_length=512", "data.max_prompt_length = 512"),
     ("data.validation_fraction=1", "data.validation_fraction = 1.0"),
+    ("data.kind=text", "schedule.policy = 'adaptive' asks for generated answers"),
+    ("data.streaming=true", "data.streaming is for plain text"),
+    ("text.weight=0", "text.weight = 0"),
 ])  # fmt: skip
 def test_validate_names_the_setting_that_cannot_work(override, told):
     config = BASE.with_overrides([override])
@@ -148,6 +151,11 @@ def test_accumulation_divides_or_says_why_not():
         config.accumulation(5)
     with pytest.raises(ValueError, match="4 x 12"):
         config.accumulation(12)
+    config = config.with_overrides(["text.source=x.txt", "text.batch_rows=8"])
+    assert [config.accumulation(world) for world in (1, 2)] == [8, 4]
+    assert config.with_overrides(["text.batch_rows=null"]).accumulation(2) == 6  # as many as train.batch_rows
+    with pytest.raises(ValueError, match=r"text.batch_rows = 8 .* 4 x 3"):
+        config.accumulation(3)
 
 
 def test_new_tokens_fill_the_window_unless_set():

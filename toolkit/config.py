@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from toolkit.data.config import DataConfig, unknown
+from toolkit.data.config import DataConfig, TextConfig, unknown
 from toolkit.rollout.schedule import ScheduleConfig
 
 RESUME = ("auto", "never")
@@ -305,6 +305,7 @@ class RunConfig:
     teacher: ModelConfig = ModelConfig(ds_config="ds_configs/teacher_zero3.json")
     student: ModelConfig = ModelConfig(ds_config="ds_configs/student_zero3.json")
     data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -329,8 +330,8 @@ class RunConfig:
         elif self.data.responses == "teacher":
             raise ValueError('data.responses = "teacher", but teacher.path is empty; name a teacher, or use "data"')
         self.student.validate("student")
-        for section in (self.data, self.loss, self.train, self.optimizer, self.schedule, self.rollout, self.validation,
-                        self.checkpoint, self.faults):  # fmt: skip
+        for section in (self.data, self.text, self.loss, self.train, self.optimizer, self.schedule, self.rollout,
+                        self.validation, self.checkpoint, self.faults):  # fmt: skip
             section.validate()
         if self.rollout.windows * self.train.batch_rows > self.rollout.capacity and self.rollout.windows > 1:
             raise ValueError(
@@ -341,6 +342,26 @@ class RunConfig:
             raise ValueError(
                 f"rollout.server_timeout_s = {self.rollout.server_timeout_s:g} is not below faults.hang_s = "
                 f"{self.faults.hang_s:g}: waiting for the server would be taken for a rank that hangs"
+            )
+        if self.data.kind == "text":
+            for name, value, needed in (
+                ("schedule.policy", self.schedule.policy, "off"),
+                ("validation.rouge_rows", self.validation.rouge_rows, 0),
+                ("validation.samples", self.validation.samples, 0),
+            ):
+                if value != needed:
+                    raise ValueError(
+                        f'{name} = {value!r} asks for generated answers, but data.kind = "text" has no prompts; set it '
+                        f"to {needed!r}"
+                    )
+        if self.data.streaming and self.train.epochs is not None:
+            raise ValueError(
+                f"train.epochs = {self.train.epochs} counts passes over the rows, but data.streaming = true reads rows "
+                "whose number is not known; set train.steps and leave train.epochs at null"
+            )
+        if self.data.kind == "text" and self.data.responses != "data":
+            raise ValueError(
+                f'data.responses = {self.data.responses!r} answers prompts, but data.kind = "text" has none; use "data"'
             )
         if self.train.epochs is None:
             self._check_warmup()
@@ -376,14 +397,26 @@ class RunConfig:
         return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of one optimizer step on one rank; raises ValueError where the batch does not divide."""
+        """Micro-batches of one optimizer step on one rank, those of text.source included; raises ValueError where a
+        batch does not divide."""
         per_step = self.train.micro_rows * world
-        if self.train.batch_rows % per_step:
-            raise ValueError(
-                f"train.batch_rows = {self.train.batch_rows} is not a multiple of train.micro_rows x ranks = "
-                f"{self.train.micro_rows} x {world}; change one of them"
-            )
-        return self.train.batch_rows // per_step
+        for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
+            if rows % per_step:
+                raise ValueError(
+                    f"{name} = {rows} is not a multiple of train.micro_rows x ranks = "
+                    f"{self.train.micro_rows} x {world}; change one of them"
+                )
+        return (self.train.batch_rows + self.text_rows) // per_step
+
+    @property
+    def text_rows(self) -> int:
+        """Blocks of plain text learned beside the distillation in one step, over all ranks."""
+        return (self.text.batch_rows or self.train.batch_rows) if self.text.source else 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows hold several texts that must not see each other."""
+        return self.data.packing or self.data.kind == "text" or bool(self.text.source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `from_dict` gives an equal config back."""

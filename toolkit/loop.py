@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from toolkit import distributed
-from toolkit.batch import Example, make_window
+from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.checkpoint import Checkpoint, Checkpoints
 from toolkit.config import RunConfig
-from toolkit.data import PromptDataset
+from toolkit.data import PromptDataset, TextStream
 from toolkit.evaluation import Validation, Validator
 from toolkit.faults import GoOnLater, StepGuard, StopSignals
 from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary
@@ -27,7 +27,7 @@ from toolkit.rollout.schedule import Schedule, Source
 class DistillationLoop:
     config: RunConfig
     vocabulary: Vocabulary
-    dataset: PromptDataset
+    dataset: PromptDataset | TextStream
     teacher: Teacher | NoTeacher  # of training; the validator has its own
     student: Student
     schedule: Schedule
@@ -39,6 +39,7 @@ class DistillationLoop:
     checkpoints: Checkpoints
     signals: StopSignals
     guard: StepGuard
+    text: PromptDataset | TextStream | None = None  # plain text learned beside the distillation
     run_state: Callable[[], dict[str, Any]] = dict  # what the run itself wants kept in a checkpoint
     watch: Callable[[str, int], None] = lambda phase, step: None  # told of each step as it begins
     done: int = 0  # optimizer steps
@@ -67,7 +68,7 @@ class DistillationLoop:
                 raise ValueError(self._diverged(step))
             if self.done % config.validation.every_steps == 0 or self.done == last:
                 self.latest = self.validate(self.done)
-                record["validation"] = self.latest._asdict()
+                record["validation"] = self.latest.metrics()
             seconds = self.timer.take()
             step_time_s = sum(seconds.values()) - seconds.get("validation", 0.0) - seconds.get("checkpoint", 0.0)
             self.monitor.log_step(record | {"tokens_per_s": record["tokens"] / step_time_s, "seconds": seconds})
@@ -82,34 +83,40 @@ class DistillationLoop:
         """One optimizer step; the returned metrics are of all ranks together."""
         self.watch("data", step + 1)
         source, examples = self.choose_examples(step)
-        window = [
-            batch.to(distributed.device())
-            for batch in make_window(examples, self.config.train.micro_rows, self.vocabulary.pad_id)
-        ]
-        targets, tokens = distributed.sum_over_ranks(
-            [sum(batch.num_targets for batch in window), sum(batch.num_tokens for batch in window)]
+        data = self.config.data
+        window = self._window(examples, data.max_length if data.packing else None)
+        text_examples = self.choose_text(step)
+        text = self._window(text_examples)
+        targets, tokens, text_targets, text_tokens = distributed.sum_over_ranks(
+            [sum(getattr(batch, n) for batch in part) for part in (window, text) for n in ("num_targets", "num_tokens")]
         )
         # deepspeed divides by micro-batches and averages over ranks; this undoes both and divides by tokens, once.
-        token_weight = len(window) * distributed.world() / targets
+        shares = (len(window) + len(text)) * distributed.world()
+        token_weights = [shares / targets] * len(window)
+        token_weights += [self.config.text.weight * shares / text_targets for _ in text]
         learning_rate = self.student.set_learning_rate(step)
 
         with self.timer.phase("teacher"):
-            signals = self.teacher.signals(window)
+            signals = [*self.teacher.signals(window), *(None for _ in text)]
         objective = Objective.of(self.config.loss, source is not Source.DATASET, step / self.config.train.steps)
         sums, objection = [], None
         with self.teacher.head() as head:
-            for batch, signal in zip(window, signals, strict=True):
+            for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):
                 with self.timer.phase("student"):
                     found = self.student.loss(batch, signal, head, objective, token_weight)
                     sums.append(
                         torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double()
                     )
-                    if len(sums) == len(window):  # all of the step's losses are known, and nothing is taken yet
-                        divergence, cross_entropy, agreements, rss_gib, stop, steps = distributed.sum_over_ranks(
-                            [*torch.stack(sums).sum(0).tolist(), peak_rss_gib(), self.signals.received, step]
+                    if len(sums) == len(token_weights):  # all losses are known, and nothing is taken yet
+                        stacked = torch.stack(sums)
+                        known = [*stacked[: len(window)].sum(0).tolist(), stacked[len(window) :, 1].sum().item()]
+                        known += [peak_rss_gib(), self.signals.received, step]
+                        divergence, cross_entropy, agreements, text_ce, rss_gib, stop, steps = (
+                            distributed.sum_over_ranks(known)
                         )
                         assert steps == step * distributed.world(), f"rank at step {step}, mean of ranks {steps}"
                         loss = (divergence + self.config.loss.cross_entropy_weight * cross_entropy) / targets
+                        loss += self.config.text.weight * text_ce / text_targets if text else 0.0
                         objection = self.guard.objection(loss)
                     # deepspeed leaves a step out, on all ranks, whose gradient is not finite on any
                     self.student.engine.backward(found.loss * float("nan") if objection else found.loss)
@@ -120,9 +127,9 @@ class DistillationLoop:
         taken = self.student.engine.was_step_applied()
         self.guard.record(loss, taken)
         if not taken:
-            self._tell_skipped(step, source, examples, objection or "its gradient is not finite")
+            self._tell_skipped(step, source, [*examples, *text_examples], objection or "its gradient is not finite")
         self.source_counts[source.value] += 1
-        self.tokens += int(tokens)
+        self.tokens += int(tokens + text_tokens)
         return {
             "step": step + 1,
             "loss": loss,
@@ -133,7 +140,8 @@ class DistillationLoop:
             "source": source.value,
             "rollout_mode": self.rollout.last.mode if source is Source.GENERATE else None,
             "staleness_steps": self._staleness(step, source),
-            "tokens": int(tokens),
+            **({"text_ce": text_ce / text_targets, "text_tokens": int(text_tokens)} if text else {}),
+            "tokens": int(tokens + text_tokens),
             "response_tokens": int(targets),
             "learning_rate": learning_rate,
             "grad_norm": float(self.student.engine.get_global_grad_norm() or 0.0),
@@ -181,6 +189,19 @@ class DistillationLoop:
         self.windows_ahead = settings.windows - 1
         return texts
 
+    def choose_text(self, step: int) -> list[Example]:
+        """This rank's blocks of plain text for the step."""
+        if self.text is None:
+            return []
+        rank, world = distributed.rank(), distributed.world()
+        return self.text.window_examples(step, rank, world, self.config.text_rows // world)
+
+    def _window(self, examples: list[Example], pack_to: int | None = None) -> list[TokenBatch]:
+        if not examples:
+            return []
+        window = make_window(examples, self.config.train.micro_rows, self.vocabulary.pad_id, pack_to=pack_to)
+        return [batch.to(distributed.device()) for batch in window]
+
     def validate(self, step: int) -> Validation:
         """Measures, and lets the schedule move phi: all ranks see the same number."""
         with self.timer.phase("validation"):
@@ -205,8 +226,10 @@ class DistillationLoop:
                 self.monitor.note(f"warning: {error}; training goes on, the older checkpoints stand")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loop knows beside weights, replay and generators; plain JSON types."""
+        """What the loop knows beside weights, replay and generators; plain JSON types. Collective."""
+        streams = {name: distributed.gather_objects(stream.state_dict()) for name, stream in self._streams()}
         return {
+            "streams": streams,
             "done": self.done,
             "initial": self.initial,
             "latest": self.latest,
@@ -225,6 +248,20 @@ class DistillationLoop:
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
         self.timer.totals = dict(state["seconds"])
+        for name, stream in self._streams():
+            states = state["streams"][name]
+            if len(states) != distributed.world():
+                raise ValueError(
+                    f"{name} is streamed, each rank reads its own documents, and the checkpoint is of {len(states)} "
+                    f"ranks, this run of {distributed.world()}; use as many ranks, or start over with resume=never"
+                )
+            distributed.together(
+                lambda stream=stream, states=states: stream.load_state_dict(states, distributed.rank())
+            )
+
+    def _streams(self) -> list[tuple[str, TextStream]]:
+        named = (("data.source", self.dataset), ("text.source", self.text))
+        return [(name, rows) for name, rows in named if isinstance(rows, TextStream)]
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`, which is checked and of this run."""

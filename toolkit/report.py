@@ -22,6 +22,7 @@ def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
     """The text for a finished run, from its summary.json."""
     before, after = summary["validation"]["initial"], summary["validation"]["final"]
     rows = [["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"]]
+    rows.append(["perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"])
     if after["kl_nats"] is not None:  # there is a teacher
         rows.insert(0, ["KL to the teacher (nats/token)", f"{before['kl_nats']:.3f}", f"{after['kl_nats']:.3f}"])
         agreements = f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"

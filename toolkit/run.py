@@ -17,7 +17,7 @@ import transformers
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity
 from toolkit.config import NO_DIVERGENCE, RunConfig
-from toolkit.data import Data, PromptDataset, load_data
+from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text
 from toolkit.evaluation import Validator, answer, rouge_l
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.loop import DistillationLoop
@@ -26,6 +26,7 @@ from toolkit.models import (
     Vocabulary,
     build_student,
     build_teacher,
+    check_packing,
     load_tokenizer,
     materialize,
     shared_vocabulary,
@@ -95,9 +96,11 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
-    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
-    config = distributed.together(lambda: config.for_rows(len(data.train)))
-    parts = identity(teacher_path, data, dtype)
+    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, cache_dir))
+    if config.train.epochs is not None:
+        config = distributed.together(lambda: config.for_rows(len(data.train)))
+    text, text_sha256 = distributed.main_rank_first(lambda: _load_text(config, tokenizer, cache_dir))
+    parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
     if resumed is not None and (summary := _finished(config, resumed)):
@@ -106,6 +109,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     student = build_student(config, student_path, dtype, vocabulary)
+    if config.packs:
+        check_packing(teacher, student, vocabulary)
     schedule = Schedule(config.schedule, config.seed, config.train.steps)
     settings = config.rollout
     validation = config.validation
@@ -142,7 +147,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         loop = DistillationLoop(
             config=config,
             vocabulary=vocabulary,
-            dataset=PromptDataset(train, config.seed),
+            dataset=_in_order(train, config.seed),
+            text=_in_order(text, config.seed),
             teacher=NoTeacher() if config.loss.divergence == NO_DIVERGENCE else teacher,
             student=student,
             schedule=schedule,
@@ -189,7 +195,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         "ranks": distributed.world(),
         "precision": str(dtype).removeprefix("torch."),
         "peak_rss_gib": distributed.sum_over_ranks([peak_rss_gib()])[0],
-        "validation": {"initial": initial._asdict(), "final": final._asdict()},
+        "validation": {"initial": initial.metrics(), "final": final.metrics()},
         "rouge_l": _rouge_scores(config, data, before, after, theirs),
         "time_share": {name: seconds / wall_time_s for name, seconds in phases.items()},
         "source_counts": loop.source_counts,
@@ -259,14 +265,29 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
     return student, shared_vocabulary(teacher or student, student)
 
 
-def _load_data(config: RunConfig, tokenizer: Any) -> Data:
-    data = load_data(config.data, tokenizer, config.seed)
-    if len(data.train) < config.train.batch_rows:
+def _load_data(config: RunConfig, tokenizer: Any, cache_dir: Path) -> Data:
+    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens")
+    if not isinstance(data.train, TextStream) and len(data.train) < config.train.batch_rows:
         raise ValueError(
             f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "
             f"{config.train.batch_rows} ({distributed.world()} ranks); use more data, fewer ranks or a smaller batch"
         )
     return data
+
+
+def _load_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
+    text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
+    if text is not None and not isinstance(text, TextStream) and len(text) < config.text_rows:
+        raise ValueError(
+            f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, "
+            f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
+        )
+    return text, sha256
+
+
+def _in_order(rows: Any, seed: int) -> PromptDataset | TextStream | None:
+    """A step's rows from examples in memory or files; a stream has its own order."""
+    return rows if rows is None or isinstance(rows, TextStream) else PromptDataset(rows, seed)
 
 
 def _find_start(
@@ -334,6 +355,7 @@ def _introduction(config: RunConfig, data: Data, dtype: torch.dtype, run_dir: Pa
     left_out = {name: count for name, count in data.counts.items() if count and not name.endswith("_rows")}
     return (
         f"{config.name}: {config.loss.divergence}, schedule {config.schedule.policy}, "
-        f"{len(data.train)} training and {len(data.validation)} validation rows{f' ({left_out})' if left_out else ''}, "
+        f"{'streamed' if isinstance(data.train, TextStream) else len(data.train)} training and "
+        f"{len(data.validation)} validation rows{f' ({left_out})' if left_out else ''}, "
         f"{distributed.world()} ranks, {str(dtype).removeprefix('torch.')}, folder {run_dir}"
     )

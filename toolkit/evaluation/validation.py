@@ -21,6 +21,9 @@ class Validation(NamedTuple):
     ce_nats: float
     top1_agreement: float | None
 
+    def metrics(self) -> dict[str, float | None]:
+        return self._asdict() | {"perplexity": math.exp(min(self.ce_nats, 700.0))}
+
 
 class Validator:
     """Measures on `examples`, dealt over the ranks, against `teacher`. Every rank makes as many passes, whatever its

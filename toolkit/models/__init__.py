@@ -2,6 +2,7 @@
 
 from toolkit.models.engines import NoTeacher, Objective, Student, Teacher, build_student, build_teacher
 from toolkit.models.load import load_model, load_tokenizer, materialize
+from toolkit.models.packing import check_packing
 from toolkit.models.vocabulary import Vocabulary, shared_vocabulary
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Vocabulary",
     "build_student",
     "build_teacher",
+    "check_packing",
     "load_model",
     "load_tokenizer",
     "materialize",

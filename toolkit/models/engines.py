@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from toolkit import distributed
 from toolkit.batch import TokenBatch
@@ -31,6 +32,9 @@ from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.load import load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
+
+#: families whose code takes position ids but makes no mask of them, so that packed texts would see each other
+MAKES_NO_PACKED_MASK = {"opt"}
 
 
 class Head(NamedTuple):
@@ -84,7 +88,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     split_where_memory_runs_out(model)
     engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
-    return Teacher(engine, config.teacher.pass_rows)
+    return Teacher(engine, config.teacher.pass_rows, config.train.micro_rows)
 
 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
@@ -102,8 +106,9 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
 class Teacher:
     """The frozen model that is imitated. It answers with hidden states at response positions, Ht numbers a token."""
 
-    def __init__(self, engine: Any, pass_rows: int | None = None):
-        self.engine, self.pass_rows = engine, pass_rows
+    def __init__(self, engine: Any, pass_rows: int | None = None, micro_rows: int = 1):
+        # Of settings, not of the batches at hand: packed micro-batches have other numbers of rows on other ranks.
+        self.engine, self.batches_per_pass = engine, max(1, (pass_rows or 10**9) // micro_rows)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -111,12 +116,11 @@ class Teacher:
 
     @torch.no_grad()
     def signals(self, window: list[TokenBatch]) -> list[Signal]:
-        """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many rows in its window,
-        so every rank makes as many passes, and enters as many all-gathers."""
-        per_pass = max(1, (self.pass_rows or 10**9) // len(window[0].input_ids_BT))
+        """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
+        window, so every rank makes as many passes, and enters as many all-gathers."""
         found: list[Signal] = []
-        for start in range(0, len(window), per_pass):
-            part = window[start : start + per_pass]
+        for start in range(0, len(window), self.batches_per_pass):
+            part = window[start : start + self.batches_per_pass]
             joined = TokenBatch.concatenate(part)
             hidden_NT = self.engine(joined)
             found += hidden_NT.split([batch.num_targets for batch in part])
@@ -231,8 +235,17 @@ class _StudentForward(nn.Module):
 
 def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """hidden_NH at the positions that predict response tokens, in the order of `batch.targets_N`."""
-    hidden_BTH = model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
-    return hidden_BTH[batch.predicts_BT]
+    inputs = batch.model_inputs()
+    if batch.position_ids_BT is not None and model.config.model_type in MAKES_NO_PACKED_MASK:
+        like_BT1 = batch.input_ids_BT.new_empty((*batch.input_ids_BT.shape, 1), dtype=model.dtype)
+        inputs["attention_mask"] = create_causal_mask(
+            model.config, like_BT1, attention_mask=None, cache=None, position_ids=batch.position_ids_BT
+        )
+    elif batch.position_ids_BT is not None and "flash" in (model.config._attn_implementation or ""):
+        # transformers finds the texts for flash attention in a single row only; positions start over in each row too
+        inputs = {name: tensor_BT.reshape(1, -1) for name, tensor_BT in inputs.items()}
+    hidden_BTH = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden_BTH.reshape(*batch.predicts_BT.shape, -1)[batch.predicts_BT]
 
 
 @torch.no_grad()
