@@ -47,6 +47,7 @@ ALLOWED = {
     "toolkit.evaluation": ENGINES,
     "toolkit.checkpoint": ENGINES,
     "toolkit.teacher_text": ENGINES,
+    "toolkit.methods": {"toolkit.config", "toolkit.data.config"},
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint"},
 }
 

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -427,7 +428,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        config = cls()
+        return cls().with_settings(values)
+
+    def with_settings(self, values: Mapping[str, Any]) -> RunConfig:
+        """`{"train.steps": 3, "name": "x"}` applied in order. Unknown keys raise ValueError."""
+        config = self
         for key, value in values.items():
             config = _replaced(config, key.split("."), value, key)
         return config

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity
 from toolkit.config import NO_DIVERGENCE, RunConfig
 from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text
+from toolkit.data.config import unknown
 from toolkit.evaluation import Validator, answer, rouge_l
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.loop import DistillationLoop
@@ -47,8 +49,9 @@ CHECKPOINTS = "checkpoints"
 GENERATING = "while the teacher generated; what it wrote is kept"
 
 
-def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank.
+def main(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
+    several runs the first argument names one.
 
     Returns the summary. Wrong input ends every rank with exit code 2 and one message; a run that a signal stopped ends
     with EXIT_LATER, and the same command goes on with it.
@@ -59,7 +62,7 @@ def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any
     try:
         with Watchdog(_hang_s(recipe, overrides)) as watchdog:
             distributed.start()
-            return run(distributed.together(lambda: _checked(recipe, overrides)), watchdog)
+            return run(distributed.together(lambda: _checked(*chosen(recipe, overrides))), watchdog)
     except GoOnLater as stopped:
         if distributed.rank() == 0:
             print(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})", flush=True)
@@ -234,12 +237,28 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _hang_s(recipe: RunConfig, overrides: list[str]) -> float:
+def chosen(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """The recipe, or the one of its runs that the first argument names, and the other arguments.
+
+    Raises ValueError where it names none.
+    """
+    if isinstance(recipe, RunConfig):
+        return recipe, arguments
+    name, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("", arguments)
+    if not name:
+        raise ValueError(f"this recipe has several runs; name one first: {', '.join(recipe)}")
+    if name not in recipe:
+        raise unknown("run", name, recipe)
+    return recipe[name], rest
+
+
+def _hang_s(recipe: RunConfig | Mapping[str, RunConfig], overrides: list[str]) -> float:
     """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
     try:
-        return recipe.with_overrides(overrides).faults.hang_s
+        config, rest = chosen(recipe, overrides)
+        return config.with_overrides(rest).faults.hang_s
     except ValueError:
-        return recipe.faults.hang_s
+        return RunConfig().faults.hang_s
 
 
 def _quiet_libraries() -> None:
