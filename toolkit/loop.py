@@ -154,11 +154,8 @@ class DistillationLoop:
         if source is Source.GENERATE:
             settings = self.config.rollout
             first = rank * rows
-            sampling = SeededSampling(
-                self.config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
-                min_p=settings.min_p, repetition_penalty=settings.repetition_penalty,
-                seeds=[sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)],
-            )  # fmt: skip
+            seeds = [sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)]
+            sampling = SeededSampling.of(settings, self.config.max_new_tokens, seeds)
             with self.timer.phase("rollout"):
                 examples = self.rollout.complete([example.prompt for example in examples], sampling)
             self.replay.push(examples, step)
