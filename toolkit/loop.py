@@ -14,7 +14,7 @@ from toolkit.batch import Example, make_window
 from toolkit.checkpoint import Checkpoint, Checkpoints
 from toolkit.config import RunConfig
 from toolkit.data import PromptDataset
-from toolkit.evaluation import Validation, Validator
+from toolkit.evaluation import Best, Validation, Validator
 from toolkit.faults import GoOnLater, StepGuard, StopSignals
 from toolkit.models import Student, Teacher, Vocabulary
 from toolkit.monitor import Monitor, PhaseTimer, peak_device_gib, peak_rss_gib
@@ -41,9 +41,11 @@ class DistillationLoop:
     guard: StepGuard
     run_state: Callable[[], dict[str, Any]] = dict  # what the run itself wants kept in a checkpoint
     watch: Callable[[str, int], None] = lambda phase, step: None  # told of each step as it begins
+    export_best: Callable[[], None] = lambda: None
     done: int = 0  # optimizer steps
     initial: Validation | None = None
     latest: Validation | None = None
+    best: Best | None = None
     asked_to_stop: bool = False
     source_counts: dict[str, int] = field(default_factory=lambda: {source.value: 0 for source in Source})
     tokens: int = 0
@@ -68,7 +70,8 @@ class DistillationLoop:
                 self.latest = self.validate(self.done)
                 record["validation"] = self.latest._asdict()
             seconds = self.timer.take()
-            step_time_s = sum(seconds.values()) - seconds.get("validation", 0.0) - seconds.get("checkpoint", 0.0)
+            beside = ("validation", "checkpoint", "export")
+            step_time_s = sum(seconds.values()) - sum(seconds.get(name, 0.0) for name in beside)
             self.monitor.log_step(record | {"tokens_per_s": record["tokens"] / step_time_s, "seconds": seconds})
             every = config.checkpoint.every_steps
             if self.asked_to_stop or self.done == last or (every and self.done % every == 0):
@@ -164,10 +167,15 @@ class DistillationLoop:
         return source, self.replay.sample(rows, step)
 
     def validate(self, step: int) -> Validation:
-        """Measures, and lets the schedule move phi: all ranks see the same number."""
+        """Measures, lets the schedule move phi, keeps the best student: all ranks see the same numbers."""
         with self.timer.phase("validation"):
             found = self.validator.measure(self.student, self.teacher)
         self.schedule.observe_validation(step, found.kl_nats)
+        if by := self.config.validation.best:
+            before, self.best = self.best, Best.of(self.best, found, by, step)
+            if self.best != before:
+                with self.timer.phase("export"):
+                    self.export_best()
         return found
 
     def save(self) -> None:
@@ -192,6 +200,7 @@ class DistillationLoop:
             "done": self.done,
             "initial": self.initial,
             "latest": self.latest,
+            "best": self.best,
             "source_counts": self.source_counts,
             "tokens": self.tokens,
             "schedule": self.schedule.state_dict(),
@@ -202,6 +211,7 @@ class DistillationLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done, self.tokens, self.source_counts = state["done"], state["tokens"], dict(state["source_counts"])
         self.initial, self.latest = Validation(*state["initial"]), Validation(*state["latest"])
+        self.best = Best(*state["best"]) if state.get("best") else None
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
         self.timer.totals = dict(state["seconds"])

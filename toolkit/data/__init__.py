@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.batch import Example
 from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.data.dataset import PromptDataset
-from toolkit.data.sources import load_rows
+from toolkit.data.sources import load_rows, references
 from toolkit.data.templates import TEMPLATES, get_template
 from toolkit.data.tokens import Tokenized, encode_prompts, tokenize_rows
 
@@ -24,6 +24,7 @@ __all__ = [
     "get_template",
     "load_data",
     "load_rows",
+    "references",
     "split_rows",
     "tokenize_rows",
 ]

@@ -25,7 +25,9 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
 class DataConfig:
     """Where prompts and responses come from, and how they become tokens. Lengths are in tokens.
 
-    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set.
+    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, a hub data set, or one file of
+    it as hf://datasets/OWNER/NAME/FILE.jsonl.
+    response_field: a text, or a list of texts that are all right: training uses the first, scores use the best.
     subset, split, validation_split: which part of a hub data set; files and "python_docs" do not use them.
     validation_source: as `source`. None takes `validation_fraction` of the source's rows by a hash of their
     prompt, so equal prompts stay on one side ("python_docs" has a validation split of its own, by module).

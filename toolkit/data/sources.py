@@ -1,6 +1,7 @@
 """Rows of text from the built-in data set, from files, or from the hub.
 
-Every row leaves here as {"prompt": str, "input": str, "response": str}, whatever the source calls its fields.
+Every row leaves here as {"prompt": str, "input": str, "response": str}, whatever the source calls its fields. Where
+the response is a list of texts, "response" is the first, and "references" holds all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ BUILDERS = {
     ".arrow": "arrow",
 }  # of the `datasets` library
 SUFFIXES = (".jsonl", *BUILDERS)
+HUB_FILES = "hf://datasets/"
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -49,12 +51,18 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
     return rows, skipped
 
 
+def references(row: dict) -> list[str]:
+    """The texts that an answer to this row is held against, one at least."""
+    return row.get("references") or [row["response"]]
+
+
 def _checked(row: object, where: str, config: DataConfig) -> dict:
     """One row under the names used from here on; ValueError if it is of no use."""
     if isinstance(row, Exception):
         raise ValueError(f"{where}: not valid JSON ({row}); mend the line")
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a {type(row).__name__}, not an object with fields; mend the line")
+    row = _flattened(row, where)
     out = {}
     for name, field in (
         ("prompt", config.prompt_field),
@@ -72,6 +80,9 @@ def _checked(row: object, where: str, config: DataConfig) -> dict:
         value = row[field]
         if name == "input" and value is None:
             value = ""
+        if name == "response" and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            out["references"] = [text for text in value if text.strip()]
+            value = next(iter(out["references"]), "")
         if value is not None and not isinstance(value, str):
             raise ValueError(
                 f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; make it a string"
@@ -82,11 +93,25 @@ def _checked(row: object, where: str, config: DataConfig) -> dict:
     return out
 
 
+def _flattened(row: dict, where: str) -> dict:
+    """Self-Instruct keeps input and outputs of a row in a list, "instances"."""
+    instances = row.get("instances")
+    if not isinstance(instances, list) or not all(isinstance(one, dict) and "output" in one for one in instances):
+        return row
+    inputs = {one.get("input") or "" for one in instances}
+    if len(inputs) > 1:
+        raise ValueError(f"{where}: 'instances' with {len(inputs)} different inputs; make a row of each")
+    return row | {"input": "".join(inputs), "output": [one["output"] for one in instances]}
+
+
 def _records(config: DataConfig, source: str, is_validation: bool) -> Iterator[tuple[str, object]]:
     """(where, row) in the source's order; a row that could not be read is the exception that said so."""
     if source == PYTHON_DOCS:
         rows = python_docs_rows("validation" if is_validation else "train", config.cache_dir)
         yield from ((f"{source} row {number}", row) for number, row in enumerate(rows, 1))
+        return
+    if source.startswith(HUB_FILES):
+        yield from _lines(source, _hub_file(source, config))
         return
     path = Path(source).expanduser()
     if not _looks_like_path(source, path):
@@ -102,6 +127,22 @@ def _records(config: DataConfig, source: str, is_validation: bool) -> Iterator[t
     yield from (
         _lines(source, path) if path.suffix.lower() == ".jsonl" else _table(config, source, is_validation, path)
     )
+
+
+def _hub_file(source: str, config: DataConfig) -> Path:
+    """The local copy of hf://datasets/OWNER/NAME/FILE.jsonl."""
+    from huggingface_hub import hf_hub_download
+
+    owner, name, file = [*source.removeprefix(HUB_FILES).split("/", 2), "", ""][:3]
+    if not file.endswith(".jsonl"):
+        raise ValueError(f"{source}: write {HUB_FILES}OWNER/NAME/FILE.jsonl")
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", cache_dir=config.cache_dir))
+    except Exception as error:  # of the network, the hub or the cache: a dozen kinds
+        raise ValueError(
+            f"{source} is not in the cache, and the hub did not give it: {type(error).__name__}: {error}. Check the "
+            "network, or download the file and give its path"
+        ) from error
 
 
 def _looks_like_path(source: str, path: Path) -> bool:
