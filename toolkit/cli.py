@@ -43,8 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         parser = Parser(prog=f"{PROG} {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(parser)
         options = parser.parse_intermixed_args(rest)
+        _quiet()
         distributed.start()
         return module.run(options)
+
+
+def _quiet() -> None:
+    from toolkit.run import quiet_libraries
+
+    quiet_libraries()
 
 
 def _overview() -> str:

@@ -13,7 +13,7 @@ from toolkit.config import SamplingSettings
 from toolkit.evaluation.metrics import References, metric
 from toolkit.rollout.engine import GatheredRollout, SeededSampling, sequence_seed
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Result = TypeVar("Result")
 
 
 class Answer(NamedTuple):
@@ -42,7 +42,7 @@ def answer(
 
 
 def row_seeds(seed: int, rows: Sequence[int]) -> list[int]:
-    """The seeds of the answers to these rows: a text is the same whichever rank says it, and beside whichever others."""
+    """The seeds of the answers to these rows: a text is the same on any rank, and beside any others."""
     return [sequence_seed(seed, 0, row) for row in rows]
 
 
