@@ -4,8 +4,9 @@ import re
 import datasets
 import pytest
 
-from toolkit.data import DataConfig, load_rows
+from toolkit.data import DataConfig, load_rows, references
 from toolkit.data.config import unknown
+from toolkit.data.minillm import SETS
 
 ROWS = [{"prompt": "What is two?", "response": "A number."}, {"prompt": "And NA?", "response": "None"}]
 
@@ -166,3 +167,56 @@ def test_config_errors(settings, message):
 
 def test_unknown_names_without_a_near_one_guess_nothing():
     assert "did you mean" not in str(unknown("x", "zzz", ["chat"]))
+
+
+MINILLM = dict(prompt_field="instruction", input_field="input", response_field="output")
+
+
+def test_a_list_of_responses_is_several_references(write_jsonl):
+    source = write_jsonl([
+        {"instruction": "Q", "input": "", "output": ["A", " ", "B"]}, {"instruction": "Q2", "input": "", "output": "C"},
+    ])  # fmt: skip
+    rows, _ = load_rows(DataConfig(source=source, **MINILLM), source)
+    assert [row["response"] for row in rows] == ["A", "C"]
+    assert [references(row) for row in rows] == [["A", "B"], ["C"]]
+    for broken in ([], [" "], ["A", 3]):
+        bad = write_jsonl([{"instruction": "Q", "input": "", "output": broken}], name="bad.jsonl")
+        assert "bad.jsonl:1: 'output' is" in stopped(bad, **MINILLM)
+
+
+def test_self_instructs_own_instances(write_jsonl):
+    row = {"instruction": "Q", "instances": [{"input": "I", "output": "A"}, {"input": "I", "output": "B"}]}
+    source = write_jsonl([row])
+    rows, _ = load_rows(DataConfig(source=source, **MINILLM), source)
+    assert rows == [{"prompt": "Q", "input": "I", "response": "A", "references": ["A", "B"]}]
+    row["instances"][1]["input"] = "other"
+    assert "2 different inputs" in stopped(write_jsonl([row]), **MINILLM)
+
+
+def hub_copy(cache, repository, file, rows):
+    """The layout of the hub's own cache, with this file in it."""
+    folder = cache / f"datasets--{repository.replace('/', '--')}"
+    path = folder / "snapshots" / ("0" * 40) / file
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_sets_of_minillm_by_name(tmp_path, name):
+    """From the hub's cache: some of their rows have one output as text, others a list."""
+    owner, repository, file = SETS[name]["source"].removeprefix("hf://datasets/").split("/", 2)
+    rows = [{"instruction": "Q", "input": "", "prompt": "-", "output": "A"}, {"instruction": "Q", "input": "I",
+            "prompt": "-", "output": ["A", "B"]}]  # fmt: skip
+    hub_copy(tmp_path, f"{owner}/{repository}", file, rows)
+    config = DataConfig(cache_dir=str(tmp_path), **SETS[name])
+    found, skipped = load_rows(config, config.source, is_validation=True)
+    assert [references(row) for row in found] == [["A"], ["A", "B"]] and skipped == 0
+    assert found[1]["input"] == "I" and config.max_rows == (10_000 if name == "unni" else None)
+
+
+def test_a_hub_file_that_is_not_to_be_had(tmp_path):
+    missing = stopped("hf://datasets/nobody/nothing/rows.jsonl", cache_dir=str(tmp_path))
+    assert "is not in the cache, and the hub did not give it" in missing
+    assert "OWNER/NAME/FILE.jsonl" in stopped("hf://datasets/nobody/nothing")

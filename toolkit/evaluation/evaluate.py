@@ -64,8 +64,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The summary; on rank 0 it is printed as a table and written beside the answers. Raises ValueError."""
     request = distributed.together(lambda: Request.of(options))
     records = Records(Path(options.out).expanduser())
-    rows, _ = distributed.main_rank_first(lambda: load_rows(request.config.data, request.config.data.source, True))
-    settings = request.settings(rows)
+    data = request.config.data
+    rows, skipped = distributed.main_rank_first(lambda: load_rows(data, data.source, is_validation=True))
+    settings = request.settings(rows, skipped)
     summary = _on_main(lambda: records.open(settings))
     teacher = _Loaded.load(options.teacher, request) if options.teacher else None
     evaluation = Evaluation(request, rows, records, summary, teacher)
@@ -114,12 +115,13 @@ class Request:
         """The metrics that need answers."""
         return [name for name in self.metrics if name != KL]
 
-    def settings(self, rows: list[dict]) -> dict[str, Any]:
+    def settings(self, rows: list[dict], skipped: int) -> dict[str, Any]:
         """What an answer depends on beside its model, seed and row."""
         data = self.config.data
         text = json.dumps([[row["prompt"], row["input"], references(row)] for row in rows])
         return {
             "rows": len(rows),
+            "skipped_rows": skipped,
             "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "template": data.template,
             "max_length": data.max_length,
@@ -259,7 +261,7 @@ def table(summary: dict[str, Any], models: Sequence[str], request: Request) -> s
         lines.append([model, *cells, f"{_tokens_per_s(entry):,.0f}" if entry.get("generation_s") else "-"])
     settings = summary["settings"]
     return format_table(["model", *titles, "tokens/s"], lines) + (
-        f"\n{settings['rows']} rows, seeds {', '.join(map(str, request.seeds))}, {settings['precision']}; "
+        f"\n{settings['rows']} rows ({settings['skipped_rows']} skipped), seeds {', '.join(map(str, request.seeds))}, {settings['precision']}; "
         "± is the deviation over seeds"
     )
 
