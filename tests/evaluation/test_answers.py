@@ -1,5 +1,6 @@
 """ROUGE-L as the scorer gives it, row by row, on one rank and dealt over two."""
 
+import itertools
 import random
 
 import pytest
@@ -15,7 +16,7 @@ def real_answers(count=200):
     rows, draw = python_docs_rows("validation")[: count + 1], random.Random(5)
     assert len(rows) == count + 1
     answers = []
-    for row, other in zip(rows[:-1], rows[1:], strict=True):
+    for row, other in itertools.pairwise(rows):
         words = [word for word in row["response"].split() if draw.random() < 0.7]
         answers.append(" ".join(words + other["response"].split()[: draw.randrange(9)]))
     return answers, [row["response"] for row in rows[:-1]]

@@ -259,9 +259,9 @@ def table(summary: dict[str, Any], models: Sequence[str], request: Request) -> s
         entry = summary["models"][model]
         cells = [_cell(entry["metrics"][name], 4 if name == KL else 2) for name in request.metrics]
         lines.append([model, *cells, f"{_tokens_per_s(entry):,.0f}" if entry.get("generation_s") else "-"])
-    settings = summary["settings"]
+    settings, seeds = summary["settings"], ", ".join(map(str, request.seeds))
     return format_table(["model", *titles, "tokens/s"], lines) + (
-        f"\n{settings['rows']} rows ({settings['skipped_rows']} skipped), seeds {', '.join(map(str, request.seeds))}, {settings['precision']}; "
+        f"\n{settings['rows']} rows ({settings['skipped_rows']} skipped), seeds {seeds}, {settings['precision']}; "
         "± is the deviation over seeds"
     )
 
