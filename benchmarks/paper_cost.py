@@ -2,10 +2,10 @@
 
     python benchmarks/paper_cost.py
 
-An estimate and no measurement. Products: 2 operations a parameter and token forward, 6 forward and backward, at 30 % of
-312 TFLOP/s. Generation: 256 positions one after another, 15 ms each. Dolly: 14,500 rows of 151 tokens (the mean of 900 of
-them under the template, SmolLM2's tokenizer), blocks of plain text 512. An adaptive schedule is taken to generate at 15 %
-of its steps (phi 0.3 on average, half of it new).
+An estimate and no measurement. Products: 2 operations a parameter and token forward, 6 forward and backward, at 30 %
+of 312 TFLOP/s. Generation: 256 positions one after another, 15 ms each. Dolly: 14,500 rows of 151 tokens (the mean of
+900 of them under the template, SmolLM2's tokenizer), blocks of plain text 512. An adaptive schedule is taken to
+generate at 15 % of its steps (phi 0.3 on average, half of it new).
 """
 
 import sys

@@ -34,7 +34,7 @@ ALLOWED = {
     "toolkit.monitor": set(),
     "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
-    "toolkit.rollout.sampling": {"toolkit.rollout.schedule"},
+    "toolkit.rollout.sampling": {"toolkit.rollout.schedule", "toolkit.config"},
     "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
     "toolkit.rollout.engine": ENGINES,
     "toolkit.rollout.vllm": {

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from toolkit import distributed
 from toolkit.config import RunConfig
+from toolkit.models.identity import file_hashes, sha256
 from toolkit.models.shards import WEIGHTS, Piece, load_pieces, optimizer_scalars, pieces
 from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.rollout.schedule import philox
@@ -144,7 +144,7 @@ class Checkpoint:
             if size != entry["bytes"]:
                 raise ValueError(f"{file} has {size} bytes, its manifest says {entry['bytes']}: it is damaged")
         for name in sorted(manifest["files"])[share::shares]:
-            found = _sha256(self.folder / name)
+            found = sha256(self.folder / name)
             if found != manifest["files"][name]["sha256"]:
                 raise ValueError(
                     f"{self.folder / name} has SHA-256 {found[:16]}..., its manifest says "
@@ -302,12 +302,9 @@ def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype) -> dict[st
 
     The files are hashed, dealt over the ranks. Collective.
     """
-    rank, world = distributed.rank(), distributed.world()
-    files = _model_files(teacher_path)
-    hashes = distributed.together(lambda: {file.name: _sha256(file) for file in files[rank::world]})
     return {
         "teacher_path": teacher_path,
-        "teacher_sha256": {k: v for part in distributed.gather_objects(hashes) for k, v in sorted(part.items())},
+        "teacher_sha256": file_hashes(teacher_path),
         "data_sha256": data_sha256,
         "precision": str(dtype).removeprefix("torch."),
     }
@@ -357,14 +354,14 @@ def _empty_folder(folder: Path) -> None:
 def _write_checked(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
     """Writes, and reads back; the manifest's entry."""
     digest = write_safetensors(path, tensors)
-    if _sha256(path) != digest:
+    if sha256(path) != digest:
         raise ValueError(f"{path} reads back other than it was written: the storage is broken")
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Any], state: dict[str, Any]) -> None:
     _write_json(unfinished / STATE, state)
-    files[STATE] = {"bytes": (unfinished / STATE).stat().st_size, "sha256": _sha256(unfinished / STATE)}
+    files[STATE] = {"bytes": (unfinished / STATE).stat().st_size, "sha256": sha256(unfinished / STATE)}
     _write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": files})
     _sync(unfinished)
     if final.exists():  # the damaged one that this run was resumed before
@@ -390,22 +387,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _model_files(path: str) -> list[Path]:
-    """Weights, configuration and tokenizer of a model folder, or of a hub name's copy in the cache."""
-    folder = Path(path)
-    if path and not folder.is_dir():
-        cached = try_to_load_from_cache(path, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    patterns = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt")
-    found = {file for pattern in patterns for file in folder.glob(pattern)} if path and folder.is_dir() else set()
-    return sorted(found)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

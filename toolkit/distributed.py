@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -36,6 +38,22 @@ def _alone() -> dict[str, str]:
         port = probe.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return {name: os.environ.get(name, value) for name, value in alone.items()}
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Wrong input (ValueError) ends every rank with exit code 2 and one message; the group is left in any case."""
+    try:
+        yield
+    except ValueError as error:
+        before_start = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        if rank() == 0 and (torch.distributed.is_initialized() or before_start == "0"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("DISTILL_TRACEBACK"):
+            raise
+        sys.exit(2)
+    finally:
+        stop()
 
 
 def stop() -> None:

@@ -14,7 +14,7 @@ from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.checkpoint import Checkpoint, Checkpoints
 from toolkit.config import RunConfig
 from toolkit.data import PromptDataset, TextStream
-from toolkit.evaluation import Validation, Validator
+from toolkit.evaluation import Best, Validation, Validator
 from toolkit.faults import GoOnLater, StepGuard, StopSignals
 from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary
 from toolkit.monitor import Monitor, PhaseTimer, peak_device_gib, peak_rss_gib
@@ -42,9 +42,11 @@ class DistillationLoop:
     text: PromptDataset | TextStream | None = None  # plain text learned beside the distillation
     run_state: Callable[[], dict[str, Any]] = dict  # what the run itself wants kept in a checkpoint
     watch: Callable[[str, int], None] = lambda phase, step: None  # told of each step as it begins
+    export_best: Callable[[], None] = lambda: None
     done: int = 0  # optimizer steps
     initial: Validation | None = None
     latest: Validation | None = None
+    best: Best | None = None
     asked_to_stop: bool = False
     source_counts: dict[str, int] = field(default_factory=lambda: {source.value: 0 for source in Source})
     tokens: int = 0
@@ -70,7 +72,8 @@ class DistillationLoop:
                 self.latest = self.validate(self.done)
                 record["validation"] = self.latest.metrics()
             seconds = self.timer.take()
-            step_time_s = sum(seconds.values()) - seconds.get("validation", 0.0) - seconds.get("checkpoint", 0.0)
+            beside = ("validation", "checkpoint", "export")
+            step_time_s = sum(seconds.values()) - sum(seconds.get(name, 0.0) for name in beside)
             self.monitor.log_step(record | {"tokens_per_s": record["tokens"] / step_time_s, "seconds": seconds})
             every = config.checkpoint.every_steps
             if self.asked_to_stop or self.done == last or (every and self.done % every == 0):
@@ -179,10 +182,7 @@ class DistillationLoop:
             prompts += [example.prompt for example in examples]
             first = (window * world + rank) * rows
             seeds += [sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)]
-        sampling = SeededSampling(
-            self.config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, min_p=settings.min_p,
-            repetition_penalty=settings.repetition_penalty, seeds=seeds,
-        )  # fmt: skip
+        sampling = SeededSampling.of(settings, self.config.max_new_tokens, seeds)
         with self.timer.phase("rollout"):
             self.rollout.sync_weights(step)
             texts = self.rollout.complete(prompts, sampling)
@@ -203,10 +203,15 @@ class DistillationLoop:
         return [batch.to(distributed.device()) for batch in window]
 
     def validate(self, step: int) -> Validation:
-        """Measures, and lets the schedule move phi: all ranks see the same number."""
+        """Measures, lets the schedule move phi, keeps the best student: all ranks see the same numbers."""
         with self.timer.phase("validation"):
             found = self.validator.measure(self.student)
         self.schedule.observe_validation(step, found.ce_nats if found.kl_nats is None else found.kl_nats)
+        if by := self.config.validation.best:
+            before, self.best = self.best, Best.of(self.best, found, by, step)
+            if self.best != before:
+                with self.timer.phase("export"):
+                    self.export_best()
         return found
 
     def save(self) -> None:
@@ -233,6 +238,7 @@ class DistillationLoop:
             "done": self.done,
             "initial": self.initial,
             "latest": self.latest,
+            "best": self.best,
             "source_counts": self.source_counts,
             "tokens": self.tokens,
             "windows_ahead": self.windows_ahead,
@@ -245,6 +251,7 @@ class DistillationLoop:
         self.done, self.tokens, self.source_counts = state["done"], state["tokens"], dict(state["source_counts"])
         self.initial, self.latest = Validation(*state["initial"]), Validation(*state["latest"])
         self.windows_ahead = state.get("windows_ahead", 0)
+        self.best = Best(*state["best"]) if state.get("best") else None
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
         self.timer.totals = dict(state["seconds"])

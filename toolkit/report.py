@@ -20,7 +20,7 @@ class Sample(NamedTuple):
 
 def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
     """The text for a finished run, from its summary.json."""
-    before, after = summary["validation"]["initial"], summary["validation"]["final"]
+    before, after, best = summary["validation"]["initial"], summary["validation"]["final"], summary["best"]
     rows = [["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"]]
     rows.append(["perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"])
     if after["kl_nats"] is not None:  # there is a teacher
@@ -49,6 +49,7 @@ def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
         f"{summary['steps']} steps ({sources}; phi {summary['phi_final']:.2f}), {summary['tokens']:,} tokens, "
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['precision']}, peak memory "
         f"{summary['peak_rss_gib']:.1f} GiB over {summary['ranks']} ranks\nstudent: {summary['student']}"
+        + (f"\nbest by {best['by']}: {best['value']:.4g} after step {best['step']}, {best['student']}" if best else "")
     )
     return "\n\n".join(parts)
 

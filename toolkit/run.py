@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,10 +16,10 @@ import transformers
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity
-from toolkit.config import NO_DIVERGENCE, RunConfig
-from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text
+from toolkit.config import NO_DIVERGENCE, RunConfig, SamplingSettings
+from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text, references
 from toolkit.data.config import unknown
-from toolkit.evaluation import Validator, answer, rouge_l
+from toolkit.evaluation import Validator, answer, rouge_l, row_seeds
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.loop import DistillationLoop
 from toolkit.models import (
@@ -29,6 +28,8 @@ from toolkit.models import (
     build_student,
     build_teacher,
     check_packing,
+    choose_dtype,
+    default_cache_dir,
     load_tokenizer,
     materialize,
     shared_vocabulary,
@@ -45,7 +46,7 @@ from toolkit.teacher_text import teacher_text, text_folder
 
 TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
 OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "export")
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEST = "checkpoints", "best"
 GENERATING = "while the teacher generated; what it wrote is kept"
 
 
@@ -58,23 +59,16 @@ def main(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str] | Non
     """
     given = sys.argv[1:] if arguments is None else arguments
     overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
-    _quiet_libraries()
-    try:
-        with Watchdog(_hang_s(recipe, overrides)) as watchdog:
-            distributed.start()
-            return run(distributed.together(lambda: _checked(*chosen(recipe, overrides))), watchdog)
-    except GoOnLater as stopped:
-        if distributed.rank() == 0:
-            print(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})", flush=True)
-        sys.exit(EXIT_LATER)
-    except ValueError as error:
-        if distributed.rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if os.environ.get("DISTILL_TRACEBACK"):
-            raise
-        sys.exit(2)
-    finally:
-        distributed.stop()
+    quiet_libraries()
+    with distributed.one_message():
+        try:
+            with Watchdog(_hang_s(recipe, overrides)) as watchdog:
+                distributed.start()
+                return run(distributed.together(lambda: _checked(*chosen(recipe, overrides))), watchdog)
+        except GoOnLater as stopped:
+            if distributed.rank() == 0:
+                print(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})", flush=True)
+            sys.exit(EXIT_LATER)
 
 
 def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
@@ -90,8 +84,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     started_s = time.monotonic()
     watchdog.progress("loading")
     run_dir, is_main = config.run_dir, distributed.rank() == 0
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "distillation-toolkit"
-    cache_dir = Path(config.cache_dir or user_cache).expanduser()
+    cache_dir = default_cache_dir(config.cache_dir)
     dtype = choose_dtype(config.precision, distributed.device())
 
     teacher_path = ""
@@ -159,7 +152,15 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
                 settings.capacity, distributed.rank(), distributed.world(), config.seed, settings.max_age_steps
             ),
             rollout=rollout,
-            validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id, teacher),
+            validator=Validator(
+                data.validation[: validation.rows],
+                validation.batch_rows,
+                vocabulary.pad_id,
+                teacher,
+                (lambda: _rouge_l(data, _sampled(config, data, student_rollout, tokenizer)))
+                if validation.best == "rouge_l"
+                else None,
+            ),
             monitor=monitor,
             timer=timer,
             checkpoints=checkpoints,
@@ -167,6 +168,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
             guard=StepGuard(config.faults),
             run_state=run_state,
             watch=watchdog.progress,
+            export_best=lambda: export_student(student, tokenizer, run_dir / BEST),
         )
         if resumed is not None:
             with timer.phase("checkpoint"):
@@ -199,7 +201,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         "precision": str(dtype).removeprefix("torch."),
         "peak_rss_gib": distributed.sum_over_ranks([peak_rss_gib()])[0],
         "validation": {"initial": initial.metrics(), "final": final.metrics()},
-        "rouge_l": _rouge_scores(config, data, before, after, theirs),
+        "best": loop.best and {"by": validation.best, **loop.best._asdict(), "student": str(run_dir / BEST)},
+        "rouge_l": _rouge_scores(data, initial=before, final=after, **({"teacher": theirs} if theirs else {})),
         "time_share": {name: seconds / wall_time_s for name, seconds in phases.items()},
         "source_counts": loop.source_counts,
         "skipped_steps": loop.guard.skipped,
@@ -226,17 +229,6 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     return summary
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where the device multiplies it in hardware: elsewhere it is many times slower than fp32."""
-    if precision == "auto":
-        if device.type == "cpu":
-            has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        else:
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
 def chosen(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str]) -> tuple[RunConfig, list[str]]:
     """The recipe, or the one of its runs that the first argument names, and the other arguments.
 
@@ -261,7 +253,7 @@ def _hang_s(recipe: RunConfig | Mapping[str, RunConfig], overrides: list[str]) -
         return RunConfig().faults.hang_s
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """No warnings about what deepspeed calls in torch, no bars over weight shards: a run's own lines stay readable."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     transformers.utils.logging.disable_progress_bar()
@@ -346,28 +338,38 @@ def _start_folder(config: RunConfig, resumed: Checkpoint | None) -> None:
     (run_dir / "summary.json").unlink(missing_ok=True)
     if resumed is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "skipped", ignore_errors=True)
+        for name in ("skipped", BEST):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
     config.save(run_dir / "config.yaml")
 
 
 def _ask(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any) -> tuple[list[str], list[str]]:
     """(sampled answers to be scored, greedy answers to be shown) to the first validation rows."""
-    settings, prompts = config.validation, [example.prompt for example in data.validation]
-    rouge_rows, samples = prompts[: settings.rouge_rows], prompts[: settings.samples]
-    sampled = answer(
-        rollout, tokenizer, rouge_rows, config.max_new_tokens, settings.sampling_temperature, config.seed
-    ) if rouge_rows else []  # fmt: skip
-    return sampled, answer(rollout, tokenizer, samples, config.max_new_tokens, 0.0, config.seed) if samples else []
+    samples = _answers(config, data, rollout, tokenizer, config.validation.samples, temperature=0.0)
+    return _sampled(config, data, rollout, tokenizer), samples
 
 
-def _rouge_scores(
-    config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple | None
-) -> dict[str, float] | None:
-    if not after[0]:
-        return None
-    references = [row["response"] for row in data.validation_rows[: config.validation.rouge_rows]]
-    named = {"initial": before, "final": after} | ({"teacher": teacher} if teacher else {})
-    return {name: rouge_l(answers[0], references) for name, answers in named.items()} | {"rows": len(references)}
+def _sampled(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any) -> list[str]:
+    settings = config.validation
+    return _answers(config, data, rollout, tokenizer, settings.rouge_rows, settings.sampling_temperature)
+
+
+def _answers(
+    config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any, count: int, temperature: float
+) -> list[str]:
+    prompts = [example.prompt for example in data.validation[:count]]
+    sampling, seeds = SamplingSettings(temperature=temperature), row_seeds(config.seed, range(len(prompts)))
+    found = answer(rollout, tokenizer, prompts, sampling, config.max_new_tokens, seeds) if prompts else []
+    return [one.text for one in found]
+
+
+def _rouge_l(data: Data, texts: list[str]) -> float:
+    return rouge_l(texts, [references(row) for row in data.validation_rows[: len(texts)]])
+
+
+def _rouge_scores(data: Data, **answers: tuple[list[str], list[str]]) -> dict[str, float] | None:
+    rows = len(answers["final"][0])
+    return {name: _rouge_l(data, sampled) for name, (sampled, _) in answers.items()} | {"rows": rows} if rows else None
 
 
 def _introduction(config: RunConfig, data: Data, dtype: torch.dtype, run_dir: Path) -> str:

@@ -6,6 +6,7 @@ while it generates loses one file's rows at most.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zipfile
@@ -17,7 +18,7 @@ import numpy as np
 
 from toolkit import distributed
 from toolkit.batch import Example
-from toolkit.config import RunConfig
+from toolkit.config import RunConfig, SamplingSettings
 from toolkit.rollout.engine import GatheredRollout, SeededSampling, sequence_seed
 
 FILE_ROWS = 512
@@ -33,17 +34,14 @@ def teacher_text(
     before each file that has to be made; what it raises passes through. Raises ValueError on every rank where a file
     cannot be read or written.
     """
-    rank, world, settings, found = distributed.rank(), distributed.world(), config.rollout, []
+    rank, world, found = distributed.rank(), distributed.world(), []
     for first in range(0, len(examples), FILE_ROWS):
         rows, file = examples[first : first + FILE_ROWS], folder / f"{first:09d}.npz"
         if not distributed.everywhere(file.is_file()):
             between_files()
             own = range(rank, len(rows), world)
-            sampling = SeededSampling(
-                config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
-                min_p=settings.min_p, repetition_penalty=settings.repetition_penalty,
-                seeds=[sequence_seed(config.seed, 0, first + row) for row in own],
-            )  # fmt: skip
+            seeds = [sequence_seed(config.seed, 0, first + row) for row in own]
+            sampling = SeededSampling.of(config.rollout, config.max_new_tokens, seeds)
             answers = [e.response for e in rollout.complete([rows[row].prompt for row in own], sampling)]
             dealt = distributed.gather_objects(answers)
             responses = [dealt[row % world][row // world] for row in range(len(rows))]
@@ -59,8 +57,7 @@ def teacher_text(
 
 def text_folder(cache_dir: Path, identity: dict[str, Any], config: RunConfig) -> Path:
     """Where the text of this teacher, data and sampling is kept. identity: toolkit.checkpoint.identity's."""
-    settings = config.to_dict()["rollout"]
-    sampling = {name: settings[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    sampling = {field.name: getattr(config.rollout, field.name) for field in dataclasses.fields(SamplingSettings)}
     parts = [identity["teacher_sha256"], identity["data_sha256"], sampling, config.max_new_tokens, config.seed]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir / f"teacher-text-{key}"

@@ -4,8 +4,9 @@ import re
 import datasets
 import pytest
 
-from toolkit.data import DataConfig, load_rows
-from toolkit.data.config import PRESETS, unknown
+from toolkit.data import DataConfig, load_rows, references
+from toolkit.data.config import unknown
+from toolkit.data.minillm import SETS
 
 ROWS = [{"prompt": "What is two?", "response": "A number."}, {"prompt": "And NA?", "response": "None"}]
 
@@ -205,27 +206,54 @@ def test_conversations_without_an_answer_are_bad_rows(write_jsonl, turns, messag
     assert load_rows(DataConfig(messages_field="talk", on_bad_row="skip"), source)[1] == 1
 
 
-def test_a_list_of_references_trains_on_the_first_and_keeps_all(write_jsonl):
-    source = write_jsonl([{"prompt": "Q", "response": ["A", "B"]}, {"prompt": "R", "response": "C"}])
-    first, second = load_rows(DataConfig(), source)[0]
-    assert first == {"prompt": "Q", "input": "", "response": "A", "references": ["A", "B"]}
-    assert "references" not in second
-    for bad in ([], ["A", ""], [1]):
-        assert "'response' is" in stopped(write_jsonl([{"prompt": "Q", "response": bad}]))
+MINILLM = dict(prompt_field="instruction", input_field="input", response_field="output")
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
-def test_known_sets_need_a_name_only(monkeypatch, name):
-    preset, asked = PRESETS[name], []
-    row = {preset.prompt_field: "Q", preset.input_field: "I", preset.response_field: ["A", "B"]}
+def test_a_list_of_responses_is_several_references(write_jsonl):
+    source = write_jsonl([
+        {"instruction": "Q", "input": "", "output": ["A", " ", "B"]}, {"instruction": "Q2", "input": "", "output": "C"},
+    ])  # fmt: skip
+    rows, _ = load_rows(DataConfig(source=source, **MINILLM), source)
+    assert [row["response"] for row in rows] == ["A", "C"]
+    assert [references(row) for row in rows] == [["A", "B"], ["C"]]
+    for broken in ([], [" "], ["A", 3]):
+        bad = write_jsonl([{"instruction": "Q", "input": "", "output": broken}], name="bad.jsonl")
+        assert "bad.jsonl:1: 'output' is" in stopped(bad, **MINILLM)
 
-    def load_dataset(*args, **options):
-        asked.append((args, options))
-        return datasets.Dataset.from_list([row])
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_rows(DataConfig(), name, is_validation=True)[0][0]["references"] == ["A", "B"]
-    (args, options) = asked[0]
-    assert args[0] == name and options.get("data_files") == preset.file
-    with pytest.raises(ValueError, match="no field 'prompt'"):  # what is set by hand stands
-        load_rows(DataConfig(input_field="more"), name)
+def test_self_instructs_own_instances(write_jsonl):
+    row = {"instruction": "Q", "instances": [{"input": "I", "output": "A"}, {"input": "I", "output": "B"}]}
+    source = write_jsonl([row])
+    rows, _ = load_rows(DataConfig(source=source, **MINILLM), source)
+    assert rows == [{"prompt": "Q", "input": "I", "response": "A", "references": ["A", "B"]}]
+    row["instances"][1]["input"] = "other"
+    assert "2 different inputs" in stopped(write_jsonl([row]), **MINILLM)
+
+
+def hub_copy(cache, repository, file, rows):
+    """The layout of the hub's own cache, with this file in it."""
+    folder = cache / f"datasets--{repository.replace('/', '--')}"
+    path = folder / "snapshots" / ("0" * 40) / file
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_sets_of_minillm_by_name(tmp_path, name):
+    """From the hub's cache: some of their rows have one output as text, others a list."""
+    owner, repository, file = SETS[name]["source"].removeprefix("hf://datasets/").split("/", 2)
+    rows = [{"instruction": "Q", "input": "", "prompt": "-", "output": "A"}, {"instruction": "Q", "input": "I",
+            "prompt": "-", "output": ["A", "B"]}]  # fmt: skip
+    hub_copy(tmp_path, f"{owner}/{repository}", file, rows)
+    config = DataConfig(cache_dir=str(tmp_path), **SETS[name])
+    found, skipped = load_rows(config, config.source, is_validation=True)
+    assert [references(row) for row in found] == [["A"], ["A", "B"]] and skipped == 0
+    assert found[1]["input"] == "I" and config.max_rows == (10_000 if name == "unni" else None)
+
+
+def test_a_hub_file_that_is_not_to_be_had(tmp_path):
+    missing = stopped("hf://datasets/nobody/nothing/rows.jsonl", cache_dir=str(tmp_path))
+    assert "is not in the cache, and the hub did not give it" in missing
+    assert "OWNER/NAME/FILE.jsonl" in stopped("hf://datasets/nobody/nothing")

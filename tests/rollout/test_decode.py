@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -69,7 +70,14 @@ def test_greedy_text_is_that_of_generate_row_by_row(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "settings", [{}, dict(temperature=0.7, top_p=0.8), dict(top_k=9), dict(min_p=0.1, repetition_penalty=1.3)]
+    "settings",
+    [
+        {},
+        dict(temperature=0.7, top_p=0.8),
+        dict(top_k=9),
+        dict(min_p=0.1, repetition_penalty=1.3),
+        dict(temperature=0.3, no_repeat_ngram_size=2),
+    ],
 )
 def test_the_loop_says_what_its_readable_twin_says(name, settings):
     model, prompts = make(name), ragged_prompts()
@@ -139,3 +147,41 @@ def test_shares_of_tokens_are_those_of_the_filters_of_transformers(settings, siz
     chosen = choose_tokens(logits_V.expand(count, -1), SeededSampling(1, **settings), draws, seen.expand(count, -1))
     shares = torch.bincount(chosen, minlength=size) / count
     torch.testing.assert_close(shares, scores.softmax(-1)[0], atol=1.1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_tokens_that_repeat_an_ngram_are_those_of_transformers(size):
+    rng, rows, vocabulary = np.random.default_rng(size), 40, {1: 30, 6: 2}.get(size, 3)
+    texts = [torch.from_numpy(rng.integers(0, vocabulary, 1 + row)) for row in range(rows)]
+    seen_BL = torch.stack([torch.nn.functional.pad(text, (0, rows - len(text)), value=int(text[-1])) for text in texts])
+    lengths_B = torch.tensor([len(text) for text in texts])
+    scores = torch.randn(rows, vocabulary)
+    wanted = torch.cat([
+        NoRepeatNGramLogitsProcessor(size)(text[None], row[None]) for text, row in zip(texts, scores, strict=True)
+    ])  # fmt: skip
+    forbidden = wanted.isinf()
+    assert forbidden.any() and not forbidden.all(1).all()
+    sampling = SeededSampling(1, temperature=0, no_repeat_ngram_size=size)
+    for token in range(vocabulary):  # each in turn is by far the likeliest
+        chosen = choose_tokens(scores.clone().index_fill_(1, torch.tensor([token]), 100.0), sampling, None, seen_BL,
+                               lengths_B)  # fmt: skip
+        open_rows = ~forbidden.all(1)
+        assert torch.equal((chosen != token)[open_rows], forbidden[:, token][open_rows])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_without_repeated_ngrams_is_that_of_generate(name):
+    model, prompts = make(name), ragged_prompts()
+    model.get_output_embeddings().weight.data[VOCABULARY.size :] = 0
+    settings = SeededSampling(24, temperature=0, no_repeat_ngram_size=2, seeds=range(11))
+    found = texts(decode(model, prompts, settings, VOCABULARY, rows=4))
+    free = texts(decode(model, prompts, SeededSampling(24, temperature=0, seeds=range(11)), VOCABULARY, rows=4))
+    assert found != free
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = torch.from_numpy(prompt.astype(np.int64))[None]
+        wanted = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=2,
+            pad_token_id=2, suppress_tokens=list(range(VOCABULARY.size, 96)), no_repeat_ngram_size=2,
+            forced_bos_token_id=None,
+        )  # fmt: skip
+        assert text == wanted[0, len(prompt) :].tolist()

@@ -3,7 +3,7 @@
 from toolkit.data.config import DataConfig, TextConfig
 from toolkit.data.dataset import PromptDataset
 from toolkit.data.load import Data, load_data, load_text, split_rows
-from toolkit.data.sources import load_rows
+from toolkit.data.sources import load_rows, references
 from toolkit.data.templates import TEMPLATES, get_template
 from toolkit.data.text import TextStream
 from toolkit.data.tokens import Tokenized, encode_prompts, tokenize_rows
@@ -21,6 +21,7 @@ __all__ = [
     "load_data",
     "load_rows",
     "load_text",
+    "references",
     "split_rows",
     "tokenize_rows",
 ]

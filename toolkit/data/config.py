@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 PYTHON_DOCS = "python_docs"
 TEMPLATE_NAMES = ("chat", "alpaca", "plain")
@@ -15,26 +13,6 @@ ON_BAD_ROW = ("stop", "skip")
 ON_LONG_RESPONSE = ("truncate", "skip", "stop")
 KINDS = ("instructions", "text")
 MIN_BLOCK = 8  # tokens
-
-
-class Preset(NamedTuple):
-    """How a hub data set calls its fields, and its one file where it has no splits."""
-
-    prompt_field: str
-    input_field: str
-    response_field: str
-    file: str | None = None
-
-
-#: hub name -> what need not be set by hand: the sets of MiniLLM (arXiv 2306.08543), which DistiLLM uses too. The
-#: evaluation sets keep "output" as text or as a list of references.
-PRESETS = {
-    "databricks/databricks-dolly-15k": Preset("instruction", "context", "response"),
-    "MiniLLM/self-inst": Preset("instruction", "input", "output", "valid.jsonl"),
-    "MiniLLM/Vicuna": Preset("instruction", "input", "output", "valid.jsonl"),
-    "MiniLLM/sinst": Preset("instruction", "input", "output", "11_/valid.jsonl"),
-    "MiniLLM/uinst": Preset("instruction", "input", "output", "11_/valid.jsonl"),
-}
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
@@ -53,7 +31,8 @@ class DataConfig:
     kind: "instructions" are prompts with responses. "text" is documents, packed to blocks of max_length tokens in which
     every token is learned, without attention from one document to another; then `text_field` is read, and what is said
     below of prompts, responses and templates does not apply.
-    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set; for text also
+    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, a hub data set, or one file of
+    it as hf://datasets/OWNER/NAME/FILE.jsonl; for text also
     a .txt file (one document) or a folder of any of these.
     streaming: of kind "text": read while training, for what does not fit a disk. Every rank reads its own documents.
     subset, split, validation_split: which part of a hub data set; files and "python_docs" do not use them.
@@ -143,13 +122,6 @@ class DataConfig:
             )
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"data.max_rows = {self.max_rows}; give 1 or more, or null for all rows")
-
-    def with_preset(self, source: str) -> DataConfig:
-        """The field names to read `source` with: a known set's own where none were set by hand."""
-        names = ("prompt_field", "input_field", "response_field")
-        if source not in PRESETS or any(getattr(self, name) != getattr(DataConfig, name) for name in names):
-            return self
-        return dataclasses.replace(self, **{name: getattr(PRESETS[source], name) for name in names})
 
 
 @dataclass(frozen=True)

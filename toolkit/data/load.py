@@ -188,7 +188,7 @@ def _is_split(config: DataConfig) -> bool:
 
 def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Any]:
     """All that decides the tokens: content, tokenizer, settings; names and places do not."""
-    settings = dataclasses.asdict(config.with_preset(config.source))
+    settings = dataclasses.asdict(config)
     for name in ("source", "subset", "split", "validation_source", "validation_split", "cache_dir", "packing"):
         del settings[name]
     validation = None

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.config import PRESETS, PYTHON_DOCS, DataConfig
+from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.data.python_docs import python_docs_rows
 
 #: ending -> builder of the `datasets` library
 BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = (".jsonl", *BUILDERS)
+HUB_FILES = "hf://datasets/"
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: roles as ShareGPT and others write them
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -53,12 +54,11 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
     left.
     """
     rows, skipped, first_reason = [], 0, ""
-    fields = config.with_preset(source)
     for where, row in records(Source.of(config, source, is_validation)):
         if len(rows) == config.max_rows:
             break
         try:
-            rows.append(_checked(row, where, fields))
+            rows.append(_checked(row, where, config))
         except ValueError as error:
             if config.on_bad_row == "stop":
                 raise ValueError(f'{error}, or set data.on_bad_row to "skip"') from None
@@ -69,9 +69,14 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
     return rows, skipped
 
 
+def references(row: dict) -> list[str]:
+    """The texts that an answer to this row is held against, one at least."""
+    return row.get("references") or [row["response"]]
+
+
 def _checked(row: object, where: str, config: DataConfig) -> dict:
     """One row under the names used from here on; ValueError if it is of no use."""
-    row = as_object(row, where)
+    row = _flattened(as_object(row, where), where)
     if config.messages_field is not None:
         return _conversation(field_of(row, config.messages_field, "data.messages_field", where), where)
     out = {}
@@ -84,11 +89,22 @@ def _checked(row: object, where: str, config: DataConfig) -> dict:
             out[name] = ""
             continue
         value = field_of(row, field, f"data.{name}_field", where)
-        if name == "response" and isinstance(value, list) and value:
-            out["references"] = [_text(item, name, field, where) for item in value]
-            value = value[0]
+        if name == "response" and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            out["references"] = [text for text in value if text.strip()]
+            value = next(iter(out["references"]), "")
         out[name] = _text(value, name, field, where)
     return out
+
+
+def _flattened(row: dict, where: str) -> dict:
+    """Self-Instruct keeps input and outputs of a row in a list, "instances"."""
+    instances = row.get("instances")
+    if not isinstance(instances, list) or not all(isinstance(one, dict) and "output" in one for one in instances):
+        return row
+    inputs = {one.get("input") or "" for one in instances}
+    if len(inputs) > 1:
+        raise ValueError(f"{where}: 'instances' with {len(inputs)} different inputs; make a row of each")
+    return row | {"input": "".join(inputs), "output": [one["output"] for one in instances]}
 
 
 def as_object(row: object, where: str) -> dict:
@@ -148,6 +164,9 @@ def records(source: Source) -> Iterator[tuple[str, object]]:
         rows = python_docs_rows(source.split, source.cache_dir)
         yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
         return
+    if name.startswith(HUB_FILES):
+        yield from lines(name, _hub_file(source))
+        return
     path = Path(name).expanduser()
     if not looks_like_path(name, path):
         yield from numbered(name, load_table(source))
@@ -171,8 +190,9 @@ def content_sha256(source: Source) -> str:
     if source.name == PYTHON_DOCS:
         rows = python_docs_rows(source.split, source.cache_dir)
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    path = Path(source.name).expanduser()
-    if not looks_like_path(source.name, path):
+    is_hub_file = source.name.startswith(HUB_FILES)
+    path = _hub_file(source) if is_hub_file else Path(source.name).expanduser()
+    if not is_hub_file and not looks_like_path(source.name, path):
         return hashlib.sha256(load_table(source)._fingerprint.encode()).hexdigest()
     whole = hashlib.sha256()
     for file in files_below(path):
@@ -185,6 +205,22 @@ def content_sha256(source: Source) -> str:
 def files_below(path: Path) -> list[Path]:
     """The file itself, or every file in a folder, by name."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+
+
+def _hub_file(source: Source) -> Path:
+    """The local copy of hf://datasets/OWNER/NAME/FILE.jsonl."""
+    from huggingface_hub import hf_hub_download
+
+    owner, name, file = [*source.name.removeprefix(HUB_FILES).split("/", 2), "", ""][:3]
+    if not file.endswith(".jsonl"):
+        raise ValueError(f"{source.name}: write {HUB_FILES}OWNER/NAME/FILE.jsonl")
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset", cache_dir=source.cache_dir))
+    except Exception as error:  # of the network, the hub or the cache: a dozen kinds
+        raise ValueError(
+            f"{source.name} is not in the cache, and the hub did not give it: {type(error).__name__}: {error}. "
+            "Check the network, or download the file and give its path"
+        ) from error
 
 
 def looks_like_path(source: str, path: Path) -> bool:
@@ -211,9 +247,6 @@ def load_table(source: Source, path: Path | None = None, streaming: bool = False
     options: dict[str, Any] = {"cache_dir": source.cache_dir} | ({"streaming": True} if streaming else {})
     try:
         if path is None:
-            preset = PRESETS.get(source.name)
-            if preset is not None and preset.file is not None:  # one file, which the library calls its split "train"
-                return datasets.load_dataset(source.name, data_files=preset.file, split="train", **options)
             return datasets.load_dataset(source.name, source.subset, split=source.split, **options)
         options |= _csv_options(path) if path.suffix.lower() == ".csv" else {}
         builder = "json" if path.suffix.lower() == ".jsonl" else BUILDERS[path.suffix.lower()]

@@ -1,6 +1,19 @@
-"""How good the student is: distance to the teacher on held-out rows, and ROUGE-L of what it says."""
+"""How good a model is: distance to a teacher on held-out rows, and scores of what it says."""
 
-from toolkit.evaluation.answers import answer, rouge_l
-from toolkit.evaluation.validation import Validation, Validator
+from toolkit.evaluation.answers import Answer, answer, rouge_l, row_seeds, score_rows
+from toolkit.evaluation.metrics import METRICS, metric, spread
+from toolkit.evaluation.validation import Best, Validation, Validator
 
-__all__ = ["Validation", "Validator", "answer", "rouge_l"]
+__all__ = [
+    "METRICS",
+    "Answer",
+    "Best",
+    "Validation",
+    "Validator",
+    "answer",
+    "metric",
+    "rouge_l",
+    "row_seeds",
+    "score_rows",
+    "spread",
+]

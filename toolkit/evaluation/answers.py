@@ -1,39 +1,67 @@
-"""Answers of a model to prompts, and ROUGE-L of them."""
+"""Answers of a model to prompts, and their scores. Training's validation and `evaluate` both come through here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from toolkit import distributed
+from toolkit.config import SamplingSettings
+from toolkit.evaluation.metrics import References, metric
 from toolkit.rollout.engine import GatheredRollout, SeededSampling, sequence_seed
+
+Result = TypeVar("Result")
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: int  # EOS included
 
 
 def answer(
     rollout: GatheredRollout,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[np.ndarray],
+    sampling: SamplingSettings,
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> list[str]:
-    """A text for each prompt (token ids), the prompts dealt over the ranks; every rank gets all texts, in order."""
+    seeds: Sequence[int],
+) -> list[Answer]:
+    """An answer to each prompt (token ids), drawn with its seed; the prompts are dealt over the ranks, and every rank
+    gets all answers, in order."""
+
+    def share(rows: range) -> list[Answer]:
+        settings = SeededSampling.of(sampling, max_new_tokens, [seeds[row] for row in rows])
+        found = rollout.complete([prompts[row] for row in rows], settings)
+        texts = [tokenizer.decode(example.response, skip_special_tokens=True).strip() for example in found]
+        return [Answer(text, len(example.response)) for text, example in zip(texts, found, strict=True)]
+
+    return _dealt(share, len(prompts))
+
+
+def row_seeds(seed: int, rows: Sequence[int]) -> list[int]:
+    """The seeds of the answers to these rows: a text is the same on any rank, and beside any others."""
+    return [sequence_seed(seed, 0, row) for row in rows]
+
+
+def score_rows(texts: Sequence[str], references: References, metrics: Sequence[str]) -> list[dict[str, float]]:
+    """Each answer's score by each metric; the rows are dealt over the ranks, every rank gets all scores."""
+    scorers = {name: metric(name).row for name in metrics}
+    return _dealt(
+        lambda rows: [{name: score(texts[row], references[row]) for name, score in scorers.items()} for row in rows],
+        len(texts),
+    )
+
+
+def rouge_l(texts: Sequence[str], references: References) -> float:
+    """Mean ROUGE-L x 100 of answers, each against the best of its references. Collective."""
+    scores = score_rows(texts, references, ["rouge_l"])
+    return metric("rouge_l").total(texts, references, [score["rouge_l"] for score in scores])
+
+
+def _dealt(work: Callable[[range], list[Result]], count: int) -> list[Result]:
     rank, world = distributed.rank(), distributed.world()
-    rows = range(rank, len(prompts), world)
-    sampling = SeededSampling(max_new_tokens, temperature, seeds=[sequence_seed(seed, 0, row) for row in rows])
-    examples = rollout.complete([prompts[row] for row in rows], sampling)
-    texts = [tokenizer.decode(example.response, skip_special_tokens=True).strip() for example in examples]
-    dealt = distributed.gather_objects(texts)
-    return [dealt[row % world][row // world] for row in range(len(prompts))]
-
-
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F-measure x 100, with stemming, as the paper's protocol has it (Lin 2004, `rouge_score`)."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [
-        scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(answers, references, strict=True)
-    ]
-    return 100 * sum(scores) / len(scores)
+    dealt = distributed.gather_objects(work(range(rank, count, world)))
+    return [dealt[row % world][row // world] for row in range(count)]

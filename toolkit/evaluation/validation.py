@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,22 +16,41 @@ from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
 
 class Validation(NamedTuple):
     """Means per response token: forward KL of teacher to student, cross-entropy with the data, and the share of tokens
-    where both models' first choices agree. Without a teacher only the second is known."""
+    where both models' first choices agree; without a teacher only the second is known. rouge_l: x 100, None where no
+    rows were answered."""
 
     kl_nats: float | None
     ce_nats: float
     top1_agreement: float | None
+    rouge_l: float | None = None
 
     def metrics(self) -> dict[str, float | None]:
         return self._asdict() | {"perplexity": math.exp(min(self.ce_nats, 700.0))}
 
 
+class Best(NamedTuple):
+    """The best validation so far: after which step, and its value by `validation.best`."""
+
+    step: int
+    value: float
+
+    @classmethod
+    def of(cls, so_far: Best | None, found: Validation, by: str, step: int) -> Best | None:
+        """`so_far`, or `found` where it is better by "kl", "ce" or "rouge_l". What is not a number is never best."""
+        value = {"kl": found.kl_nats, "ce": found.ce_nats, "rouge_l": found.rouge_l}[by]
+        sign = 1 if by == "rouge_l" else -1
+        if math.isnan(value) or (so_far is not None and sign * value <= sign * so_far.value):
+            return so_far
+        return cls(step, value)
+
+
 class Validator:
     """Measures on `examples`, dealt over the ranks, against `teacher`. Every rank makes as many passes, whatever its
-    share."""
+    share. rouge_l: answers held-out prompts and scores the answers; None leaves it out."""
 
-    def __init__(self, examples: list[Example], batch_rows: int, pad_id: int, teacher: Teacher | NoTeacher):
-        self.teacher = teacher
+    def __init__(self, examples: list[Example], batch_rows: int, pad_id: int, teacher: Teacher | NoTeacher,
+                 rouge_l: Callable[[], float] | None = None):  # fmt: skip
+        self.teacher, self.rouge_l = teacher, rouge_l
         rank, world = distributed.rank(), distributed.world()
         own = examples[rank::world]
         passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
@@ -57,6 +77,7 @@ class Validator:
         finally:
             student.engine.train()
         kl, cross_entropy, agreements, tokens = distributed.sum_over_ranks(sums)
+        score = self.rouge_l() if self.rouge_l else None
         if isinstance(self.teacher, NoTeacher):
-            return Validation(None, cross_entropy / tokens, None)
-        return Validation(kl / tokens, cross_entropy / tokens, agreements / tokens)
+            return Validation(None, cross_entropy / tokens, None, score)
+        return Validation(kl / tokens, cross_entropy / tokens, agreements / tokens, score)

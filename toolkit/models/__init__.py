@@ -1,7 +1,16 @@
 """Teacher and student: loading under ZeRO, the vocabulary they share, and the two engines."""
 
-from toolkit.models.engines import NoTeacher, Objective, Student, Teacher, build_student, build_teacher
-from toolkit.models.load import load_model, load_tokenizer, materialize
+from toolkit.models.engines import (
+    NoTeacher,
+    Objective,
+    Student,
+    Teacher,
+    build_student,
+    build_teacher,
+    whole_student,
+    whole_teacher,
+)
+from toolkit.models.load import choose_dtype, default_cache_dir, load_model, load_tokenizer, materialize
 from toolkit.models.packing import check_packing
 from toolkit.models.vocabulary import Vocabulary, shared_vocabulary
 
@@ -14,8 +23,12 @@ __all__ = [
     "build_student",
     "build_teacher",
     "check_packing",
+    "choose_dtype",
+    "default_cache_dir",
     "load_model",
     "load_tokenizer",
     "materialize",
     "shared_vocabulary",
+    "whole_student",
+    "whole_teacher",
 ]

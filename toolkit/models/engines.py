@@ -103,6 +103,36 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     return Student(engine, config.optimizer, config.train.steps)
 
 
+class WholeModel:
+    """Stands where an engine of deepspeed would, for a module that is whole on each rank and is not trained."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module.eval()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def eval(self) -> None:
+        """It is always in eval mode."""
+
+    train = eval
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
+def whole_student(model: PreTrainedModel, vocabulary: Vocabulary) -> Student:
+    """A model to be measured: whole on each rank, without deepspeed."""
+    check_head("model", len(model.get_output_embeddings().weight), vocabulary)
+    return Student(WholeModel(_StudentForward(model, LossConfig(), vocabulary)), OptimizerConfig(), total_steps=1)
+
+
+def whole_teacher(model: PreTrainedModel, vocabulary: Vocabulary) -> Teacher:
+    """A model that others are measured against: whole on each rank, without deepspeed."""
+    check_head("teacher", len(model.get_output_embeddings().weight), vocabulary)
+    return Teacher(WholeModel(_TeacherForward(model)))
+
+
 class Teacher:
     """The frozen model that is imitated. It answers with hidden states at response positions, Ht numbers a token."""
 

@@ -41,6 +41,23 @@ LAYER = re.compile(
 )
 
 
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bf16 where the device multiplies it in hardware: elsewhere it is many times slower than fp32."""
+    if precision == "auto":
+        if device.type == "cpu":
+            has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else:
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def default_cache_dir(cache_dir: str) -> Path:
+    """`cache_dir`, or the user's own place for converted models where it is empty."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "distillation-toolkit"
+    return Path(cache_dir or user_cache).expanduser()
+
+
 def resolve(path: str) -> str:
     """`package:NAME` as the one .gguf file of that installed package; anything else as it is."""
     if not path.startswith("package:"):
@@ -99,14 +116,17 @@ def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(model: ModelConfig, path: str, ds_config: dict, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dtype, seed: int = 0
+) -> PreTrainedModel:
     """The model in `dtype`, partitioned while it is read where `ds_config` says ZeRO-3. Every rank calls it.
+    Without a `ds_config` it is whole on each rank.
 
     `path` is what `materialize` returned. Raises ValueError for weights that do not fit the configuration.
     """
     # transformers keeps only a weak reference: without this name alive the model would load whole on every rank.
     # deepspeed reads precision from the config: under zero.Init `dtype` alone is not enough.
-    keep_alive = HfDeepSpeedConfig(ds_config)
+    keep_alive = HfDeepSpeedConfig(ds_config) if ds_config else None
     torch.manual_seed(seed)
     try:
         config = _configuration(model, path)

@@ -201,8 +201,7 @@ def decode(
     said_R = torch.zeros(rows, dtype=torch.long, device=device)
     length_R, next_R = torch.zeros_like(said_R), torch.zeros_like(said_R)
     draws_RT = torch.zeros(rows, most, dtype=torch.float64, device=device)
-    penalised = sampling.repetition_penalty != 1
-    seen_RC = torch.zeros(rows, room if penalised else 1, dtype=torch.long, device=device)
+    seen_RC = torch.zeros(rows, room if sampling.looks_back else 1, dtype=torch.long, device=device)
     running: list[int] = []  # which prompt each row is
     lengths: list[int] = []  # length_R, without asking the device
     with _attention(model):
@@ -223,7 +222,7 @@ def decode(
                     np.stack([uniform_draws(sampling.seeds[index], most) for index in new])
                 ).to(device)  # fmt: skip
                 said_R[at_B], length_R[at_B] = 0, torch.tensor(lengths[first:], device=device)
-                if penalised:
+                if sampling.looks_back:
                     for row, index in enumerate(new, first):
                         ids = torch.from_numpy(prompts[index].astype(np.int64)).to(device)
                         seen_RC[row] = ids[0]
@@ -236,9 +235,10 @@ def decode(
                 logits_BV = _logits(model, _hidden(model, cache, next_R[at_B], cache.position_N), vocabulary.size)
                 stats.steps += 1
             said_B = said_R[at_B]
-            next_B = choose_tokens(logits_BV, sampling, draws_RT[at_B, said_B], seen_RC[at_B] if penalised else None)
+            seen_BC = seen_RC[at_B] if sampling.looks_back else None
+            next_B = choose_tokens(logits_BV, sampling, draws_RT[at_B, said_B], seen_BC, length_R[at_B])
             texts_RT[at_B, said_B], next_R[at_B] = next_B, next_B
-            if penalised:
+            if sampling.looks_back:
                 seen_RC[at_B, length_R[at_B]] = next_B
             said_R[at_B] += 1
             length_R[at_B] += 1
@@ -353,10 +353,11 @@ def plain_decode(
             **{_cache_name(model): cache},
         ).last_hidden_state  # fmt: skip
         logits_BV = _logits(model, hidden_BTH[:, -1], vocabulary.size)
-        # Padding stands in `seen` as the row's last token, which is there anyway.
-        seen_BT = torch.where(mask_BT.bool(), ids_BT, ids_BT[:, -1:])
+        # Padding stands in `seen`, after the row's own tokens, as the last of them, which is there anyway.
+        seen_BT, length_B = torch.where(mask_BT.bool(), ids_BT, ids_BT[:, -1:]), mask_BT.sum(1)
+        seen_BT = torch.stack([row.roll(length) for row, length in zip(seen_BT, length_B.tolist(), strict=True)])
         drawn_B = torch.tensor([draws[part.index(index)][said] for index in running], dtype=torch.float64).to(device)
-        next_B = choose_tokens(logits_BV, sampling, drawn_B, seen_BT).cpu()
+        next_B = choose_tokens(logits_BV, sampling, drawn_B, seen_BT, length_B).cpu()
         for index, token in zip(running, next_B.tolist(), strict=True):
             texts[index].append(token)
         said, stats.tokens = said + 1, stats.tokens + len(running)

@@ -6,13 +6,14 @@ Shapes: B rows, V the vocabulary's real size, K candidates, L tokens said so far
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from deepspeed.runtime.rollout import SamplingConfig
 from torch import Tensor
 
+from toolkit.config import SamplingSettings
 from toolkit.rollout.schedule import philox
 
 BLOCK = 256  # entries whose sum is one number of the outer cumulative distribution
@@ -27,11 +28,25 @@ class SeededSampling(SamplingConfig):
     min_p: tokens below this part of the likeliest token's probability are not chosen (arXiv 2407.01082); 0 is off.
     repetition_penalty: logits of tokens already in prompt or text are divided by it where positive, multiplied where
     negative (arXiv 1909.05858); 1 is off.
+    no_repeat_ngram_size: a token that would end an n-gram of this size that is already in prompt or text is not chosen
+    (arXiv 1705.04304, as transformers has it); 0 is off.
     """
 
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     seeds: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, settings: SamplingSettings, max_new_tokens: int, seeds: Sequence[int]) -> SeededSampling:
+        """The `settings` of a config, for texts with these seeds."""
+        names = [f.name for f in fields(SamplingSettings)]
+        return cls(max_new_tokens, seeds=seeds, **{name: getattr(settings, name) for name in names})
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a rule asks which tokens came before."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0
 
 
 def sequence_seed(seed: int, step: int, row: int) -> int:
@@ -45,20 +60,29 @@ def uniform_draws(seed: int, count: int) -> np.ndarray:
 
 
 def choose_tokens(
-    logits_BV: Tensor, sampling: SeededSampling, draws_B: Tensor, seen_BL: Tensor | None = None
+    logits_BV: Tensor,
+    sampling: SeededSampling,
+    draws_B: Tensor,
+    seen_BL: Tensor | None = None,
+    length_B: Tensor | None = None,
 ) -> Tensor:
     """The next token of each row, int64 [B].
 
-    Order of the rules: repetition penalty on the tokens in `seen_BL`, temperature, top-k, nucleus (top-p, arXiv
-    1904.09751), min-p; then the inverse of the cumulative distribution at `draws_B` (float64 in [0, 1)): in the order
-    of ids, or where top-k or top-p is on, likeliest first. The likeliest token always stays. Greedy for
-    temperature <= 0. `logits_BV` is fp32 and may be changed.
+    Order of the rules: repetition penalty on the tokens in `seen_BL`, repeated n-grams of its first `length_B` tokens
+    (None: of all), temperature, top-k, nucleus (top-p, arXiv 1904.09751), min-p; then the inverse of the cumulative
+    distribution at `draws_B` (float64 in [0, 1)): in the order of ids, or where top-k or top-p is on, likeliest first.
+    The likeliest token that no n-gram forbids always stays. Greedy for temperature <= 0. `logits_BV` is fp32 and may
+    be changed. What `seen_BL` holds after `length_B` has to be in the row anyway.
     """
     if sampling.repetition_penalty != 1 and seen_BL is not None:
         said_BL = logits_BV.gather(1, seen_BL)
         penalty = sampling.repetition_penalty
         said_BL = torch.where(said_BL > 0, said_BL / penalty, said_BL * penalty)
         logits_BV = logits_BV.scatter(1, seen_BL, said_BL)
+    if sampling.no_repeat_ngram_size and seen_BL is not None:
+        if length_B is None:
+            length_B = seen_BL.new_full((len(seen_BL),), seen_BL.shape[1])
+        logits_BV = _without_repeats(logits_BV, sampling.no_repeat_ngram_size, seen_BL, length_B)
     if sampling.temperature <= 0:
         return logits_BV.argmax(-1)
     probs_BV = torch.softmax(logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature, -1)
@@ -71,6 +95,23 @@ def choose_tokens(
     if sampling.min_p > 0:
         probs_BV = probs_BV.masked_fill(probs_BV < sampling.min_p * probs_BV.amax(-1, keepdim=True), 0)
     return _draw(probs_BV, draws_B)
+
+
+def _without_repeats(logits_BV: Tensor, size: int, seen_BL: Tensor, length_B: Tensor) -> Tensor:
+    """Minus infinity where a token would make the row's last `size` tokens an n-gram that it holds already."""
+    starts = seen_BL.shape[1] - size + 1  # places where an n-gram can begin
+    if starts < 1:
+        return logits_BV
+    place = torch.arange(seen_BL.shape[1], device=seen_BL.device)
+    last_BK = seen_BL.gather(1, (length_B[:, None] - size + 1 + place[: size - 1]).clamp(min=0))
+    repeats_BL = place[:starts] + size <= length_B[:, None]
+    for k in range(size - 1):
+        repeats_BL = repeats_BL & (seen_BL[:, k : k + starts] == last_BK[:, k : k + 1])
+    rows, vocabulary = logits_BV.shape
+    spare = vocabulary  # a column for the tokens that nothing forbids: no size here depends on what was found
+    ends_BL = torch.where(repeats_BL, seen_BL[:, size - 1 :].clamp(max=spare), spare)
+    forbidden_BV = torch.zeros(rows, vocabulary + 1, dtype=torch.bool, device=logits_BV.device)
+    return logits_BV.masked_fill(forbidden_BV.scatter_(1, ends_BL, True)[:, :vocabulary], -torch.inf)
 
 
 def _nucleus(probs_BV: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,64 @@
+"""`python -m toolkit COMMAND ...`: an exact-name table; only the command that is asked for is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+PROG = "python -m toolkit"
+#: command -> (module with `add_arguments(parser)` and `run(options)`, what it does)
+COMMANDS = {
+    "evaluate": ("toolkit.evaluation.evaluate", "score models: ROUGE-L, BLEU, chrF, exact match, KL to a teacher"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are a ValueError, as all wrong input is: one message, on one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}\n{self.format_usage().rstrip()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Run the command that `arguments` (the command line's by default) name, on every rank; its result.
+
+    Wrong input ends every rank with exit code 2 and one message.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    given = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return None
+    from toolkit import distributed
+    from toolkit.data.config import unknown
+
+    with distributed.one_message():
+        name, *rest = given
+        if name not in COMMANDS:
+            raise unknown("the command", name, COMMANDS)
+        module = importlib.import_module(COMMANDS[name][0])
+        parser = Parser(prog=f"{PROG} {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(parser)
+        options = parser.parse_intermixed_args(rest)
+        _quiet()
+        distributed.start()
+        return module.run(options)
+
+
+def _quiet() -> None:
+    from toolkit.run import quiet_libraries
+
+    quiet_libraries()
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join([
+        f"{PROG} COMMAND ...", "", *lines, "",
+        f"`{PROG} COMMAND --help` has a command's own arguments. `deepspeed --module toolkit COMMAND ...` and",
+        f"`srun ... {PROG} COMMAND ...` run it on several ranks.",
+    ])  # fmt: skip

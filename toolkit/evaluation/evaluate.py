@@ -1,0 +1,306 @@
+"""`python -m toolkit evaluate`: several models, one data set, one table. Answers are kept."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from toolkit import distributed
+from toolkit.batch import Example
+from toolkit.config import ModelConfig, with_overrides
+from toolkit.data import load_rows, references, tokenize_rows
+from toolkit.data.config import unknown
+from toolkit.data.minillm import SETS
+from toolkit.evaluation.answers import answer, row_seeds, score_rows
+from toolkit.evaluation.metrics import METRICS, metric, spread
+from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, EvaluationConfig, protocol
+from toolkit.evaluation.records import Records, refuse_changes
+from toolkit.evaluation.validation import Validator
+from toolkit.models import (
+    Vocabulary,
+    choose_dtype,
+    default_cache_dir,
+    load_model,
+    load_tokenizer,
+    materialize,
+    shared_vocabulary,
+    whole_student,
+    whole_teacher,
+)
+from toolkit.models.identity import file_hashes
+from toolkit.monitor import format_table
+from toolkit.rollout.engine import GatheredRollout
+
+KL = "kl"  # measured on the data's own responses, without generation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Answer the prompts of a data set, score the answers, print one table."
+    add = parser.add_argument
+    add("--model", action="append", required=True, metavar="DIR_OR_NAME", help="repeat it for several models")
+    add("--data", required=True, metavar="FILE_OR_NAME", help=f"a file, a hub data set, or one of {', '.join(SETS)}")
+    add("--metric", default="rouge_l", help=f"comma-separated: {', '.join([*METRICS, KL])}; rouge_l by default")
+    add("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated; 10,20,30,40,50 by default, as the paper's")
+    add("--protocol", default="paper", help=f"settings to start from: {' or '.join(PROTOCOLS)}; paper by default")
+    add("--teacher", default="", metavar="DIR_OR_NAME", help="the model that kl is measured against")
+    add("--out", required=True, metavar="FILE_OR_FOLDER", help="a .jsonl file for the answers, or a folder")
+    add("settings", nargs="*", metavar="key=value", help="data.template=chat, sampling.temperature=0.7, precision=fp32")
+    parser.epilog = "settings and what they are under each protocol:\n" + "\n".join(
+        f"  {key:<32} {'   '.join(f'{name}: {_flat(config)[key]}' for name, config in PROTOCOLS.items())}"
+        for key in _flat(EvaluationConfig())
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The summary; on rank 0 it is printed as a table and written beside the answers. Raises ValueError."""
+    request = distributed.together(lambda: Request.of(options))
+    records = Records(Path(options.out).expanduser())
+    data = request.config.data
+    rows, skipped = distributed.main_rank_first(lambda: load_rows(data, data.source, is_validation=True))
+    settings = request.settings(rows, skipped)
+    summary = _on_main(lambda: records.open(settings))
+    teacher = _Loaded.load(options.teacher, request) if options.teacher else None
+    evaluation = Evaluation(request, rows, records, summary, teacher)
+    for name in options.model:
+        evaluation.measure(name)
+    if distributed.rank() == 0:
+        print("\n" + table(summary, options.model, request), flush=True)
+    return summary
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, checked."""
+
+    config: EvaluationConfig
+    metrics: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Request:
+        base = protocol(options.protocol)
+        preset = SETS.get(options.data, {"source": options.data})
+        config = with_overrides(
+            dataclasses.replace(base, data=dataclasses.replace(base.data, **preset)), options.settings
+        )
+        config.validate()
+        metrics = _unique("--metric", options.metric.split(","))
+        for name in metrics:
+            if name not in METRICS and name != KL:
+                raise unknown("--metric", name, [*METRICS, KL])
+        if (KL in metrics) != bool(options.teacher):
+            raise ValueError(
+                f"--metric {options.metric} with --teacher {options.teacher!r}: kl and a teacher go together"
+            )
+        try:
+            seeds = tuple(int(seed) for seed in _unique("--seeds", options.seeds.split(",")))
+        except ValueError as error:
+            raise ValueError(f"--seeds {options.seeds}: {error}; write them as in 10,20,30") from error
+        if min(seeds) < 0:
+            raise ValueError(f"--seeds {options.seeds}: {min(seeds)} is below 0")
+        _unique("--model", options.model)
+        return cls(config, metrics, seeds)
+
+    @property
+    def generated(self) -> list[str]:
+        """The metrics that need answers."""
+        return [name for name in self.metrics if name != KL]
+
+    def settings(self, rows: list[dict], skipped: int) -> dict[str, Any]:
+        """What an answer depends on beside its model, seed and row."""
+        data = self.config.data
+        text = json.dumps([[row["prompt"], row["input"], references(row)] for row in rows])
+        return {
+            "rows": len(rows),
+            "skipped_rows": skipped,
+            "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "template": data.template,
+            "max_length": data.max_length,
+            "max_prompt_length": data.max_prompt_length,
+            "max_new_tokens": self.config.new_tokens,
+            "precision": str(choose_dtype(self.config.precision, distributed.device())).removeprefix("torch."),
+        } | dataclasses.asdict(self.config.sampling)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sha256: str
+
+    @classmethod
+    def load(cls, name: str, request: Request) -> _Loaded:
+        config = request.config
+        given = ModelConfig(path=name, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code)
+        path = distributed.main_rank_first(lambda: materialize(given, default_cache_dir(config.cache_dir)))
+        tokenizer = distributed.main_rank_first(lambda: load_tokenizer(given, path))
+        dtype = choose_dtype(config.precision, distributed.device())
+        model = distributed.main_rank_first(lambda: load_model(given, path, None, dtype))
+        files = json.dumps(sorted(file_hashes(path).items()))
+        return cls(model.to(distributed.device()), tokenizer, hashlib.sha256(files.encode()).hexdigest())
+
+    def vocabulary(self, teacher: _Loaded | None) -> Vocabulary:
+        return shared_vocabulary((teacher or self).tokenizer, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One call of `evaluate`: the same on every rank, but only rank 0 touches the files."""
+
+    request: Request
+    rows: list[dict]
+    records: Records
+    summary: dict[str, Any]
+    teacher: _Loaded | None
+
+    def measure(self, name: str) -> None:
+        """Put the model's numbers into the summary. Collective."""
+        request, loaded = self.request, _Loaded.load(name, self.request)
+        entry = self.summary["models"].setdefault(name, {"sha256": loaded.sha256})
+        before, now = ({"sha256 of the model": sha256} for sha256 in (entry["sha256"], loaded.sha256))
+        distributed.together(lambda: refuse_changes(f"{self.records.rows} ({name})", before, now))
+        vocabulary = distributed.together(lambda: loaded.vocabulary(self.teacher))
+        examples = distributed.together(lambda: self._examples(loaded.tokenizer, entry))
+        student = distributed.together(lambda: whole_student(loaded.model, vocabulary))
+        if request.generated:
+            distributed.together(lambda: _check_room(loaded.model, examples, request.config.new_tokens))
+            rollout = GatheredRollout(student.engine, vocabulary, request.config.batch_rows, request.config.cache_mib)
+            self._generate(name, examples, rollout, loaded.tokenizer)
+            entry.setdefault("metrics", {}).update(_on_main(lambda: self._totals(name)))
+        if self.teacher is not None:
+            teacher = distributed.together(lambda: whole_teacher(self.teacher.model, vocabulary))
+            found = Validator(examples, request.config.kl_batch_rows, vocabulary.pad_id, teacher).measure(student)
+            score = {"mean": found.kl_nats, "deviation": None, "teacher_sha256": self.teacher.sha256}
+            entry.setdefault("metrics", {})[KL] = score
+        self._save()
+
+    def _examples(self, tokenizer: PreTrainedTokenizerBase, entry: dict[str, Any]) -> list[Example]:
+        found = tokenize_rows(self.rows, tokenizer, self.request.config.data)
+        if len(found.rows) < len(self.rows):
+            raise ValueError(
+                f"{len(self.rows) - len(found.rows)} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and "
+                'an evaluation leaves none out; set data.on_long_response to "truncate", or change the file'
+            )
+        entry["truncated_prompts"] = found.counts["truncated_prompts"]
+        return found.examples
+
+    def _generate(
+        self, name: str, examples: list[Example], rollout: GatheredRollout, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """The answers that are not there yet, `save_rows` at a time, seed by seed."""
+        config, entry, rows = self.request.config, self.summary["models"][name], self.rows
+        entry.setdefault("generated_tokens", 0)
+        entry.setdefault("generation_s", 0.0)
+        there = _on_main(lambda: set(self.records.of_model(name)))
+        wanted = [(seed, row) for seed in self.request.seeds for row in range(len(rows))]
+        missing = [place for place in wanted if place not in there]
+        for start in range(0, len(missing), config.save_rows):
+            part = missing[start : start + config.save_rows]
+            prompts = [examples[row].prompt for _, row in part]
+            seeds = [row_seeds(seed, [row])[0] for seed, row in part]
+            started_s = time.perf_counter()
+            answers = answer(rollout, tokenizer, prompts, config.sampling, config.new_tokens, seeds)
+            entry["generation_s"] += time.perf_counter() - started_s
+            entry["generated_tokens"] += sum(one.tokens for one in answers)
+            texts = [references(rows[row]) for _, row in part]
+            scores = score_rows([one.text for one in answers], texts, self.request.generated)
+            lines = [
+                {
+                    "model": name, "seed": seed, "row": row, "prompt": tokenizer.decode(prompt),
+                    "references": ones, "answer": one.text, "tokens": one.tokens, "scores": score,
+                }
+                for (seed, row), prompt, ones, one, score in zip(part, prompts, texts, answers, scores, strict=True)
+            ]  # fmt: skip
+            _on_main(lambda lines=lines: self.records.append(lines))
+            self._save()
+            if distributed.rank() == 0:
+                count = len(wanted) - len(missing) + start + len(part)
+                print(f"{name}: {count} of {len(wanted)} answers, {_tokens_per_s(entry):,.0f} tokens/s", flush=True)
+
+    def _totals(self, name: str) -> dict[str, Any]:
+        """metric -> mean and deviation over the seeds, and each seed's own; from the file."""
+        lines, added, found = self.records.of_model(name), False, {}
+        for line in lines.values():
+            for missing in [wanted for wanted in self.request.generated if wanted not in line["scores"]]:
+                line["scores"][missing] = metric(missing).row(line["answer"], line["references"])
+                added = True
+        if added:
+            self.records.replace(name, lines.values())
+        for wanted in self.request.generated:
+            by_seed = {}
+            for seed in self.request.seeds:
+                part = [lines[seed, row] for row in range(len(self.rows))]
+                by_seed[str(seed)] = metric(wanted).total(
+                    [line["answer"] for line in part],
+                    [line["references"] for line in part],
+                    [line["scores"][wanted] for line in part],
+                )
+            found[wanted] = spread(list(by_seed.values()))._asdict() | {"by_seed": by_seed}
+        return found
+
+    def _save(self) -> None:
+        _on_main(lambda: self.records.write_summary(self.summary))
+
+
+def table(summary: dict[str, Any], models: Sequence[str], request: Request) -> str:
+    """Models x metrics, mean ± deviation over the seeds."""
+    titles = ["KL (nats/token)" if name == KL else metric(name).title for name in request.metrics]
+    lines = []
+    for model in models:
+        entry = summary["models"][model]
+        cells = [_cell(entry["metrics"][name], 4 if name == KL else 2) for name in request.metrics]
+        lines.append([model, *cells, f"{_tokens_per_s(entry):,.0f}" if entry.get("generation_s") else "-"])
+    settings, seeds = summary["settings"], ", ".join(map(str, request.seeds))
+    return format_table(["model", *titles, "tokens/s"], lines) + (
+        f"\n{settings['rows']} rows ({settings['skipped_rows']} skipped), seeds {seeds}, {settings['precision']}; "
+        "± is the deviation over seeds"
+    )
+
+
+def _cell(score: dict[str, Any], digits: int) -> str:
+    deviation = "" if score["deviation"] is None else f" ± {score['deviation']:.{digits}f}"
+    return f"{score['mean']:.{digits}f}{deviation}"
+
+
+def _tokens_per_s(entry: dict[str, Any]) -> float:
+    return entry["generated_tokens"] / max(entry["generation_s"], 1e-9)
+
+
+def _check_room(model: PreTrainedModel, examples: list[Example], new_tokens: int) -> None:
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(example.prompt_length for example in examples)
+    if room is not None and longest + new_tokens > room:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, and with {new_tokens} new ones exceeds the model's {room} "
+            "positions; lower data.max_prompt_length or max_new_tokens"
+        )
+
+
+def _on_main(work: Callable[[], Any]) -> Any:
+    """Rank 0 does `work`, which may not communicate; every rank gets what came out, or the error."""
+    return distributed.gather_objects(distributed.together(lambda: work() if distributed.rank() == 0 else None))[0]
+
+
+def _unique(what: str, given: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(text.strip() for text in given)
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{what} {','.join(names)}: an empty or a repeated entry; give each once")
+    return names
+
+
+def _flat(config: EvaluationConfig) -> dict[str, Any]:
+    parts = dataclasses.asdict(config)
+    return {
+        f"{key}.{name}" if isinstance(value, dict) else key: inner
+        for key, value in parts.items()
+        for name, inner in (value.items() if isinstance(value, dict) else [("", value)])
+    }
