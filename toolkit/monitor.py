@@ -108,7 +108,7 @@ class Monitor:
     def note(self, text: str) -> None:
         """Prints one line to stdout on rank 0, above the bar where there is one."""
         if self.is_writer:
-            tqdm.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
+            say(text, write=print if self.bar is None else tqdm.write)
 
     def close(self) -> None:
         """Closes the file and the bar; more than once is harmless."""
@@ -137,7 +137,17 @@ class Monitor:
                 f"step {step}/{self.total_steps}",
                 *(f"{name} {value}" for name, value in shown.items()),
             ]
-            print("  ".join(fields), f" left {tqdm.format_interval(left_s)}", flush=True)
+            say("  ".join([*fields, f"left {tqdm.format_interval(left_s)}"]))
+
+
+def say(text: str, stream: Any = None, write: Callable[..., None] = print) -> None:
+    """Prints a line (on stdout by default). A reader that is gone, `| tee` after Ctrl-C, is no reason to lose a run."""
+    stream = stream or sys.stdout
+    try:
+        write(text, file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the flush at exit would change the exit code
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from toolkit import distributed
-from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity
+from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
 from toolkit.config import RunConfig
 from toolkit.data import Data, PromptDataset, load_data
 from toolkit.evaluation import Validator, answer, rouge_l
@@ -24,7 +24,7 @@ from toolkit.loop import DistillationLoop
 from toolkit.models import Vocabulary, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
-from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
+from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib, say
 from toolkit.report import Sample, final_report
 from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
@@ -50,11 +50,11 @@ def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any
             return run(distributed.together(lambda: _checked(recipe, overrides)), watchdog)
     except GoOnLater as stopped:
         if distributed.rank() == 0:
-            print(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})", flush=True)
+            say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
         sys.exit(EXIT_LATER)
     except ValueError as error:
         if distributed.rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", sys.stderr)
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
         sys.exit(2)
@@ -67,7 +67,7 @@ def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
 
     Raises ValueError for wrong input, GoOnLater where a signal stopped it.
     """
-    with StopSignals(config.faults.grace_s).watched() as signals:
+    with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
         return _run(config, signals, watchdog)
 
 
@@ -185,9 +185,9 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     ]
     if is_main:
         written = run_dir / "summary.json.unfinished"  # its presence says that the run is finished
-        written.write_text(json.dumps(summary, indent=2))
+        write_json(written, summary, indent=2)
         written.rename(run_dir / "summary.json")
-        print("\n" + final_report(summary, samples), flush=True)
+        say("\n" + final_report(summary, samples))
     return summary
 
 
@@ -262,10 +262,10 @@ def _find_start(
 def _finished(config: RunConfig, resumed: Checkpoint) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do."""
     file = config.run_dir / "summary.json"
-    if resumed.state["loop"]["done"] < config.train.steps or not file.is_file():
+    if resumed.state["loop"]["done"] < config.train.steps or not distributed.everywhere(file.is_file()):
         return None
     if distributed.rank() == 0:
-        print(f"{file} says that this run is finished; resume=never starts it over", flush=True)
+        say(f"{file} says that this run is finished; resume=never starts it over")
     return distributed.together(lambda: json.loads(file.read_text()))
 
 
