@@ -345,6 +345,14 @@ def run_short_on_last_rank(overrides, limits):
     return run_short_of_memory(overrides, limits if distributed.rank() == distributed.world() - 1 else {})
 
 
+def newest_checkpoint(folders):
+    """The name of the one to resume from, where each rank sees a folder of its own."""
+    from toolkit import distributed
+    from toolkit.checkpoint import Checkpoints
+
+    return Checkpoints(folders[distributed.rank()], keep=2).newest()[0].folder.name
+
+
 def loss_step(folder, memory_budget_mib):
     """Of one micro-batch through teacher and student: the most elements of any tensor that was made, targets times
     vocabulary, tiles of the loss, and how often each head was put away (after each gather once)."""
