@@ -215,9 +215,9 @@ def other_job(tmp_path):
 
 def test_a_second_job_in_the_same_folder_is_refused_until_the_first_has_ended(other_job, tmp_path):
     job = other_job("run")
-    with pytest.raises(ValueError, match=f"in use by another job \\(process {job.pid} on .*name=\\.\\.\\."):
-        with sole_use(tmp_path / "run", wait_s=0.1):
-            pytest.fail("two jobs in one folder")
+    refused = pytest.raises(ValueError, match=rf"in use by another job \(process {job.pid} on .*name=\.\.\.")
+    with refused, sole_use(tmp_path / "run", wait_s=0.1):
+        pytest.fail("two jobs in one folder")
     job.kill()  # and it leaves nothing behind that would have to be cleared away
     job.wait()
     with sole_use(tmp_path / "run", wait_s=0.1):

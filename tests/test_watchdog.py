@@ -123,7 +123,7 @@ def test_a_forked_child_has_its_signals_to_itself():
         "import os, signal, sys, time\nfrom toolkit.faults import StopSignals\n"
         "with StopSignals(60).watched() as signals:\n"
         "    child = os.fork()\n"
-        "    time.sleep(0 if child else 60)\n"
+        "    time.sleep(0.5 if child else 60)\n"
         "    os.kill(child, signal.SIGTERM)\n"
         "    status = os.waitpid(child, 0)[1]\n"
         "    time.sleep(0.3)\n"
