@@ -1,8 +1,11 @@
 """Tokens per second of generation, side by side in one run: the toolkit's rollout, transformers' generate through
-ZeRO-3 hooks, and generate on a dense copy.   deepspeed --num_accelerators 2 benchmarks/rollout.py --model FOLDER
+ZeRO-3 hooks, and on a dense copy generate and continuous batching (`generate_batch`).
+
+    deepspeed --num_accelerators 2 benchmarks/rollout.py --model FOLDER
 
 Texts end at ragged lengths: besides the real EOS, every id that is a multiple of --end_every counts as one, for all
-three alike. Each path answers the same prompts; tokens are counted up to and including the end.
+paths alike. Each path answers the same prompts; tokens are counted up to and including the end. Continuous batching has
+a key-value cache for all rows at once, and its set-up, like the toolkit's gather, is part of its time.
 """
 
 import argparse
@@ -15,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import deepspeed
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from toolkit import distributed
 from toolkit.config import ModelConfig
@@ -37,14 +40,32 @@ class Wrapped(torch.nn.Module):
 def generate(model, prompts, new_tokens, ends, synced):
     """Tokens that `model.generate` makes up to each row's end, left-padded as its documentation asks."""
     width = max(map(len, prompts))
-    ids_BT = torch.tensor([[ends[0]] * (width - len(p)) + p.tolist() for p in prompts])
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids_BT = torch.tensor([[ends[0]] * (width - len(p)) + p.tolist() for p in prompts]).to(model.device)
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]).to(model.device)
     out = model.generate(
         ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         eos_token_id=ends, pad_token_id=ends[0], synced_gpus=synced,
     )[:, width:]  # fmt: skip
-    is_end = torch.isin(out, torch.tensor(ends))
+    is_end = torch.isin(out, torch.tensor(ends, device=out.device))
     return int(torch.where(is_end.any(1), is_end.int().argmax(1) + 1, out.shape[1]).sum())
+
+
+def generate_batch(model, prompts, new_tokens, ends, page=64):
+    """Tokens that continuous batching makes. Raises RuntimeError where a request fails."""
+    longest = max(map(len, prompts)) + new_tokens
+    found = model.generate_batch(
+        [prompt.tolist() for prompt in prompts],
+        generation_config=GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=ends,
+            pad_token_id=ends[0],
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=page, num_blocks=len(prompts) * -(-longest // page), max_batch_tokens=max(256, 8 * len(prompts))
+        ),
+    )  # fmt: skip
+    if failed := [text.error for text in found.values() if text.error]:
+        raise RuntimeError(f"continuous batching: {failed[0]}")
+    return sum(len(text.generated_tokens) for text in found.values())
 
 
 def main():
@@ -69,7 +90,7 @@ def main():
         model=wrapped, optimizer=torch.optim.SGD(wrapped.parameters(), lr=0.0), config=ds_config
     )
     sharded.config.use_cache = True
-    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(distributed.device())
     size = dense.config.vocab_size
     ends = [dense.config.eos_token_id, *range(options.end_every, size, options.end_every)]
     rng = np.random.default_rng(distributed.rank())
@@ -87,10 +108,18 @@ def main():
     def plain():
         return generate(dense, prompts, options.new_tokens, ends, synced=False)
 
-    paths = {"toolkit rollout": ours, "generate, dense copy": plain, "generate, ZeRO-3 hooks": hooked}
+    def continuous():
+        return generate_batch(dense, prompts, options.new_tokens, ends)
+
+    paths = {
+        "toolkit rollout": ours,
+        "generate, dense copy": plain,
+        "continuous batching, dense copy": continuous,
+        "generate, ZeRO-3 hooks": hooked,
+    }
     rates = {name: [] for name in paths}
     with torch.no_grad():
-        for repeat in range(options.repeats):  # in turn: other work on the machine meets all three alike
+        for repeat in range(options.repeats):  # in turn: other work on the machine meets all paths alike
             for name, path in paths.items():
                 torch.distributed.barrier()
                 started_s = time.perf_counter()

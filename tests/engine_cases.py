@@ -40,6 +40,24 @@ def run_recording_sources(overrides):
     return _observed(choose, overrides, seen)
 
 
+def run_recording_texts(overrides):
+    """For each call that generates its prompts, and the seeds of its texts, on this rank."""
+    from toolkit.rollout.engine import GatheredRollout
+
+    seen, original = [], GatheredRollout.complete
+
+    def complete(self, prompts, sampling):
+        seen.append(([prompt.tolist() for prompt in prompts], list(sampling.seeds)))
+        return original(self, prompts, sampling)
+
+    GatheredRollout.complete = complete
+    try:
+        _main(overrides)
+    finally:
+        GatheredRollout.complete = original
+    return seen
+
+
 def run_generating_aside(overrides, fail=False):
     """A run that generates before every step and throws the text away; with `fail`, generation raises half-way."""
     from toolkit.rollout.engine import SeededSampling
@@ -48,17 +66,58 @@ def run_generating_aside(overrides, fail=False):
 
     def choose(self, step):
         prompts = [example.prompt for example in self.dataset.examples[:3]]
-        if fail:
-            prompts = [prompts[0], prompts[1] + 10**6]  # not in the embedding: raises inside the model
         try:
-            self.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
-        except IndexError:
-            assert fail
+            with failing("choose_tokens", call=3) if fail else contextlib.nullcontext():
+                self.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
+        except RuntimeError as error:
+            assert fail and "made to fail" in str(error)
         else:
             assert not fail
         return original(self, step)
 
     return _observed(choose, overrides, None)
+
+
+def teacher_answers(overrides, count):
+    """What a dense copy of the teacher answers to the first `count` training prompts, one by one."""
+    from transformers import AutoModelForCausalLM
+
+    from toolkit.data import load_data
+    from toolkit.models import load_tokenizer, shared_vocabulary
+    from toolkit.rollout.decode import decode
+    from toolkit.rollout.engine import SeededSampling, sequence_seed
+
+    config = RunConfig().with_overrides(overrides)
+    tokenizer = load_tokenizer(config.teacher, config.teacher.path)
+    data = load_data(config.data, tokenizer, config.seed)
+    model = AutoModelForCausalLM.from_pretrained(config.teacher.path, dtype=torch.float32).eval()
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    texts = []
+    for row in range(count):
+        sampling = SeededSampling(config.max_new_tokens, 1.0, seeds=[sequence_seed(config.seed, 0, row)])
+        texts += decode(model, [data.train[row].prompt], sampling, vocabulary, 1)[0]
+    return texts
+
+
+@contextlib.contextmanager
+def failing(name, call, ranks=(0, 1)):
+    """The decode loop with the `call`-th call of its function `name` raising on these ranks."""
+    from toolkit import distributed
+    from toolkit.rollout import decode
+
+    original, calls = getattr(decode, name), []
+
+    def work(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call and distributed.rank() in ranks:
+            raise MemoryError(f"made to fail in {name}")
+        return original(*args, **kwargs)
+
+    setattr(decode, name, work)
+    try:
+        yield
+    finally:
+        setattr(decode, name, original)
 
 
 def _observed(choose, overrides, result):
@@ -84,19 +143,96 @@ def _main(overrides):
 
 def with_engine(folder, work):
     """`work(rollout, tokenizer)` on a ZeRO-3 student of its own, in the middle of nothing else."""
+    from toolkit.rollout.engine import GatheredRollout
+
+    return with_student(
+        folder,
+        lambda config, student, tokenizer, vocabulary: work(GatheredRollout(student.engine, vocabulary), tokenizer),
+    )
+
+
+def with_student(folder, work, **changes):
+    """`work(config, student, tokenizer, vocabulary)` likewise; changes: settings of the run that it is part of."""
     from pathlib import Path
 
     from tests.tiny import tiny_overrides
     from toolkit import distributed
     from toolkit.models import build_student, load_tokenizer, materialize, shared_vocabulary
-    from toolkit.rollout.engine import GatheredRollout
 
-    config = RunConfig().with_overrides(tiny_overrides(folder, train__micro_rows=8 // distributed.world()))
+    overrides = tiny_overrides(folder, train__micro_rows=8 // distributed.world(), **changes)
+    config = RunConfig().with_overrides(overrides)
     path = materialize(config.student, Path(config.cache_dir))
     tokenizer = load_tokenizer(config.student, path)
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
-    student = build_student(config, path, torch.float32, vocabulary)
-    return work(GatheredRollout(student.engine, vocabulary), tokenizer)
+    return work(config, build_student(config, path, torch.float32, vocabulary), tokenizer, vocabulary)
+
+
+def with_server(folder, student, url, work, timeout_s=60):
+    """`work(rollout, tokenizer)` with a rollout that asks the server at `url`."""
+    from toolkit.rollout.vllm import VllmRollout
+
+    return with_student(
+        folder, lambda config, *made: work(VllmRollout(config, *made), made[1]), name="served",
+        student__path=f"{folder}/{student}", rollout__engine="vllm", rollout__server=url,
+        rollout__server_timeout_s=timeout_s,
+    )  # fmt: skip
+
+
+def server_texts(folder, student, url, prompts, **sampling):
+    """(token ids of the answers, all asked for by every rank, in another order on each; what the engine says of the
+    call; the first three by DeepSpeed's interface, as (ids, their numbers))."""
+    from deepspeed.runtime.rollout import RolloutRequest
+
+    from toolkit import distributed
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        rollout.start()
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        order = list(range(len(ids)))[:: 1 if distributed.rank() == 0 else -1]
+        found = rollout.complete([ids[i] for i in order], SeededSampling(seeds=order, **sampling))
+        texts = dict(zip(order, (example.response.tolist() for example in found), strict=True))
+        stats, width = rollout.last, max(map(len, ids[:3]))
+        batch = rollout.generate(
+            RolloutRequest(
+                torch.tensor([[0] * (width - len(row)) + row for row in ids[:3]]),
+                torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids[:3]]),
+            ),
+            SeededSampling(seeds=[0, 1, 2], **sampling),
+        )
+        counts = batch.attention_mask[:, width:].sum(1).tolist()
+        return [texts[i] for i in range(len(ids))], stats, (batch.input_ids[:, width:].tolist(), counts)
+
+    return with_server(folder, student, url, work)
+
+
+def server_errors(folder, student, url, faults):
+    """What a start, a push and two texts raise here for each fault of the server, "None" for nothing."""
+    import time
+
+    from toolkit import distributed
+    from toolkit.rollout.engine import SeededSampling
+    from toolkit.rollout.vllm import Server
+
+    def work(rollout, tokenizer):
+        said = []
+        for fault in faults:
+            torch.distributed.barrier()
+            if distributed.rank() == 0:
+                Server(url).ask("POST", "/fault", time.monotonic() + 60, fault)
+            torch.distributed.barrier()
+            rollout.pushed = False
+            try:
+                rollout.start()
+                rollout.sync_weights(3)
+                prompts = [[5, 6, 7]] * (2 if distributed.rank() else 0)  # only the second rank asks for text
+                rollout.complete(prompts, SeededSampling(30, seeds=range(len(prompts))))
+                said.append("None")
+            except ValueError as error:
+                said.append(str(error))
+        return said
+
+    return with_server(folder, student, url, work, timeout_s=4)
 
 
 def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):
@@ -143,6 +279,46 @@ def _sampled(folder, prompts, batch_rows, gather, **sampling):
         found = rollout.complete([tokenizer(prompts[row])["input_ids"] for row in rows], seeded)
         dealt = distributed.gather_objects([example.response.tolist() for example in found])
         return [dealt[row % world][row // world] for row in range(len(prompts))], rollout.last.mode
+
+    return with_engine(folder, work)
+
+
+def texts_around_a_failure(folder, prompts, gather, name, call, ranks):
+    """(what was raised here, the texts afterwards, those of an engine that saw no failure)."""
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        rollout.gather, rollout.rows.size = gather, 2
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+
+        def texts():
+            found = rollout.complete(ids, SeededSampling(12, temperature=0.9, seeds=range(len(ids))))
+            return [example.response.tolist() for example in found]
+
+        said, wanted = None, texts()
+        try:
+            with failing(name, call, ranks):
+                texts()
+        except RuntimeError as error:
+            said = str(error)
+        return said, texts(), wanted
+
+    return with_engine(folder, work)
+
+
+def error_of_unknown_ids(folder):
+    """What each rank raises where the prompts of the last one hold an id that the vocabulary does not have."""
+    import numpy as np
+
+    from toolkit import distributed
+    from toolkit.rollout.engine import SeededSampling
+
+    def work(rollout, tokenizer):
+        highest = 10**6 if distributed.rank() == distributed.world() - 1 else 7
+        try:
+            rollout.complete([np.array([5, highest])], SeededSampling(3, seeds=[1]))
+        except ValueError as error:
+            return str(error)
 
     return with_engine(folder, work)
 
@@ -364,7 +540,7 @@ def loss_step(folder, memory_budget_mib):
     from tests.tiny import tiny_overrides
     from toolkit.batch import Example, TokenBatch
     from toolkit.divergences import fused
-    from toolkit.models import build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.models import Objective, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
 
     overrides = tiny_overrides(folder, loss__memory_budget_mib=memory_budget_mib)
     config = RunConfig().with_overrides(overrides)
@@ -399,9 +575,9 @@ def loss_step(folder, memory_budget_mib):
     fused._Tiles._project = counting
     try:
         with LargestTensor() as largest:
-            hidden_NT = teacher.hidden_states([batch])[0]
+            hidden_NT = teacher.signals([batch])[0]
             with teacher.head() as head:
-                found = student.loss(batch, hidden_NT, head, 1e-4)
+                found = student.loss(batch, hidden_NT, head, Objective.of(config.loss), 1e-4)
                 student.engine.backward(found.loss)
             student.engine.step()
     finally:

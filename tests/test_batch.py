@@ -56,13 +56,93 @@ def test_to_keeps_all_three_tensors():
     assert {t.device.type for t in (batch.input_ids_BT, batch.attention_mask_BT, batch.predicts_BT)} == {"meta"}
 
 
-def test_windows_hold_the_same_rows_for_every_micro_size():
-    examples = [example([n], [n] * (n + 1)) for n in range(8)]
-    flat = [row for e in examples for row in e.response.tolist()]
+def test_windows_hold_the_same_rows_for_every_micro_size_longest_first():
+    examples = [example([n], [n] * (n + 1)) for n in (3, 0, 6, 1, 7, 2, 5, 4)]
+    flat = [n for n in range(7, -1, -1) for _ in range(n + 1)]
     for micro_size in (1, 2, 4, 8):
         window = make_window(examples, micro_size, PAD)
         assert [len(b.input_ids_BT) for b in window] == [micro_size] * (8 // micro_size)
         assert [t for b in window for t in b.targets_N.tolist()] == flat
+
+
+def texts_of(batch):
+    """(tokens, predicted or not) of every text in a batch, found by where positions start over; padding is none."""
+    found = []
+    for ids_T, real_T, predicts_T, positions_T in zip(
+        batch.input_ids_BT, batch.attention_mask_BT, batch.predicts_BT, batch.position_ids_BT, strict=True
+    ):
+        starts = [t for t in range(len(ids_T)) if positions_T[t] == 0]
+        for first, end in zip(starts, [*starts[1:], len(ids_T)], strict=True):
+            assert positions_T[first:end].tolist() == list(range(end - first))
+            if count := int(real_T[first:end].sum()):
+                end = first + count
+                assert real_T[first:end].all()
+                found.append((tuple(ids_T[first:end].tolist()), tuple(predicts_T[first:end].tolist())))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("micro_size", [1, 2, 4, 12])
+def test_packing_keeps_every_text_whole_and_the_number_of_micro_batches(micro_size):
+    rng = np.random.default_rng(micro_size)
+    examples = [Example(rng.integers(0, 50, n), int(rng.integers(1, n))) for n in rng.integers(2, 60, 12)]
+    window = make_window(examples, micro_size, PAD, pack_to=64)
+    assert len(window) == 12 // micro_size
+    assert all(len(batch.input_ids_BT) >= 1 and batch.input_ids_BT.shape[1] <= 64 for batch in window)
+    plain = [
+        (tuple(e.tokens.tolist()), (*(n + 1 >= e.prompt_length for n in range(len(e.tokens) - 1)), False))
+        for e in examples
+    ]
+    assert sorted(text for batch in window for text in texts_of(batch._with_positions())) == sorted(plain)
+    tokens = [batch.num_tokens for batch in window]
+    assert max(tokens) - min(tokens) <= max(len(e.tokens) for e in examples)
+
+
+def test_packing_leaves_less_padding_and_an_overlong_example_has_its_own_width():
+    examples = [example([1], [2] * n) for n in (39, 19, 9, 9, 4, 3, 3, 3)]
+
+    def padded(window):
+        return sum(b.input_ids_BT.numel() for b in window)
+
+    real = sum(len(e.tokens) for e in examples)
+    assert real <= padded(make_window(examples, 8, PAD, pack_to=40)) < 1.3 * real
+    assert padded(make_window(examples, 8, PAD)) > 3 * real
+    (batch,) = make_window(examples, 8, PAD, pad_to_multiple=1, pack_to=16)
+    assert batch.input_ids_BT.shape[1] == 40
+
+
+def test_micro_batches_sorted_by_length_leave_less_padding():
+    rng = np.random.default_rng(0)
+    examples = [example([1], [2] * int(n)) for n in rng.integers(1, 200, 32)]
+    in_order = sum(TokenBatch.from_examples(examples[i : i + 4], PAD).input_ids_BT.numel() for i in range(0, 32, 4))
+    assert sum(b.input_ids_BT.numel() for b in make_window(examples, 4, PAD)) < 0.85 * in_order
+
+
+def test_texts_of_a_block_are_apart_and_their_first_tokens_not_predicted():
+    block = Example(np.arange(10), 1, text_starts=(4, 5))
+    batch = TokenBatch.from_examples([block], PAD, pad_to_multiple=12)
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 0, 1]]
+    assert batch.targets_N.tolist() == [1, 2, 3, 6, 7, 8, 9]
+    assert batch.model_inputs().keys() == {"input_ids", "position_ids"}
+    assert (batch.num_targets, batch.num_tokens) == (7, 10)
+
+
+@pytest.mark.parametrize("starts, prompt_length, message", [
+    ((0,), 1, "text_starts"), ((3, 2), 1, "text_starts"), ((5,), 1, "text_starts"), ((2,), 2, "text_starts"),
+    ((1, 2, 3, 4), 1, "nothing in it is predicted"),
+])  # fmt: skip
+def test_text_starts_out_of_range(starts, prompt_length, message):
+    with pytest.raises(ValueError, match=message):
+        Example(np.arange(5), prompt_length, starts)
+
+
+def test_batches_with_and_without_positions_are_joined_and_moved():
+    packed = TokenBatch.from_rows([[example([1], [2]), example([3], [4, 5])]], PAD, 1)
+    alone = TokenBatch.from_examples([example([6, 7], [8])], PAD, 1)
+    joined = TokenBatch.concatenate([alone, packed])
+    assert joined.position_ids_BT.tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 1, 2]]
+    assert joined.targets_N.tolist() == [8, 2, 4, 5]
+    assert TokenBatch.concatenate([alone, alone]).position_ids_BT is None
+    assert joined.to("meta").position_ids_BT.device.type == "meta" and alone.to("cpu").position_ids_BT is None
 
 
 @pytest.mark.parametrize("tokens, prompt_length", [([1, 2], 0), ([1, 2], 2), ([1, 2], 3), ([], 0), ([1], 1)])

@@ -102,6 +102,14 @@ def test_wrong_keys_and_types_are_named(override, told):
     ("train.batch_rows=0", "train.batch_rows = 0"),
     ("train.micro_rows=0", "train.micro_rows = 0"),
     ("rollout.capacity=0", "rollout.capacity = 0"),
+    ("rollout.windows=0", "rollout.windows = 0"),
+    ("rollout={windows: 3, capacity: 16}", "rollout.windows = 3 of train.batch_rows = 8 sequences do not fit"),
+    ("rollout.engine=vlm", "did you mean 'vllm'"),
+    ("rollout.engine=vllm", "rollout.server = ''"),
+    ("rollout={engine: vllm, server: 'localhost:8000'}", "as in http://localhost:8000"),
+    ("rollout={engine: vllm, server: 'http://a:1', server_timeout_s: 1800}", "not below faults.hang_s = 1800"),
+    ("rollout.sync_every_steps=0", "rollout.sync_every_steps = 0"),
+    ("rollout.server_timeout_s=0", "rollout.server_timeout_s = 0.0"),
     ("rollout.max_new_tokens=0", "rollout.max_new_tokens = 0"),
     ("rollout.temperature=-1", "rollout.temperature = -1.0"),
     ("rollout.top_p=0", "rollout.top_p = 0.0"),
@@ -117,6 +125,9 @@ def test_wrong_keys_and_types_are_named(override, told):
     ("data.template=alpacca", "did you mean 'alpaca'"),
     ("data.max_prompt_length=512", "data.max_prompt_length = 512"),
     ("data.validation_fraction=1", "data.validation_fraction = 1.0"),
+    ("data.kind=text", "schedule.policy = 'adaptive' asks for generated answers"),
+    ("data.streaming=true", "data.streaming is for plain text"),
+    ("text.weight=0", "text.weight = 0"),
 ])  # fmt: skip
 def test_validate_names_the_setting_that_cannot_work(override, told):
     config = BASE.with_overrides([override])
@@ -140,6 +151,11 @@ def test_accumulation_divides_or_says_why_not():
         config.accumulation(5)
     with pytest.raises(ValueError, match="4 x 12"):
         config.accumulation(12)
+    config = config.with_overrides(["text.source=x.txt", "text.batch_rows=8"])
+    assert [config.accumulation(world) for world in (1, 2)] == [8, 4]
+    assert config.with_overrides(["text.batch_rows=null"]).accumulation(2) == 6  # as many as train.batch_rows
+    with pytest.raises(ValueError, match=r"text.batch_rows = 8 .* 4 x 3"):
+        config.accumulation(3)
 
 
 def test_new_tokens_fill_the_window_unless_set():

@@ -37,8 +37,17 @@ ALLOWED = {
     "toolkit.rollout.sampling": {"toolkit.rollout.schedule"},
     "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
     "toolkit.rollout.engine": ENGINES,
+    "toolkit.rollout.vllm": {
+        "toolkit.batch",
+        "toolkit.config",
+        "toolkit.models",
+        "toolkit.distributed",
+        "toolkit.rollout.engine",
+    },
     "toolkit.evaluation": ENGINES,
     "toolkit.checkpoint": ENGINES,
+    "toolkit.teacher_text": ENGINES,
+    "toolkit.methods": {"toolkit.config", "toolkit.data.config"},
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint"},
 }
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
-from toolkit.batch import TokenBatch
+from toolkit.batch import Example, TokenBatch
 from toolkit.data import DataConfig, PromptDataset, load_data
 
 pytestmark = pytest.mark.multiprocess
@@ -57,13 +57,68 @@ def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, diverge
     assert_close(weights(tiny, name), dense_reference(tiny, steps=4, divergence=divergence), 1e-5)
 
 
+def test_fine_tuning_needs_no_teacher_and_follows_the_reference(tiny, ranks2):
+    """With a teacher it only validates; without one none is loaded, and the schedule sees the cross entropy."""
+    alone, measured = (
+        tiny_overrides(
+            tiny, name=f"fine-tuning {teacher}", teacher__path=f"{tiny}/teacher" if teacher else "", train__steps=4,
+            loss__divergence="none", loss__cross_entropy_weight=1, validation__rouge_rows=2, validation__samples=1,
+        ) for teacher in (False, True)
+    )  # fmt: skip
+    summary = ranks2.run(engine_cases.run_tiny, alone)[0]
+    against = ranks2.run(engine_cases.run_tiny, measured)[0]
+    reference = dense_reference(tiny, steps=4, divergence="none")
+    for teacher in (False, True):
+        assert_close(weights(tiny, f"fine-tuning {teacher}"), reference, 1e-5)
+    final = summary["validation"]["final"]
+    assert final["kl_nats"] is None and final["top1_agreement"] is None and "teacher" not in summary["rouge_l"]
+    assert against["validation"]["final"]["kl_nats"] > 0 and "teacher" in against["rouge_l"]
+    assert final["ce_nats"] == pytest.approx(against["validation"]["final"]["ce_nats"], abs=1e-6)
+    assert [loss for _, loss, _ in summary["phi_history"]][-1] == final["ce_nats"]
+
+
+def test_student_text_may_have_a_divergence_of_its_own(tiny, ranks2):
+    """As in DistiLLM-2: one for the data, another for what the student says."""
+
+    def first_loss(policy, divergence, student_text=""):
+        name = f"text {policy} {divergence} {student_text}"
+        ranks2.run(engine_cases.run_tiny, tiny_overrides(
+            tiny, name=name, schedule__policy=policy, train__steps=1, loss__divergence=divergence,
+            loss__student_text_divergence=student_text))  # fmt: skip
+        return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())["loss"]
+
+    assert first_loss("on_policy", "skl", "srkl") == first_loss("on_policy", "srkl") != first_loss("on_policy", "skl")
+    assert first_loss("off", "skl", "srkl") == first_loss("off", "skl")
+
+
 def load_tiny(tiny, tokenizer):
     rows = f"{tiny}/rows.jsonl"
     config = DataConfig(source=rows, validation_source=rows, max_length=96, max_prompt_length=64)
     return load_data(config, tokenizer, seed=10)
 
 
-def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=0.1):
+TEXT = {"text.max_length": 24, "text.batch_rows": 4, "text.weight": 0.7, "text.field": "response"}
+
+
+def text_blocks(tiny, tokenizer):
+    """The answers of rows.jsonl, EOS after each, in pieces of 24 tokens: [[text, text, ...], ...]."""
+    documents = [json.loads(line)["response"] for line in (tiny / "rows.jsonl").open()]
+    ids = [(n, token) for n, text in enumerate(documents) for token in [*tokenizer(text)["input_ids"], 1]]
+    blocks = [ids[start : start + 24] for start in range(0, len(ids), 24)]
+    return [[[token for n, token in block if n == m] for m in sorted({n for n, _ in block})] for block in blocks]
+
+
+def text_cross_entropy(model, block, vocabulary):
+    """(sum over its predicted tokens, their number); each text is seen alone."""
+    total, count = 0.0, 0
+    for text in block:
+        log_probs = model(torch.tensor([text])).logits[0, :-1, :vocabulary].log_softmax(-1)
+        total = total - log_probs[torch.arange(len(text) - 1), text[1:]].sum()
+        count += len(text) - 1
+    return total, count
+
+
+def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=0.1, text_weight=0.0):
     """Plain SGD in float64 on full logits; the loss from probabilities."""
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     data = load_tiny(tiny, tokenizer)
@@ -78,18 +133,93 @@ def dense_reference(tiny, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, alpha=
             with torch.no_grad():
                 p = teacher(ids).logits[0, at, : len(tokenizer)].softmax(-1)
             q = student(ids).logits[0, at, : len(tokenizer)].softmax(-1)
-            if divergence == "skl":
+            if divergence == "none":
+                total = total - q[torch.arange(len(q)), ids[0, at.start + 1 :]].log().sum()
+            elif divergence == "skl":
                 total = total + (p * (p / (alpha * p + (1 - alpha) * q)).log()).sum()
             else:
                 total = total + (q * (q / ((1 - alpha) * p + alpha * q)).log()).sum()
             count += at.stop - at.start
         student.zero_grad()
         (total / count).backward()
+        if text_weight:
+            blocks = text_blocks(tiny, tokenizer)
+            order = PromptDataset([Example(np.array([n, n]), 1) for n in range(len(blocks))], 10)
+            chosen = [blocks[e.tokens[0]] for e in order.window_examples(step, 0, 1, TEXT["text.batch_rows"])]
+            sums = [text_cross_entropy(student, block, len(tokenizer)) for block in chosen]
+            (text_weight * sum(total for total, _ in sums) / sum(count for _, count in sums)).backward()
         rate = min_lr + (lr - min_lr) * 0.5 * (1 + np.cos(np.pi * step / steps))
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter -= rate * parameter.grad
     return {name: tensor.clone() for name, tensor in student.state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", [3, 2])
+def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, stage):
+    """Each kind is divided by its own tokens, one backward for each micro-batch."""
+    name, config = f"text {stage}", {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
+    ranks2.run(
+        engine_cases.run_tiny,
+        tiny_overrides(
+            tiny,
+            name=name,
+            student__ds_config=config,
+            train__steps=4,
+            train__micro_rows=2,
+            loss__divergence="skl",
+            text__source=f"{tiny}/rows.jsonl",
+            **TEXT,
+        ),
+    )
+    reference = dense_reference(tiny, steps=4, divergence="skl", text_weight=0.7)
+    assert_close(weights(tiny, name), reference, 1e-5)
+    without = dense_reference(tiny, steps=4, divergence="skl")
+    assert max((reference[n] - without[n]).abs().max().item() for n in reference) > 1e-3
+    records = [json.loads(line) for line in (tiny / "runs" / name / "metrics.jsonl").open()]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["kl"] + 0.7 * record["text_ce"], abs=1e-6)
+    start = AutoModelForCausalLM.from_pretrained(tiny / "student", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
+    blocks = text_blocks(tiny, tokenizer)
+    order = PromptDataset([Example(np.array([n, n]), 1) for n in range(len(blocks))], 10)
+    first = [blocks[e.tokens[0]] for e in order.window_examples(0, 0, 1, 4)]
+    with torch.no_grad():
+        total, count = np.sum(
+            [[float(x) for x in text_cross_entropy(start, block, len(tokenizer))] for block in first], 0
+        )
+    assert records[0]["text_ce"] == pytest.approx(total / count, abs=1e-5)
+    assert records[0]["text_tokens"] == sum(len(text) for block in first for text in block)
+
+
+def test_packing_does_not_change_the_weights(tiny, ranks1, ranks2):
+    """Its micro-batches have other numbers of rows on other ranks, and the teacher still makes as many passes."""
+    ranks1.run(engine_cases.run_tiny, tiny_overrides(tiny, name="not packed", train__micro_rows=8))
+    for name, ranks, micro_rows, pass_rows in (("1x8", ranks1, 8, None), ("2 ranks", ranks2, 4, None),
+                                               ("2 ranks, 4 passes", ranks2, 1, 1)):  # fmt: skip
+        ranks.run(engine_cases.run_tiny, tiny_overrides(
+            tiny, name=f"packed {name}", data__packing=True, train__micro_rows=micro_rows,
+            teacher__pass_rows=pass_rows))  # fmt: skip
+        assert_close(weights(tiny, f"packed {name}"), weights(tiny, "not packed"), 1e-5)
+
+
+def test_distillation_on_plain_text(tiny, ranks2):
+    """Every token counts; perplexity on documents held out is measured, shown and falls."""
+
+    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name="plain text", data__kind="text", data__source=f"{tiny}/rows.jsonl", data__text_field="response",
+        data__validation_source=None, data__validation_fraction=0.3, data__max_length=24, train__steps=12,
+        loss__cross_entropy_weight=1))[0]  # fmt: skip
+    validation = summary["validation"]
+    assert validation["final"]["perplexity"] == pytest.approx(np.exp(validation["final"]["ce_nats"]))
+    assert validation["final"]["perplexity"] < 0.7 * validation["initial"]["perplexity"]
+    records = [json.loads(line) for line in (tiny / "runs" / "plain text" / "metrics.jsonl").open()]
+    assert records[-1]["validation"]["perplexity"] == validation["final"]["perplexity"]
+    # all tokens but the first of each text: full blocks of 24
+    assert all(0.75 * r["tokens"] < r["response_tokens"] < r["tokens"] for r in records)
+    code, said = ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(
+        tiny, data__kind="text", schedule__policy="adaptive"))[0]  # fmt: skip
+    assert code == 2 and "schedule.policy = 'adaptive' asks for generated answers, but data.kind" in said
 
 
 def test_no_logits_of_a_batch_and_no_gather_within_the_tiles(tiny, ranks2):
@@ -125,6 +255,26 @@ def test_ranks_take_the_same_source_and_their_own_rows(tiny, ranks2):
         tiny, name="sources again", schedule__policy="adaptive", schedule__phi_initial=0.7, train__steps=12,
         rollout__max_new_tokens=20))  # fmt: skip
     assert again == seen
+
+
+def test_one_gather_makes_the_text_of_several_windows(tiny, ranks2):
+    """The same prompts in a third of the calls, every text with a seed of its own, and the steps between replay."""
+    changes = {"schedule__policy": "on_policy", "train__steps": 6}
+    one = ranks2.run(engine_cases.run_recording_texts, tiny_overrides(tiny, name="window", **changes))
+    many = ranks2.run(
+        engine_cases.run_recording_texts, tiny_overrides(tiny, name="windows", rollout__windows=3, **changes)
+    )
+    for apart, joined in zip(one, many, strict=True):
+        assert [len(prompts) for prompts, _ in apart] == [4] * 6
+        assert [len(prompts) for prompts, _ in joined] == [12, 12]
+        asked = [[ids for prompts, _ in calls for ids in prompts] for calls in (apart, joined)]
+        assert asked[0] == asked[1]
+        assert joined[0][1][:4] == apart[0][1]
+    seeds = [seed for rank in many for _, seeds in rank for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 48
+    records = [json.loads(line) for line in (tiny / "runs" / "windows" / "metrics.jsonl").open()]
+    assert [record["source"] for record in records] == ["generate", "replay", "replay"] * 2
+    assert [records[at]["staleness_steps"] for at in (0, 1, 2)] == [0, 1, 2]
 
 
 def test_training_is_exact_after_sharded_generation(tiny, ranks2):
@@ -203,6 +353,7 @@ def test_validation_agrees_with_full_logits(tiny, ranks2):
 def test_bf16_adamw_learns(tiny, ranks2):
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
         tiny, name="bf16", precision="bf16", optimizer__name="adamw", optimizer__lr=0.01, train__steps=15,
-        optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True))[0]  # fmt: skip
+        optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True,
+        data__packing=True))[0]  # fmt: skip
     assert summary["precision"] == "bfloat16"
     assert summary["validation"]["final"]["kl_nats"] < 0.7 * summary["validation"]["initial"]["kl_nats"]

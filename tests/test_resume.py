@@ -78,6 +78,41 @@ def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precisio
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
 
 
+def test_a_run_stopped_between_two_windows_of_text_knows_how_many_are_left(tiny, ranks2):
+    changes = {"rollout.windows": 2, "schedule.phi_initial": 0.9}
+    ranks2.run(engine_cases.run_tiny, settings(tiny, "windows whole", **changes))
+    sources = [record["source"] for record in outcome(tiny, "windows whole")[1]]
+    stop_after = sources.index("generate") + 1
+    stopped = settings(tiny, "windows stopped", **changes)
+    for code, *_ in ranks2.run(engine_cases.run_until, stopped, stop_after, signal.SIGUSR1):
+        assert code == EXIT_LATER
+    ranks2.run(engine_cases.run_saying, stopped)
+    assert_equal(outcome(tiny, "windows stopped"), outcome(tiny, "windows whole"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stopped_run_with_plain_text_ends_bitwise_like_one_that_was_not(tiny, ranks1, ranks2, streaming):
+    changes = {
+        "text.source": f"{tiny}/rows.jsonl", "text.field": "response", "text.max_length": 24,
+        "text.streaming": streaming, "data.packing": True, "schedule.policy": "off", "validation.rouge_rows": 0,
+    }  # fmt: skip
+    if streaming:  # the rows of distillation too; both streams are read more than once
+        changes |= {
+            "data.kind": "text", "data.streaming": True, "data.source": f"{tiny}/rows.jsonl", "data.max_length": 40,
+            "data.text_field": "prompt", "data.validation_source": None, "data.validation_fraction": 0.2,
+        }  # fmt: skip
+    name = f"text {streaming}"
+    ranks2.run(engine_cases.run_tiny, settings(tiny, name, **changes))
+    stopped = settings(tiny, name + " stopped", **changes)
+    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
+        assert code == EXIT_LATER
+    if streaming:
+        code, _, said = ranks1.run(engine_cases.run_saying, [*stopped, "train.micro_rows=4"])[0]
+        assert code == 2 and "the checkpoint is of 2 ranks, this run of 1" in said
+    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_and_another_stage_follow(tiny, ranks1, ranks2, first, then):
     """Text is generated and kept, but not drawn from the buffer: what a rank draws is its own."""

@@ -1,10 +1,14 @@
 """Token batches: what one micro-batch of a causal language model carries, and an optimizer step's window.
 
 Shapes: B rows, T padded length (a multiple of `pad_to_multiple`), N predicted (response) tokens of a batch.
+A row holds one text, or several that do not see each other ("packed").
 """
 
 from __future__ import annotations
 
+import dataclasses
+import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +25,16 @@ class Example:
     has none).
     prompt_length: number of prompt tokens, 1 <= prompt_length < L, so that at least one response token is
     predicted.
+    text_starts: where further texts begin in a block of plain text, ascending, in (0, L). They do not see each other,
+    and the first token of each is a prompt of its own.
 
-    Raises ValueError if `tokens` is not one-dimensional, holds a negative id, or if `prompt_length` is out of
-    range.
+    Raises ValueError if `tokens` is not one-dimensional, holds a negative id, if `prompt_length` or `text_starts` is
+    out of range, or if no token is predicted.
     """
 
     tokens: np.ndarray
     prompt_length: int
+    text_starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         tokens = np.asarray(self.tokens)
@@ -44,6 +51,14 @@ class Example:
                 f"Example.prompt_length = {self.prompt_length} with {len(tokens)} tokens; "
                 "an example needs at least one prompt token and one response token"
             )
+        bounds = (0, *self.text_starts, len(tokens))
+        if self.text_starts and (self.prompt_length > 1 or any(a >= b for a, b in itertools.pairwise(bounds))):
+            raise ValueError(
+                f"Example.text_starts = {self.text_starts} with {len(tokens)} tokens and prompt_length = "
+                f"{self.prompt_length}; starts ascend between the ends, and plain text has a prompt of 1 token"
+            )
+        if len(tokens) == len(self.text_starts) + 1:
+            raise ValueError("an Example of texts of 1 token each; nothing in it is predicted")
         object.__setattr__(self, "tokens", tokens.astype(np.int32, copy=False))
 
     @property
@@ -65,11 +80,14 @@ class TokenBatch:
     harmless. predicts_BT: bool, True at t iff token t + 1 is a response token of the same row. This is the
     one place in the project that shifts labels: logits at predicts_BT[b, t] are held against input_ids_BT[b,
     t + 1].
+    position_ids_BT: int64, only where a row holds several texts: 0, 1, ... in each of them, and in the padding.
+    transformers makes the block-diagonal mask of it, or flash attention its sequence bounds.
     """
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
     predicts_BT: torch.Tensor
+    position_ids_BT: torch.Tensor | None = None
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
@@ -77,7 +95,12 @@ class TokenBatch:
 
         Raises ValueError for no examples, for a pad id that is not an id, and for pad_to_multiple < 1.
         """
-        if not examples:
+        return cls.from_rows([[example] for example in examples], pad_id, pad_to_multiple)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[Example]], pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
+        """As `from_examples`, with one or more examples in a row, one after the other, that do not see each other."""
+        if not rows or not all(rows):
             raise ValueError("a TokenBatch of 0 examples; every rank needs at least one row per micro-batch")
         if pad_id is None or pad_id < 0:
             raise ValueError(
@@ -85,17 +108,27 @@ class TokenBatch:
             )
         if pad_to_multiple < 1:
             raise ValueError(f"pad_to_multiple = {pad_to_multiple}; give 1 or more")
-        longest = max(len(e.tokens) for e in examples)
-        shape = len(examples), -(-longest // pad_to_multiple) * pad_to_multiple
+        longest = max(sum(len(e.tokens) for e in row) for row in rows)
+        shape = len(rows), _round_up(longest, pad_to_multiple)
         input_ids_BT = np.full(shape, pad_id, dtype=np.int64)
         attention_mask_BT = np.zeros(shape, dtype=np.int64)
         predicts_BT = np.zeros(shape, dtype=bool)
-        for b, example in enumerate(examples):
-            length = len(example.tokens)
-            input_ids_BT[b, :length] = example.tokens
-            attention_mask_BT[b, :length] = 1
-            predicts_BT[b, example.prompt_length - 1 : length - 1] = True
-        return cls(*map(torch.from_numpy, (input_ids_BT, attention_mask_BT, predicts_BT)))
+        position_ids_BT = np.zeros(shape, dtype=np.int64)
+        for b, row in enumerate(rows):
+            end = 0
+            for example in row:
+                start, end = end, end + len(example.tokens)
+                input_ids_BT[b, start:end] = example.tokens
+                predicts_BT[b, start + example.prompt_length - 1 : end - 1] = True
+                bounds = (start, *(start + offset for offset in example.text_starts), end)
+                for first, after in itertools.pairwise(bounds):
+                    position_ids_BT[b, first:after] = np.arange(after - first)
+                    predicts_BT[b, after - 1] = False
+            attention_mask_BT[b, :end] = 1
+            position_ids_BT[b, end:] = np.arange(shape[1] - end)
+        is_packed = any(len(row) > 1 or row[0].text_starts for row in rows)
+        arrays = [input_ids_BT, attention_mask_BT, predicts_BT] + [position_ids_BT] * is_packed
+        return cls(*map(torch.from_numpy, arrays))
 
     @cached_property
     def num_targets(self) -> int:
@@ -112,30 +145,55 @@ class TokenBatch:
         """int64 [N], ids of the predicted tokens in the order of hidden_BTH[predicts_BT]."""
         return self.input_ids_BT[:, 1:][self.predicts_BT[:, :-1]]
 
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """What the model's forward takes, by its names. With position ids there is no mask: transformers would take
+        it at its word, and texts in one row would see each other."""
+        if self.position_ids_BT is not None:
+            return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
+        return {"input_ids": self.input_ids_BT, "attention_mask": self.attention_mask_BT}
+
     @classmethod
     def concatenate(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """One batch of all rows, order kept, padded to the longest; its targets are theirs, in order."""
-        width = max(batch.input_ids_BT.shape[1] for batch in batches)
 
-        def joined(name: str) -> torch.Tensor:  # padded ids are 0: masks say what is real
+        if any(batch.position_ids_BT is not None for batch in batches):
+            batches = [batch._with_positions() for batch in batches]
+
+        def joined(name: str) -> torch.Tensor | None:  # padded ids are 0: masks say what is real
             parts = [getattr(batch, name) for batch in batches]
+            if parts[0] is None:
+                return None
+            width = max(part.shape[1] for part in parts)
             return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
-        return cls(joined("input_ids_BT"), joined("attention_mask_BT"), joined("predicts_BT"))
+        return cls(**{field.name: joined(field.name) for field in dataclasses.fields(cls)})
+
+    def _with_positions(self) -> TokenBatch:
+        if self.position_ids_BT is not None:
+            return self
+        positions_T = torch.arange(self.input_ids_BT.shape[1], device=self.input_ids_BT.device)
+        return dataclasses.replace(self, position_ids_BT=positions_T.expand_as(self.input_ids_BT))
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
-        fields = self.input_ids_BT, self.attention_mask_BT, self.predicts_BT
-        moved = TokenBatch(*(tensor.to(device, non_blocking=True) for tensor in fields))
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = TokenBatch(
+            **{name: None if t is None else t.to(device, non_blocking=True) for name, t in fields.items()}
+        )
         # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.
         vars(moved).update(num_targets=self.num_targets, num_tokens=self.num_tokens)
         return moved
 
 
 def make_window(
-    examples: Sequence[Example], micro_size: int, pad_id: int, pad_to_multiple: int = 8
+    examples: Sequence[Example], micro_size: int, pad_id: int, pad_to_multiple: int = 8, pack_to: int | None = None
 ) -> list[TokenBatch]:
-    """One rank's share of an optimizer step as len(examples) / micro_size micro-batches, order kept.
+    """One rank's share of an optimizer step as len(examples) / micro_size micro-batches.
+
+    The step's loss is a sum over all of them, so which example lies in which is free. They are sorted by length,
+    longest first: little padding, and what does not fit into memory is seen at once. With `pack_to`, each micro-batch
+    gets about as many tokens as the others, laid into the rows, of at most `pack_to` tokens, that need the least
+    padding; no row is longer than `pack_to` but for an example that is.
 
     Raises ValueError if micro_size < 1, or if it does not divide len(examples).
     """
@@ -144,7 +202,49 @@ def make_window(
             f"a window of {len(examples)} examples in micro-batches of {micro_size}; "
             "the window must hold at least one micro-batch and be a multiple of its size"
         )
+    if pack_to is not None:
+        parts = _even_parts(examples, len(examples) // micro_size)
+        return [
+            TokenBatch.from_rows(_least_padding(part, pack_to, pad_to_multiple), pad_id, pad_to_multiple)
+            for part in parts
+        ]
+    ordered = sorted(examples, key=_length, reverse=True)
     return [
-        TokenBatch.from_examples(examples[start : start + micro_size], pad_id, pad_to_multiple)
+        TokenBatch.from_examples(ordered[start : start + micro_size], pad_id, pad_to_multiple)
         for start in range(0, len(examples), micro_size)
     ]
+
+
+def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
+    """`count` parts, none empty where there are as many examples, of about as many tokens: each example, longest first,
+    goes to the part that has least (Graham's longest-processing-time rule, 1969)."""
+    parts: list[list[Example]] = [[] for _ in range(count)]
+    heap = [(0, index) for index in range(count)]  # (tokens, part)
+    for example in sorted(examples, key=_length, reverse=True):
+        tokens, index = heap[0]
+        parts[index].append(example)
+        heapq.heapreplace(heap, (tokens + _length(example), index))
+    return parts
+
+
+def _least_padding(examples: list[Example], pack_to: int, pad_to_multiple: int) -> list[list[Example]]:
+    """The examples in the number of rows that makes rows x padded length smallest; more and shorter rows on a tie."""
+    found, least = None, 0
+    limit = max(pack_to, max(map(_length, examples)))
+    for count in range(len(examples), 0, -1):
+        rows = _even_parts(examples, count)
+        longest = max(sum(map(_length, row)) for row in rows)
+        if longest > limit:
+            break
+        area = count * _round_up(longest, pad_to_multiple)
+        if found is None or area < least:
+            found, least = rows, area
+    return found
+
+
+def _length(example: Example) -> int:
+    return len(example.tokens)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from toolkit import distributed
 from toolkit.config import RunConfig
-from toolkit.data import Data
 from toolkit.faults import to_disk
 from toolkit.models.shards import WEIGHTS, Piece, load_pieces, optimizer_scalars, pieces
 from toolkit.rollout.replay import ReplayBuffer, deal
@@ -49,8 +48,9 @@ REPLAY, RNG = "replay", "rng"
 #: Where they name a model or data, what is there is compared by its contents.
 FREE = re.compile(
     r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|tokenizer|ds_config|"
-    r"pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir)|train\.micro_rows|"
-    r"rollout\.(batch_rows|cache_mib|gather)|validation\.batch_rows|loss\.memory_budget_mib"
+    r"pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir|packing)|text\.source|"
+    r"train\.micro_rows|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
+    r"validation\.batch_rows|loss\.memory_budget_mib"
 )
 
 
@@ -359,21 +359,19 @@ def load_rng_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def identity(teacher_path: str, data: Data, dtype: torch.dtype) -> dict[str, Any]:
-    """What a run is made of beside its settings: the teacher's files, every token of the data, the precision.
+def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a run is made of beside its settings: the teacher's files, every token of the data (as
+    its hash), the precision.
 
     The files are hashed, dealt over the ranks. Collective.
     """
     rank, world = distributed.rank(), distributed.world()
     files = _model_files(teacher_path)
     hashes = distributed.together(lambda: {file.name: _sha256(file) for file in files[rank::world]})
-    tokens = hashlib.sha256()
-    for example in (*data.train, *data.validation):
-        tokens.update(f"{len(example.tokens)} {example.prompt_length} ".encode() + example.tokens.tobytes())
     return {
         "teacher_path": teacher_path,
         "teacher_sha256": {k: v for part in distributed.gather_objects(hashes) for k, v in sorted(part.items())},
-        "data_sha256": tokens.hexdigest(),
+        "data_sha256": data_sha256,
         "precision": str(dtype).removeprefix("torch."),
     }
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from toolkit import distributed
-from toolkit.batch import Example, make_window
+from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.checkpoint import Checkpoint, Checkpoints
 from toolkit.config import RunConfig
-from toolkit.data import PromptDataset
+from toolkit.data import PromptDataset, TextStream
 from toolkit.evaluation import Validation, Validator
 from toolkit.faults import GoOnLater, StepGuard, StopSignals
-from toolkit.models import Student, Teacher, Vocabulary
+from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary
 from toolkit.monitor import Monitor, PhaseTimer, peak_device_gib, peak_rss_gib
-from toolkit.rollout.engine import GatheredRollout, SeededSampling, sequence_seed
+from toolkit.rollout.engine import Rollout, SeededSampling, sequence_seed
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule, Source
 
@@ -27,18 +27,19 @@ from toolkit.rollout.schedule import Schedule, Source
 class DistillationLoop:
     config: RunConfig
     vocabulary: Vocabulary
-    dataset: PromptDataset
-    teacher: Teacher
+    dataset: PromptDataset | TextStream
+    teacher: Teacher | NoTeacher  # of training; the validator has its own
     student: Student
     schedule: Schedule
     replay: ReplayBuffer
-    rollout: GatheredRollout
+    rollout: Rollout
     validator: Validator
     monitor: Monitor
     timer: PhaseTimer
     checkpoints: Checkpoints
     signals: StopSignals
     guard: StepGuard
+    text: PromptDataset | TextStream | None = None  # plain text learned beside the distillation
     run_state: Callable[[], dict[str, Any]] = dict  # what the run itself wants kept in a checkpoint
     watch: Callable[[str, int], None] = lambda phase, step: None  # told of each step as it begins
     done: int = 0  # optimizer steps
@@ -47,6 +48,7 @@ class DistillationLoop:
     asked_to_stop: bool = False
     source_counts: dict[str, int] = field(default_factory=lambda: {source.value: 0 for source in Source})
     tokens: int = 0
+    windows_ahead: int = 0  # GENERATE steps whose text an earlier one has made
 
     def run(self) -> tuple[Validation, Validation]:
         """All steps that are left; returns the validation before the first and after the last one.
@@ -66,7 +68,7 @@ class DistillationLoop:
                 raise ValueError(self._diverged(step))
             if self.done % config.validation.every_steps == 0 or self.done == last:
                 self.latest = self.validate(self.done)
-                record["validation"] = self.latest._asdict()
+                record["validation"] = self.latest.metrics()
             seconds = self.timer.take()
             step_time_s = sum(seconds.values()) - seconds.get("validation", 0.0) - seconds.get("checkpoint", 0.0)
             self.monitor.log_step(record | {"tokens_per_s": record["tokens"] / step_time_s, "seconds": seconds})
@@ -81,33 +83,40 @@ class DistillationLoop:
         """One optimizer step; the returned metrics are of all ranks together."""
         self.watch("data", step + 1)
         source, examples = self.choose_examples(step)
-        window = [
-            batch.to(distributed.device())
-            for batch in make_window(examples, self.config.train.micro_rows, self.vocabulary.pad_id)
-        ]
-        targets, tokens = distributed.sum_over_ranks(
-            [sum(batch.num_targets for batch in window), sum(batch.num_tokens for batch in window)]
+        data = self.config.data
+        window = self._window(examples, data.max_length if data.packing else None)
+        text_examples = self.choose_text(step)
+        text = self._window(text_examples)
+        targets, tokens, text_targets, text_tokens = distributed.sum_over_ranks(
+            [sum(getattr(batch, n) for batch in part) for part in (window, text) for n in ("num_targets", "num_tokens")]
         )
         # deepspeed divides by micro-batches and averages over ranks; this undoes both and divides by tokens, once.
-        token_weight = len(window) * distributed.world() / targets
+        shares = (len(window) + len(text)) * distributed.world()
+        token_weights = [shares / targets] * len(window)
+        token_weights += [self.config.text.weight * shares / text_targets for _ in text]
         learning_rate = self.student.set_learning_rate(step)
 
         with self.timer.phase("teacher"):
-            signals = self.teacher.hidden_states(window)
+            signals = [*self.teacher.signals(window), *(None for _ in text)]
+        objective = Objective.of(self.config.loss, source is not Source.DATASET, step / self.config.train.steps)
         sums, objection = [], None
         with self.teacher.head() as head:
-            for batch, hidden_NT in zip(window, signals, strict=True):
+            for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):
                 with self.timer.phase("student"):
-                    found = self.student.loss(batch, hidden_NT, head, token_weight)
+                    found = self.student.loss(batch, signal, head, objective, token_weight)
                     sums.append(
                         torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double()
                     )
-                    if len(sums) == len(window):  # all of the step's losses are known, and nothing is taken yet
-                        divergence, cross_entropy, agreements, rss_gib, stop, steps = distributed.sum_over_ranks(
-                            [*torch.stack(sums).sum(0).tolist(), peak_rss_gib(), self.signals.received, step]
+                    if len(sums) == len(token_weights):  # all losses are known, and nothing is taken yet
+                        stacked = torch.stack(sums)
+                        known = [*stacked[: len(window)].sum(0).tolist(), stacked[len(window) :, 1].sum().item()]
+                        known += [peak_rss_gib(), self.signals.received, step]
+                        divergence, cross_entropy, agreements, text_ce, rss_gib, stop, steps = (
+                            distributed.sum_over_ranks(known)
                         )
                         assert steps == step * distributed.world(), f"rank at step {step}, mean of ranks {steps}"
                         loss = (divergence + self.config.loss.cross_entropy_weight * cross_entropy) / targets
+                        loss += self.config.text.weight * text_ce / text_targets if text else 0.0
                         objection = self.guard.objection(loss)
                     # deepspeed leaves a step out, on all ranks, whose gradient is not finite on any
                     self.student.engine.backward(found.loss * float("nan") if objection else found.loss)
@@ -118,9 +127,9 @@ class DistillationLoop:
         taken = self.student.engine.was_step_applied()
         self.guard.record(loss, taken)
         if not taken:
-            self._tell_skipped(step, source, examples, objection or "its gradient is not finite")
+            self._tell_skipped(step, source, [*examples, *text_examples], objection or "its gradient is not finite")
         self.source_counts[source.value] += 1
-        self.tokens += int(tokens)
+        self.tokens += int(tokens + text_tokens)
         return {
             "step": step + 1,
             "loss": loss,
@@ -130,8 +139,9 @@ class DistillationLoop:
             "phi": self.schedule.phi,
             "source": source.value,
             "rollout_mode": self.rollout.last.mode if source is Source.GENERATE else None,
-            "staleness_steps": self.replay.staleness(step) if source is not Source.DATASET else None,
-            "tokens": int(tokens),
+            "staleness_steps": self._staleness(step, source),
+            **({"text_ce": text_ce / text_targets, "text_tokens": int(text_tokens)} if text else {}),
+            "tokens": int(tokens + text_tokens),
             "response_tokens": int(targets),
             "learning_rate": learning_rate,
             "grad_norm": float(self.student.engine.get_global_grad_norm() or 0.0),
@@ -145,32 +155,58 @@ class DistillationLoop:
         rank, world = distributed.rank(), distributed.world()
         rows = self.config.train.batch_rows // world
         source = self.schedule.decide(step)
+        if source is Source.GENERATE and self.windows_ahead:
+            self.windows_ahead -= 1
+            source = Source.REPLAY
         # The buffer is filled before it is drawn from. Ranks agree: shards differ after a change of world size.
         if source is Source.REPLAY and not distributed.everywhere(self.replay.is_ready(rows, step)):
             source = Source.GENERATE
-        examples = self.dataset.window_examples(step, rank, world, rows)
         if source is Source.DATASET:
-            return source, examples
+            return source, self.dataset.window_examples(step, rank, world, rows)
         if source is Source.GENERATE:
-            settings = self.config.rollout
-            first = rank * rows
-            sampling = SeededSampling(
-                self.config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
-                min_p=settings.min_p, repetition_penalty=settings.repetition_penalty,
-                seeds=[sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)],
-            )  # fmt: skip
-            with self.timer.phase("rollout"):
-                examples = self.rollout.complete([example.prompt for example in examples], sampling)
-            self.replay.push(examples, step)
-            if settings.train_on_fresh:
-                return source, examples
+            fresh = self.generate(step, rows)
+            self.replay.push(fresh, self.rollout.weights_step)
+            if self.config.rollout.train_on_fresh:
+                return source, fresh[:rows]
         return source, self.replay.sample(rows, step)
+
+    def generate(self, step: int, rows: int) -> list[Example]:
+        """This rank's texts of the step's prompts, and of those of as many later steps as rollout.windows asks for."""
+        settings, rank, world = self.config.rollout, distributed.rank(), distributed.world()
+        prompts, seeds = [], []
+        for window in range(settings.windows):
+            examples = self.dataset.window_examples(step + window, rank, world, rows)
+            prompts += [example.prompt for example in examples]
+            first = (window * world + rank) * rows
+            seeds += [sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)]
+        sampling = SeededSampling(
+            self.config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k, min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty, seeds=seeds,
+        )  # fmt: skip
+        with self.timer.phase("rollout"):
+            self.rollout.sync_weights(step)
+            texts = self.rollout.complete(prompts, sampling)
+        self.windows_ahead = settings.windows - 1
+        return texts
+
+    def choose_text(self, step: int) -> list[Example]:
+        """This rank's blocks of plain text for the step."""
+        if self.text is None:
+            return []
+        rank, world = distributed.rank(), distributed.world()
+        return self.text.window_examples(step, rank, world, self.config.text_rows // world)
+
+    def _window(self, examples: list[Example], pack_to: int | None = None) -> list[TokenBatch]:
+        if not examples:
+            return []
+        window = make_window(examples, self.config.train.micro_rows, self.vocabulary.pad_id, pack_to=pack_to)
+        return [batch.to(distributed.device()) for batch in window]
 
     def validate(self, step: int) -> Validation:
         """Measures, and lets the schedule move phi: all ranks see the same number."""
         with self.timer.phase("validation"):
-            found = self.validator.measure(self.student, self.teacher)
-        self.schedule.observe_validation(step, found.kl_nats)
+            found = self.validator.measure(self.student)
+        self.schedule.observe_validation(step, found.ce_nats if found.kl_nats is None else found.kl_nats)
         return found
 
     def save(self) -> None:
@@ -190,13 +226,16 @@ class DistillationLoop:
                 self.monitor.note(f"warning: {error}; training goes on, the older checkpoints stand")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loop knows beside weights, replay and generators; plain JSON types."""
+        """What the loop knows beside weights, replay and generators; plain JSON types. Collective."""
+        streams = {name: distributed.gather_objects(stream.state_dict()) for name, stream in self._streams()}
         return {
+            "streams": streams,
             "done": self.done,
             "initial": self.initial,
             "latest": self.latest,
             "source_counts": self.source_counts,
             "tokens": self.tokens,
+            "windows_ahead": self.windows_ahead,
             "schedule": self.schedule.state_dict(),
             "guard": self.guard.state_dict(),
             "seconds": self.timer.totals,
@@ -205,9 +244,24 @@ class DistillationLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.done, self.tokens, self.source_counts = state["done"], state["tokens"], dict(state["source_counts"])
         self.initial, self.latest = Validation(*state["initial"]), Validation(*state["latest"])
+        self.windows_ahead = state.get("windows_ahead", 0)
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
         self.timer.totals = dict(state["seconds"])
+        for name, stream in self._streams():
+            states = state["streams"][name]
+            if len(states) != distributed.world():
+                raise ValueError(
+                    f"{name} is streamed, each rank reads its own documents, and the checkpoint is of {len(states)} "
+                    f"ranks, this run of {distributed.world()}; use as many ranks, or start over with resume=never"
+                )
+            distributed.together(
+                lambda stream=stream, states=states: stream.load_state_dict(states, distributed.rank())
+            )
+
+    def _streams(self) -> list[tuple[str, TextStream]]:
+        named = (("data.source", self.dataset), ("text.source", self.text))
+        return [(name, rows) for name, rows in named if isinstance(rows, TextStream)]
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from `checkpoint`, which is checked and of this run."""
@@ -215,6 +269,14 @@ class DistillationLoop:
         checkpoint.load_student(self.student.engine)
         distributed.together(lambda: checkpoint.load_replay(self.replay))
         distributed.together(lambda: checkpoint.load_rng(self.config.seed, self.done))
+
+    def _staleness(self, step: int, source: Source) -> float | None:
+        """Mean age, in steps, of the weights that this rank's rows were generated by."""
+        if source is Source.DATASET:
+            return None
+        if source is Source.GENERATE and self.config.rollout.train_on_fresh:
+            return float(step - self.rollout.weights_step)
+        return self.replay.staleness(step)
 
     def _tell_skipped(self, step: int, source: Source, examples: list[Example], reason: str) -> None:
         """The batch of a step that was not taken goes to a file: it is what has to be looked at."""

@@ -13,7 +13,7 @@ class Sample(NamedTuple):
 
     prompt: str
     reference: str
-    teacher: str
+    teacher: str | None
     student_before: str
     student_after: str
 
@@ -21,21 +21,23 @@ class Sample(NamedTuple):
 def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
     """The text for a finished run, from its summary.json."""
     before, after = summary["validation"]["initial"], summary["validation"]["final"]
-    rows = [
-        ["KL to the teacher (nats/token)", f"{before['kl_nats']:.3f}", f"{after['kl_nats']:.3f}"],
-        ["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"],
-        ["top-1 agreement with the teacher", f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"],
-    ]
+    rows = [["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"]]
+    rows.append(["perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"])
+    if after["kl_nats"] is not None:  # there is a teacher
+        rows.insert(0, ["KL to the teacher (nats/token)", f"{before['kl_nats']:.3f}", f"{after['kl_nats']:.3f}"])
+        agreements = f"{before['top1_agreement']:.1%}", f"{after['top1_agreement']:.1%}"
+        rows.append(["top-1 agreement with the teacher", *agreements])
     if summary["rouge_l"]:
         rouge = summary["rouge_l"]
         rows.append([f"ROUGE-L of {rouge['rows']} sampled answers", f"{rouge['initial']:.1f}", f"{rouge['final']:.1f}"])
-        rows.append(["ROUGE-L of the teacher's", f"{rouge['teacher']:.1f}", f"{rouge['teacher']:.1f}"])
+        if "teacher" in rouge:
+            rows.append(["ROUGE-L of the teacher's", f"{rouge['teacher']:.1f}", f"{rouge['teacher']:.1f}"])
     parts = [format_table(["validation", "before", "after"], rows)]
     for sample in samples:
         parts.append("\n".join([
             f"> {sample.prompt}",
             _block("documentation", sample.reference),
-            _block("teacher", sample.teacher),
+            *([] if sample.teacher is None else [_block("teacher", sample.teacher)]),
             _block("student before", sample.student_before),
             _block("student after", sample.student_after),
         ]))  # fmt: skip

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,22 @@ import transformers
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
-from toolkit.config import RunConfig
-from toolkit.data import Data, PromptDataset, load_data
+from toolkit.config import NO_DIVERGENCE, RunConfig
+from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text
+from toolkit.data.config import unknown
 from toolkit.evaluation import Validator, answer, rouge_l
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.loop import DistillationLoop
-from toolkit.models import Vocabulary, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+from toolkit.models import (
+    NoTeacher,
+    Vocabulary,
+    build_student,
+    build_teacher,
+    check_packing,
+    load_tokenizer,
+    materialize,
+    shared_vocabulary,
+)
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib, say
@@ -29,14 +40,18 @@ from toolkit.report import Sample, final_report
 from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
+from toolkit.rollout.vllm import VllmRollout
+from toolkit.teacher_text import teacher_text, text_folder
 
 TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
-OTHER_PHASES = ("validation", "evaluation", "checkpoint", "export")
+OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "export")
 CHECKPOINTS = "checkpoints"
+GENERATING = "while the teacher generated; what it wrote is kept"
 
 
-def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank.
+def main(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
+    several runs the first argument names one.
 
     Returns the summary. Wrong input ends every rank with exit code 2 and one message; a run that a signal stopped ends
     with EXIT_LATER, and the same command goes on with it.
@@ -47,7 +62,7 @@ def main(recipe: RunConfig, arguments: list[str] | None = None) -> dict[str, Any
     try:
         with Watchdog(_hang_s(recipe, overrides)) as watchdog:
             distributed.start()
-            return run(distributed.together(lambda: _checked(recipe, overrides)), watchdog)
+            return run(distributed.together(lambda: _checked(*chosen(recipe, overrides))), watchdog)
     except GoOnLater as stopped:
         if distributed.rank() == 0:
             say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
@@ -79,25 +94,37 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     cache_dir = Path(config.cache_dir or user_cache).expanduser()
     dtype = choose_dtype(config.precision, distributed.device())
 
-    teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
+    teacher_path = ""
+    if config.has_teacher:
+        teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
-    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
-    parts = identity(teacher_path, data, dtype)
+    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, cache_dir))
+    if config.train.epochs is not None:
+        config = distributed.together(lambda: config.for_rows(len(data.train)))
+    text, text_sha256 = distributed.main_rank_first(lambda: _load_text(config, tokenizer, cache_dir))
+    parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
     if resumed is not None and (summary := _finished(config, resumed)):
         return summary
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
 
-    teacher = build_teacher(config, teacher_path, dtype, vocabulary)
+    teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     student = build_student(config, student_path, dtype, vocabulary)
+    if config.packs:
+        check_packing(teacher, student, vocabulary)
     schedule = Schedule(config.schedule, config.seed, config.train.steps)
     settings = config.rollout
     validation = config.validation
     limits = settings.batch_rows, settings.cache_mib, settings.gather
     student_rollout = GatheredRollout(student.engine, vocabulary, *limits)
-    teacher_rollout = GatheredRollout(teacher.engine, vocabulary, *limits)
+    teacher_rollout = GatheredRollout(teacher.engine, vocabulary, *limits) if config.has_teacher else None
+    rollout = student_rollout
+    if settings.engine == "vllm":
+        watchdog.progress("vLLM server")
+        rollout = VllmRollout(config, student, tokenizer, vocabulary)
+        rollout.start()
     timer = PhaseTimer(sync=torch.cuda.synchronize if torch.cuda.is_available() else None, watch=watchdog.progress)
     deepspeed_monitor = monitor_master(read_ds_config(config.student.ds_config), run_dir, distributed.rank())
     saved = {} if resumed is None else resumed.state
@@ -113,18 +140,26 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         monitor.note(_introduction(config, data, dtype, run_dir))
         for note in notes:
             monitor.note(note)
+        train = data.train
+        if config.data.responses == "teacher":
+            with timer.phase("teacher_text"):
+                folder = text_folder(cache_dir, parts, config)
+                train = teacher_text(
+                    train, teacher_rollout, config, folder, lambda: _stop_if_asked(signals, GENERATING)
+                )
         loop = DistillationLoop(
             config=config,
             vocabulary=vocabulary,
-            dataset=PromptDataset(data.train, config.seed),
-            teacher=teacher,
+            dataset=_in_order(train, config.seed),
+            text=_in_order(text, config.seed),
+            teacher=NoTeacher() if config.loss.divergence == NO_DIVERGENCE else teacher,
             student=student,
             schedule=schedule,
             replay=ReplayBuffer(
                 settings.capacity, distributed.rank(), distributed.world(), config.seed, settings.max_age_steps
             ),
-            rollout=student_rollout,
-            validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id),
+            rollout=rollout,
+            validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id, teacher),
             monitor=monitor,
             timer=timer,
             checkpoints=checkpoints,
@@ -144,7 +179,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         with timer.phase("evaluation"):
             after = _ask(config, data, student_rollout, tokenizer)
             _stop_if_asked(signals)
-            theirs = _ask(config, data, teacher_rollout, tokenizer)
+            theirs = _ask(config, data, teacher_rollout, tokenizer) if teacher_rollout else None
         _stop_if_asked(signals)
         with timer.phase("export"):
             export_student(student, tokenizer, run_dir / "student")
@@ -163,7 +198,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         "ranks": distributed.world(),
         "precision": str(dtype).removeprefix("torch."),
         "peak_rss_gib": distributed.sum_over_ranks([peak_rss_gib()])[0],
-        "validation": {"initial": initial._asdict(), "final": final._asdict()},
+        "validation": {"initial": initial.metrics(), "final": final.metrics()},
         "rouge_l": _rouge_scores(config, data, before, after, theirs),
         "time_share": {name: seconds / wall_time_s for name, seconds in phases.items()},
         "source_counts": loop.source_counts,
@@ -177,7 +212,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         Sample(
             data.validation_rows[i]["prompt"],
             data.validation_rows[i]["response"],
-            theirs[1][i],
+            theirs[1][i] if theirs else None,
             before[1][i],
             after[1][i],
         )
@@ -202,12 +237,28 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _hang_s(recipe: RunConfig, overrides: list[str]) -> float:
+def chosen(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """The recipe, or the one of its runs that the first argument names, and the other arguments.
+
+    Raises ValueError where it names none.
+    """
+    if isinstance(recipe, RunConfig):
+        return recipe, arguments
+    name, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("", arguments)
+    if not name:
+        raise ValueError(f"this recipe has several runs; name one first: {', '.join(recipe)}")
+    if name not in recipe:
+        raise unknown("run", name, recipe)
+    return recipe[name], rest
+
+
+def _hang_s(recipe: RunConfig | Mapping[str, RunConfig], overrides: list[str]) -> float:
     """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
     try:
-        return recipe.with_overrides(overrides).faults.hang_s
+        config, rest = chosen(recipe, overrides)
+        return config.with_overrides(rest).faults.hang_s
     except ValueError:
-        return recipe.faults.hang_s
+        return RunConfig().faults.hang_s
 
 
 def _quiet_libraries() -> None:
@@ -220,27 +271,42 @@ def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:
     config = recipe.with_overrides(overrides)
     config.validate()
     config.accumulation(distributed.world())
-    for section in (config.teacher, config.student):
+    for section in (config.teacher, config.student) if config.has_teacher else (config.student,):
         read_ds_config(section.ds_config)
     return config
 
 
 def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
     """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
-    teacher = load_tokenizer(config.teacher, teacher_path)
-    has_own = config.student.tokenizer or student_path
+    teacher = load_tokenizer(config.teacher, teacher_path) if config.has_teacher else None
+    has_own = config.student.tokenizer or student_path or teacher is None
     student = load_tokenizer(config.student, student_path) if has_own else teacher
-    return student, shared_vocabulary(teacher, student)
+    return student, shared_vocabulary(teacher or student, student)
 
 
-def _load_data(config: RunConfig, tokenizer: Any) -> Data:
-    data = load_data(config.data, tokenizer, config.seed)
-    if len(data.train) < config.train.batch_rows:
+def _load_data(config: RunConfig, tokenizer: Any, cache_dir: Path) -> Data:
+    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens")
+    if not isinstance(data.train, TextStream) and len(data.train) < config.train.batch_rows:
         raise ValueError(
             f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "
             f"{config.train.batch_rows} ({distributed.world()} ranks); use more data, fewer ranks or a smaller batch"
         )
     return data
+
+
+def _load_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
+    text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
+    if text is not None and not isinstance(text, TextStream) and len(text) < config.text_rows:
+        raise ValueError(
+            f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, "
+            f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
+        )
+    return text, sha256
+
+
+def _in_order(rows: Any, seed: int) -> PromptDataset | TextStream | None:
+    """A step's rows from examples in memory or files; a stream has its own order."""
+    return rows if rows is None or isinstance(rows, TextStream) else PromptDataset(rows, seed)
 
 
 def _find_start(
@@ -269,9 +335,9 @@ def _finished(config: RunConfig, resumed: Checkpoint) -> dict[str, Any] | None:
     return distributed.together(lambda: json.loads(file.read_text()))
 
 
-def _stop_if_asked(signals: StopSignals) -> None:
+def _stop_if_asked(signals: StopSignals, where: str = "after the last step, before the student was exported") -> None:
     if signals.agreed():
-        raise GoOnLater("stopped by a signal after the last step, before the student was exported")
+        raise GoOnLater(f"stopped by a signal {where}")
 
 
 def _start_folder(config: RunConfig, resumed: Checkpoint | None) -> None:
@@ -295,12 +361,12 @@ def _ask(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any
 
 
 def _rouge_scores(
-    config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple
+    config: RunConfig, data: Data, before: tuple, after: tuple, teacher: tuple | None
 ) -> dict[str, float] | None:
     if not after[0]:
         return None
     references = [row["response"] for row in data.validation_rows[: config.validation.rouge_rows]]
-    named = {"initial": before, "final": after, "teacher": teacher}
+    named = {"initial": before, "final": after} | ({"teacher": teacher} if teacher else {})
     return {name: rouge_l(answers[0], references) for name, answers in named.items()} | {"rows": len(references)}
 
 
@@ -308,6 +374,7 @@ def _introduction(config: RunConfig, data: Data, dtype: torch.dtype, run_dir: Pa
     left_out = {name: count for name, count in data.counts.items() if count and not name.endswith("_rows")}
     return (
         f"{config.name}: {config.loss.divergence}, schedule {config.schedule.policy}, "
-        f"{len(data.train)} training and {len(data.validation)} validation rows{f' ({left_out})' if left_out else ''}, "
+        f"{'streamed' if isinstance(data.train, TextStream) else len(data.train)} training and "
+        f"{len(data.validation)} validation rows{f' ({left_out})' if left_out else ''}, "
         f"{distributed.world()} ranks, {str(dtype).removeprefix('torch.')}, folder {run_dir}"
     )

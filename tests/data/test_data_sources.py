@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from toolkit.data import DataConfig, load_rows
-from toolkit.data.config import unknown
+from toolkit.data.config import PRESETS, unknown
 
 ROWS = [{"prompt": "What is two?", "response": "A number."}, {"prompt": "And NA?", "response": "None"}]
 
@@ -166,3 +166,66 @@ def test_config_errors(settings, message):
 
 def test_unknown_names_without_a_near_one_guess_nothing():
     assert "did you mean" not in str(unknown("x", "zzz", ["chat"]))
+
+
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "3"},
+]
+SHAREGPT = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(t["role"], t["role"]), "value": t["content"]} for t in TURNS
+]
+
+
+@pytest.mark.parametrize("turns", [TURNS, SHAREGPT, [*TURNS, {"role": "user", "content": "Thanks"}]])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_conversations_end_with_the_assistants_last_turn(tmp_path, write_jsonl, turns, suffix):
+    source = write_jsonl([{"talk": turns}])
+    if suffix == "parquet":
+        source = str(tmp_path / "rows.parquet")
+        datasets.Dataset.from_list([{"talk": turns}]).to_parquet(source)
+    config = DataConfig(source=source, messages_field="talk", cache_dir=str(tmp_path / "cache"))
+    ((row,), skipped) = load_rows(config, source)
+    assert row["messages"] == TURNS[:-1] and row["response"] == "3" and skipped == 0
+    assert row["prompt"] == "system: Be brief.\nuser: Two?\nassistant: 2\nuser: Three?"
+
+
+@pytest.mark.parametrize("turns, message", [
+    ("text", "not a list of turns"), ([{"role": "user"}], "it needs role and content"),
+    ([{"role": "user", "content": "a"}], "no answer of the assistant"),
+    ([{"role": "assistant", "content": "a"}], "no answer of the assistant"),
+])  # fmt: skip
+def test_conversations_without_an_answer_are_bad_rows(write_jsonl, turns, message):
+    source = write_jsonl([{"talk": TURNS}, {"talk": turns}])
+    assert f"{source}:2: " in stopped(source, messages_field="talk")
+    assert message in stopped(source, messages_field="talk")
+    assert load_rows(DataConfig(messages_field="talk", on_bad_row="skip"), source)[1] == 1
+
+
+def test_a_list_of_references_trains_on_the_first_and_keeps_all(write_jsonl):
+    source = write_jsonl([{"prompt": "Q", "response": ["A", "B"]}, {"prompt": "R", "response": "C"}])
+    first, second = load_rows(DataConfig(), source)[0]
+    assert first == {"prompt": "Q", "input": "", "response": "A", "references": ["A", "B"]}
+    assert "references" not in second
+    for bad in ([], ["A", ""], [1]):
+        assert "'response' is" in stopped(write_jsonl([{"prompt": "Q", "response": bad}]))
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_known_sets_need_a_name_only(monkeypatch, name):
+    preset, asked = PRESETS[name], []
+    row = {preset.prompt_field: "Q", preset.input_field: "I", preset.response_field: ["A", "B"]}
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_list([row])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows(DataConfig(), name, is_validation=True)[0][0]["references"] == ["A", "B"]
+    (args, options) = asked[0]
+    assert args[0] == name and options.get("data_files") == preset.file
+    with pytest.raises(ValueError, match="no field 'prompt'"):  # what is set by hand stands
+        load_rows(DataConfig(input_field="more"), name)

@@ -157,3 +157,20 @@ def test_equal_prompts_stay_on_one_side():
 def test_a_split_without_training_rows_is_refused():
     with pytest.raises(ValueError, match=r"1 rows with 1 different prompts and data.validation_fraction = 0.05"):
         split_rows([row()], 0.05)
+
+
+def test_a_conversation_goes_through_the_chat_template(tokenizer):
+    turns = (("user", "Two?"), ("assistant", "2"), ("user", "3?"))
+    before = [{"role": role, "content": content} for role, content in turns]
+    example = one(tokenizer, {**row("x", "3"), "messages": before}, template="chat")
+    assert tokenizer.decode(example.prompt) == (
+        "<|user|>\nTwo?<|end|>\n<|assistant|>\n2<|end|>\n<|user|>\n3?<|end|>\n<|assistant|>\n"
+    )
+    assert tokenizer.decode(example.response) == "3<|end|>"
+
+
+def test_references_stay_beside_the_validation_examples(write_jsonl, tokenizer):
+    source = write_jsonl([{"prompt": f"Q{n}?", "response": [f"A{n}", f"B{n}"]} for n in range(20)])
+    data = load_data(DataConfig(source=source), tokenizer, 0)
+    for example, the_row in zip(data.validation, data.validation_rows, strict=True):
+        assert tokenizer.decode(example.response) == the_row["references"][0] + "<|end|>"

@@ -7,7 +7,7 @@ from deepspeed.runtime.rollout import RolloutEngine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import engine_cases
-from toolkit.rollout.engine import GatheredRollout, SeededSampling, choose_tokens
+from toolkit.rollout.engine import GatheredRollout, SeededSampling, cgroup_free_bytes, choose_tokens
 
 PROMPTS = [
     "Return the number",
@@ -58,6 +58,27 @@ def test_sharded_text_is_gathered_text(tiny, ranks2, prompts):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("gather", "name", "call"),
+    [("always", "choose_tokens", 4), ("never", "choose_tokens", 4), ("never", "row_tokens", 1),
+     ("never", "_prompt_pass", 2)],
+)  # fmt: skip
+def test_a_rank_that_fails_ends_generation_on_all(tiny, ranks2, gather, name, call):
+    """After a pass, before the first one, and where the others make one; and the next call knows nothing of it."""
+    for said, texts, wanted in ranks2.run(
+        engine_cases.texts_around_a_failure, tiny, PROMPTS, gather, name, call, (1,), timeout_s=60
+    ):
+        assert said == f"generation failed on rank 1: MemoryError: made to fail in {name}"
+        assert texts == wanted
+
+
+@pytest.mark.multiprocess
+def test_an_unknown_id_is_told_on_all_ranks(tiny, ranks2):
+    for said in ranks2.run(engine_cases.error_of_unknown_ids, tiny):
+        assert "prompt 0 of 1 holds the ids 5 to 1000000, the vocabulary ends at" in said
+
+
+@pytest.mark.multiprocess
 def test_one_rank_without_memory_makes_all_ranks_generate_sharded(tiny, ranks2):
     for free_bytes, mode in (([2**30, 2**30], "gathered"), ([2**30, 2**12], "sharded")):
         for found in ranks2.run(
@@ -97,6 +118,38 @@ def test_eos_ends_a_text_and_is_learned_though_it_is_the_pad_token(tiny, ranks1)
     assert ended and len(ended) < len(texts)  # both kinds are there
     assert all(ids.index(eos) == len(ids) - 1 for ids in ended)
     assert all(len(ids) == 60 for ids in texts if eos not in ids)
+
+
+def cgroup(root, path, **files):
+    folder = root / path
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_memory_limits_of_containers_and_jobs_count(tmp_path):
+    own = tmp_path / "own"
+    assert cgroup_free_bytes(tmp_path, own) == float("inf")  # no cgroups at all
+    v2 = tmp_path / "v2"
+    own.write_text("0::/job/step\n")
+    stat = "anon 1\ninactive_file 300\nactive_file 5\n"
+    cgroup(v2, "job", memory__max="5000\n", memory__current="4000\n", memory__stat=stat)
+    assert cgroup_free_bytes(v2, own) == 1300  # the job's, which its step has no folder for here
+    cgroup(v2, "job/step", memory__max="max\n", memory__current="4000\n", memory__stat=stat)
+    assert cgroup_free_bytes(v2, own) == 1300  # the step is not limited, what it is part of is
+    (v2 / "job/step/memory.max").write_text("4100\n")
+    assert cgroup_free_bytes(v2, own) == 400
+    (v2 / "job/step/memory.current").write_text("9000\n")
+    assert cgroup_free_bytes(v2, own) == 0
+    v1 = tmp_path / "v1"
+    own.write_text("11:cpu,cpuacct:/host/path\n4:memory:/host/path\n1:name=systemd:/x\n")
+    v1_files = dict(
+        memory__limit_in_bytes="10000", memory__usage_in_bytes="2500", memory__stat="total_inactive_file 500"
+    )
+    cgroup(v1, "memory", **v1_files)  # a container's own, under a path of its host
+    assert cgroup_free_bytes(v1, own) == 8000
+    (v1 / "memory/memory.limit_in_bytes").write_text("9223372036854771712")  # v1's way to say: none
+    assert cgroup_free_bytes(v1, own) > 2**60
 
 
 def test_it_is_a_deepspeed_rollout_engine_and_counts_seeds():

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,3 +196,14 @@ def test_streams_do_not_overlap():
 def test_uniform_refuses_what_it_cannot_count(arguments):
     with pytest.raises(ValueError, match="at most 3 counters"):
         uniform(*arguments)
+
+
+def test_the_table_in_docs_is_what_the_loop_does():
+    """Two rows of it, made again by the loop's own decisions."""
+    from benchmarks.schedule_plot import CASES, simulate, table
+
+    page = (Path(__file__).parents[2] / "docs" / "schedule.md").read_text().splitlines()
+    written = {line.split("|")[1].strip(" `"): line.split() for line in page if line.startswith("| `")}
+    for name in ("adaptive, phi 0.2", "released reference, phi 0.5"):
+        row = table({name: simulate(CASES[name])}).splitlines()[-1]
+        assert row.split() == written[name]

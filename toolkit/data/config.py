@@ -1,15 +1,40 @@
-"""The `data` section of a run's config."""
+"""The `data` and `text` sections of a run's config, and data sets known by name."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PYTHON_DOCS = "python_docs"
 TEMPLATE_NAMES = ("chat", "alpaca", "plain")
+RESPONSES = ("data", "teacher")
 ON_BAD_ROW = ("stop", "skip")
 ON_LONG_RESPONSE = ("truncate", "skip", "stop")
+KINDS = ("instructions", "text")
+MIN_BLOCK = 8  # tokens
+
+
+class Preset(NamedTuple):
+    """How a hub data set calls its fields, and its one file where it has no splits."""
+
+    prompt_field: str
+    input_field: str
+    response_field: str
+    file: str | None = None
+
+
+#: hub name -> what need not be set by hand: the sets of MiniLLM (arXiv 2306.08543), which DistiLLM uses too. The
+#: evaluation sets keep "output" as text or as a list of references.
+PRESETS = {
+    "databricks/databricks-dolly-15k": Preset("instruction", "context", "response"),
+    "MiniLLM/self-inst": Preset("instruction", "input", "output", "valid.jsonl"),
+    "MiniLLM/Vicuna": Preset("instruction", "input", "output", "valid.jsonl"),
+    "MiniLLM/sinst": Preset("instruction", "input", "output", "11_/valid.jsonl"),
+    "MiniLLM/uinst": Preset("instruction", "input", "output", "11_/valid.jsonl"),
+}
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
@@ -25,18 +50,30 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
 class DataConfig:
     """Where prompts and responses come from, and how they become tokens. Lengths are in tokens.
 
-    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set.
+    kind: "instructions" are prompts with responses. "text" is documents, packed to blocks of max_length tokens in which
+    every token is learned, without attention from one document to another; then `text_field` is read, and what is said
+    below of prompts, responses and templates does not apply.
+    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, or a hub data set; for text also
+    a .txt file (one document) or a folder of any of these.
+    streaming: of kind "text": read while training, for what does not fit a disk. Every rank reads its own documents.
     subset, split, validation_split: which part of a hub data set; files and "python_docs" do not use them.
     validation_source: as `source`. None takes `validation_fraction` of the source's rows by a hash of their
     prompt, so equal prompts stay on one side ("python_docs" has a validation split of its own, by module).
     input_field: a second prompt field, as Alpaca's and Dolly's "input"; rows may leave it empty.
+    response_field: a list in it is several references: the first is learned, all are kept for evaluation.
+    messages_field: conversations, [{"role", "content"}, ...] or ShareGPT's from and value; the assistant's last turn is
+    the response, all before it the prompt, by the tokenizer's chat template. Then the three fields above are not read.
+    responses: "data" trains on the rows' own; "teacher" on what the teacher answers to their prompts, generated once
+    with the rollout section's settings and kept in the cache (sequence-level distillation, arXiv 1606.07947).
     max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens.
+    packing: several examples in one row, of max_length at most, that do not see each other.
     on_long_response: a response that does not fit is cut and gets no EOS, or is skipped, or is an error.
     on_bad_row: a row that cannot be used is an error that names it, or is skipped and counted.
     max_rows: at most this many usable rows of each source.
     cache_dir: for prepared data sets; None is the `datasets` library's own place.
     """
 
+    kind: str = "instructions"
     source: str = PYTHON_DOCS
     subset: str | None = None
     split: str = "train"
@@ -46,10 +83,15 @@ class DataConfig:
     prompt_field: str = "prompt"
     response_field: str = "response"
     input_field: str | None = None
+    messages_field: str | None = None
+    text_field: str = "text"
     template: str = "chat"
+    responses: str = "data"
     max_length: int = 512
     max_prompt_length: int = 256
     on_long_response: str = "truncate"
+    packing: bool = False
+    streaming: bool = False
     max_rows: int | None = None
     on_bad_row: str = "stop"
     cache_dir: str | None = None
@@ -57,7 +99,9 @@ class DataConfig:
     def validate(self) -> None:
         """Raises ValueError for the first setting that cannot work, with its value and what to do."""
         for name, known in (
+            ("kind", KINDS),
             ("template", TEMPLATE_NAMES),
+            ("responses", RESPONSES),
             ("on_bad_row", ON_BAD_ROW),
             ("on_long_response", ON_LONG_RESPONSE),
         ):
@@ -73,13 +117,24 @@ class DataConfig:
             raise ValueError(
                 f"data.prompt_field, response_field, input_field = {fields}; give a different name to each"
             )
+        if self.messages_field is not None and self.template != "chat":
+            raise ValueError(
+                f"data.messages_field = {self.messages_field!r} with data.template = {self.template!r}; turns go "
+                'through the tokenizer\'s own template: set data.template to "chat"'
+            )
+        if self.kind != "text" and self.streaming:
+            raise ValueError(
+                f'data.streaming is for plain text, but data.kind = {self.kind!r}; set one of them to "text" or false'
+            )
+        if self.kind == "text" and self.max_length < MIN_BLOCK:
+            raise ValueError(f"data.max_length = {self.max_length} for blocks of text; give {MIN_BLOCK} or more")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"data.validation_fraction = {self.validation_fraction}; give a number between 0 and "
                 "1 (0.05 is usual), "
                 "or a data.validation_source"
             )
-        if not 1 <= self.max_prompt_length < self.max_length:
+        if self.kind != "text" and not 1 <= self.max_prompt_length < self.max_length:
             raise ValueError(
                 f"data.max_prompt_length = {self.max_prompt_length} with data.max_length = "
                 f"{self.max_length}; the prompt "
@@ -88,3 +143,40 @@ class DataConfig:
             )
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"data.max_rows = {self.max_rows}; give 1 or more, or null for all rows")
+
+    def with_preset(self, source: str) -> DataConfig:
+        """The field names to read `source` with: a known set's own where none were set by hand."""
+        names = ("prompt_field", "input_field", "response_field")
+        if source not in PRESETS or any(getattr(self, name) != getattr(DataConfig, name) for name in names):
+            return self
+        return dataclasses.replace(self, **{name: getattr(PRESETS[source], name) for name in names})
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Plain text whose next tokens are learned beside the distillation, as in the paper (OpenWebText, weight 1).
+
+    source: as data.source of kind "text"; "" is none. subset, split, field, streaming, max_rows (documents): as there.
+    weight: of the mean cross entropy of the text's tokens, added to the loss. batch_rows: blocks of `max_length` tokens
+    in one step, over all ranks; None is as many as train.batch_rows.
+    """
+
+    source: str = ""
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+    weight: float = 1.0
+    batch_rows: int | None = None
+    max_length: int = 512
+    streaming: bool = False
+    max_rows: int | None = None
+
+    def validate(self) -> None:
+        """Raises ValueError for the first setting that cannot work."""
+        if not self.weight > 0:
+            raise ValueError(f'text.weight = {self.weight}; it has to be above 0, or text.source = ""')
+        if self.max_length < MIN_BLOCK:
+            raise ValueError(f"text.max_length = {self.max_length} for blocks of text; give {MIN_BLOCK} or more")
+        for name in ("batch_rows", "max_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"text.{name} = {value}; give 1 or more, or null")

@@ -1,27 +1,46 @@
-"""Rows of text from the built-in data set, from files, or from the hub.
+"""Rows from the built-in data set, from files, or from the hub, and what they were made of as one hash.
 
-Every row leaves here as {"prompt": str, "input": str, "response": str}, whatever the source calls its fields.
+A row of instructions leaves here as {"prompt": str, "input": str, "response": str}, whatever the source calls its
+fields; "messages" beside them where it was a conversation, "references" where it has several responses.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from toolkit.data.config import PYTHON_DOCS, DataConfig
+from toolkit.data.config import PRESETS, PYTHON_DOCS, DataConfig
 from toolkit.data.python_docs import python_docs_rows
 
-BUILDERS = {
-    ".json": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}  # of the `datasets` library
+#: ending -> builder of the `datasets` library
+BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 SUFFIXES = (".jsonl", *BUILDERS)
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+#: roles as ShareGPT and others write them
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set's name (a file, a hub name, "python_docs") and which part of it is meant."""
+
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    cache_dir: str | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig, name: str, is_validation: bool) -> Source:
+        split = config.validation_split if is_validation else config.split
+        if name == PYTHON_DOCS:
+            split = "validation" if is_validation else "train"
+        return cls(name, config.subset, split, config.cache_dir)
 
 
 def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> tuple[list[dict], int]:
@@ -34,11 +53,12 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
     left.
     """
     rows, skipped, first_reason = [], 0, ""
-    for where, row in _records(config, source, is_validation):
+    fields = config.with_preset(source)
+    for where, row in records(Source.of(config, source, is_validation)):
         if len(rows) == config.max_rows:
             break
         try:
-            rows.append(_checked(row, where, config))
+            rows.append(_checked(row, where, fields))
         except ValueError as error:
             if config.on_bad_row == "stop":
                 raise ValueError(f'{error}, or set data.on_bad_row to "skip"') from None
@@ -51,10 +71,9 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
 
 def _checked(row: object, where: str, config: DataConfig) -> dict:
     """One row under the names used from here on; ValueError if it is of no use."""
-    if isinstance(row, Exception):
-        raise ValueError(f"{where}: not valid JSON ({row}); mend the line")
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}, not an object with fields; mend the line")
+    row = as_object(row, where)
+    if config.messages_field is not None:
+        return _conversation(field_of(row, config.messages_field, "data.messages_field", where), where)
     out = {}
     for name, field in (
         ("prompt", config.prompt_field),
@@ -64,51 +83,115 @@ def _checked(row: object, where: str, config: DataConfig) -> dict:
         if field is None:
             out[name] = ""
             continue
-        if field not in row:
-            raise ValueError(
-                f"{where}: no field {field!r}, the row has {', '.join(map(repr, row)) or 'none'}; "
-                f"set data.{name}_field to one of these"
-            )
-        value = row[field]
-        if name == "input" and value is None:
-            value = ""
-        if value is not None and not isinstance(value, str):
-            raise ValueError(
-                f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; make it a string"
-            )
-        if name != "input" and not (value or "").strip():
-            raise ValueError(f"{where}: {field!r} is empty ({value!r:.60}); give the row a {name}")
-        out[name] = value
+        value = field_of(row, field, f"data.{name}_field", where)
+        if name == "response" and isinstance(value, list) and value:
+            out["references"] = [_text(item, name, field, where) for item in value]
+            value = value[0]
+        out[name] = _text(value, name, field, where)
     return out
 
 
-def _records(config: DataConfig, source: str, is_validation: bool) -> Iterator[tuple[str, object]]:
+def as_object(row: object, where: str) -> dict:
+    """Raises ValueError for a record that could not be read, or has no fields."""
+    if isinstance(row, Exception):
+        raise ValueError(f"{where}: not valid JSON ({row}); mend the line")
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a {type(row).__name__}, not an object with fields; mend the line")
+    return row
+
+
+def field_of(row: dict, field: str, setting: str, where: str) -> object:
+    """Raises ValueError, with the fields there are, where there is no `field`."""
+    if field not in row:
+        raise ValueError(
+            f"{where}: no field {field!r}, the row has {', '.join(map(repr, row)) or 'none'}; "
+            f"set {setting} to one of these"
+        )
+    return row[field]
+
+
+def _text(value: object, name: str, field: str, where: str) -> str:
+    if name == "input" and value is None:
+        value = ""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; make it a string")
+    if name != "input" and not (value or "").strip():
+        raise ValueError(f"{where}: {field!r} is empty ({value!r:.60}); give the row a {name}")
+    return value
+
+
+def _conversation(turns: object, where: str) -> dict:
+    """[{"role", "content"}, ...] or ShareGPT's [{"from", "value"}, ...]: the assistant's last turn is the response, all
+    before it the prompt."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: the conversation is {turns!r:.60}, not a list of turns")
+    messages = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"{where}: a turn has {turn!r:.60}; it needs role and content (or from and value) as text")
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if len(messages) < 2 or not messages[-1]["content"].strip():
+        raise ValueError(f"{where}: no answer of the assistant after another turn; {len(turns)} turns")
+    *before, last = messages
+    is_one = len(before) == 1
+    prompt = before[0]["content"] if is_one else "\n".join(f"{m['role']}: {m['content']}" for m in before)
+    return {"prompt": prompt, "input": "", "response": last["content"], "messages": before}
+
+
+def records(source: Source) -> Iterator[tuple[str, object]]:
     """(where, row) in the source's order; a row that could not be read is the exception that said so."""
-    if source == PYTHON_DOCS:
-        rows = python_docs_rows("validation" if is_validation else "train", config.cache_dir)
-        yield from ((f"{source} row {number}", row) for number, row in enumerate(rows, 1))
+    name = source.name
+    if name == PYTHON_DOCS:
+        rows = python_docs_rows(source.split, source.cache_dir)
+        yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
         return
-    path = Path(source).expanduser()
-    if not _looks_like_path(source, path):
-        yield from _table(config, source, is_validation)
+    path = Path(name).expanduser()
+    if not looks_like_path(name, path):
+        yield from numbered(name, load_table(source))
         return
     if not path.is_file():
         what = "a folder" if path.is_dir() else "missing"
-        raise ValueError(f"{source}: the file is {what} (looked at {path.absolute()}); give the path of a data file")
+        raise ValueError(f"{name}: the file is {what} (looked at {path.absolute()}); give the path of a data file")
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{source}: unknown ending {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
+        raise ValueError(f"{name}: unknown ending {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{source}: the file is empty (0 bytes)")
-    yield from (
-        _lines(source, path) if path.suffix.lower() == ".jsonl" else _table(config, source, is_validation, path)
-    )
+        raise ValueError(f"{name}: the file is empty (0 bytes)")
+    yield from lines(name, path) if path.suffix.lower() == ".jsonl" else numbered(name, load_table(source, path))
 
 
-def _looks_like_path(source: str, path: Path) -> bool:
+def numbered(name: str, table: Iterable[dict]) -> Iterator[tuple[str, object]]:
+    return ((f"{name} row {number}", row) for number, row in enumerate(table, 1))
+
+
+def content_sha256(source: Source) -> str:
+    """Of all that `records` reads: files by their bytes, the hub's tables by the library's fingerprint."""
+    if source.name == PYTHON_DOCS:
+        rows = python_docs_rows(source.split, source.cache_dir)
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    path = Path(source.name).expanduser()
+    if not looks_like_path(source.name, path):
+        return hashlib.sha256(load_table(source)._fingerprint.encode()).hexdigest()
+    whole = hashlib.sha256()
+    for file in files_below(path):
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        whole.update(f"{file.suffix} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+def files_below(path: Path) -> list[Path]:
+    """The file itself, or every file in a folder, by name."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+
+
+def looks_like_path(source: str, path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or path.exists() or not HUB_NAME.fullmatch(source)
 
 
-def _lines(source: str, path: Path) -> Iterator[tuple[str, object]]:
+def lines(source: str, path: Path) -> Iterator[tuple[str, object]]:
     """jsonl, read here and not by `datasets`, so that a broken line can be named. Blank lines pass."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -121,31 +204,29 @@ def _lines(source: str, path: Path) -> Iterator[tuple[str, object]]:
             yield f"{source}:{number}", row
 
 
-def _table(
-    config: DataConfig, source: str, is_validation: bool, path: Path | None = None
-) -> Iterator[tuple[str, object]]:
-    """Rows of a file (`path`) or of the hub (no `path`) through the `datasets` library."""
+def load_table(source: Source, path: Path | None = None, streaming: bool = False) -> Any:
+    """A file (`path`) or a hub name (no `path`) as a table, or a stream, of the `datasets` library."""
     import datasets  # takes a second, and python_docs and jsonl do without
 
+    options: dict[str, Any] = {"cache_dir": source.cache_dir} | ({"streaming": True} if streaming else {})
     try:
         if path is None:
-            split = config.validation_split if is_validation else config.split
-            table = datasets.load_dataset(source, config.subset, split=split, cache_dir=config.cache_dir)
-        else:
-            options = _csv_options(path) if path.suffix.lower() == ".csv" else {}
-            builder, cache_dir = BUILDERS[path.suffix.lower()], config.cache_dir
-            table = datasets.load_dataset(builder, data_files=str(path), split="train", cache_dir=cache_dir, **options)
+            preset = PRESETS.get(source.name)
+            if preset is not None and preset.file is not None:  # one file, which the library calls its split "train"
+                return datasets.load_dataset(source.name, data_files=preset.file, split="train", **options)
+            return datasets.load_dataset(source.name, source.subset, split=source.split, **options)
+        options |= _csv_options(path) if path.suffix.lower() == ".csv" else {}
+        builder = "json" if path.suffix.lower() == ".jsonl" else BUILDERS[path.suffix.lower()]
+        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # the library raises a dozen kinds, and the cause is often the more telling one
         reason = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
         if path is not None:
-            raise ValueError(f"{source}: could not be read as {path.suffix[1:]}: {reason}") from error
+            raise ValueError(f"{source.name}: could not be read as {path.suffix[1:]}: {reason}") from error
         raise ValueError(
-            f"{source}: no such file here, and the hub's data set of that name (subset "
-            f"{config.subset}, split {split}) "
+            f"{source.name}: no such file here, and the hub's data set of that name (subset "
+            f"{source.subset}, split {source.split}) "
             f"could not be loaded: {reason}. Check the name and the network; {PYTHON_DOCS!r} needs neither"
         ) from error
-    for number, row in enumerate(table, 1):
-        yield f"{source} row {number}", row
 
 
 def _csv_options(path: Path) -> dict:

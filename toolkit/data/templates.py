@@ -59,7 +59,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
             f'data.template = "chat", but the tokenizer {tokenizer.name_or_path!r} has no chat template; '
             'use "alpaca" or "plain", or set tokenizer.chat_template'
         )
-    messages = [{"role": "user", "content": _plain(tokenizer, row)}]
+    messages = row.get("messages") or [{"role": "user", "content": _plain(tokenizer, row)}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 

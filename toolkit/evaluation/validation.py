@@ -10,22 +10,27 @@ import torch
 from toolkit import distributed
 from toolkit.batch import Example, TokenBatch
 from toolkit.divergences import Divergence
-from toolkit.models.engines import Student, Teacher
+from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
 
 
 class Validation(NamedTuple):
     """Means per response token: forward KL of teacher to student, cross-entropy with the data, and the share of tokens
-    where both models' first choices agree."""
+    where both models' first choices agree. Without a teacher only the second is known."""
 
-    kl_nats: float
+    kl_nats: float | None
     ce_nats: float
-    top1_agreement: float
+    top1_agreement: float | None
+
+    def metrics(self) -> dict[str, float | None]:
+        return self._asdict() | {"perplexity": math.exp(min(self.ce_nats, 700.0))}
 
 
 class Validator:
-    """Measures on `examples`, dealt over the ranks. Every rank makes as many passes, whatever its share."""
+    """Measures on `examples`, dealt over the ranks, against `teacher`. Every rank makes as many passes, whatever its
+    share."""
 
-    def __init__(self, examples: list[Example], batch_rows: int, pad_id: int):
+    def __init__(self, examples: list[Example], batch_rows: int, pad_id: int, teacher: Teacher | NoTeacher):
+        self.teacher = teacher
         rank, world = distributed.rank(), distributed.world()
         own = examples[rank::world]
         passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
@@ -36,20 +41,22 @@ class Validator:
         self.spares = [spare] * (passes - len(parts))
 
     @torch.no_grad()
-    def measure(self, student: Student, teacher: Teacher) -> Validation:
+    def measure(self, student: Student) -> Validation:
         """Every rank gets the same numbers. Temperature 1 and the forward KL, whatever training minimises, so that runs
         with different losses can be compared."""
         sums = [0.0, 0.0, 0.0, 0.0]
         student.engine.eval()
         try:
-            with teacher.head() as head:
+            with self.teacher.head() as head:
                 for index, batch in enumerate(self.batches + self.spares):
-                    (hidden_NT,) = teacher.hidden_states([batch])
-                    out = student.loss(batch, hidden_NT, head, divergence=Divergence("fkl"))
+                    (signal,) = self.teacher.signals([batch])
+                    out = student.loss(batch, signal, head, Objective(Divergence("fkl")))
                     if index < len(self.batches):
                         found = (out.divergence_nats, out.cross_entropy_nats, out.agreements, batch.num_targets)
                         sums = [total + float(value) for total, value in zip(sums, found, strict=True)]
         finally:
             student.engine.train()
         kl, cross_entropy, agreements, tokens = distributed.sum_over_ranks(sums)
+        if isinstance(self.teacher, NoTeacher):
+            return Validation(None, cross_entropy / tokens, None)
         return Validation(kl / tokens, cross_entropy / tokens, agreements / tokens)

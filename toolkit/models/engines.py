@@ -15,15 +15,26 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from toolkit import distributed
 from toolkit.batch import TokenBatch
-from toolkit.config import LossConfig, OptimizerConfig, RunConfig
-from toolkit.divergences import Divergence, default_budget_mib, fused_linear_divergence
+from toolkit.config import NO_DIVERGENCE, LossConfig, OptimizerConfig, RunConfig
+from toolkit.divergences import (
+    Divergence,
+    FusedLoss,
+    TopKTeacher,
+    default_budget_mib,
+    fused_linear_cross_entropy,
+    fused_linear_divergence,
+)
 from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.load import load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
+
+#: families whose code takes position ids but makes no mask of them, so that packed texts would see each other
+MAKES_NO_PACKED_MASK = {"opt"}
 
 
 class Head(NamedTuple):
@@ -35,8 +46,33 @@ class Head(NamedTuple):
     soft_cap: float | None
 
 
+#: the teacher's answer to a micro-batch: hidden_NT, the stored top k of its N positions, or None where it is not asked
+Signal = Tensor | TopKTeacher | None
+
+
+class Objective(NamedTuple):
+    """What is minimised at a response token that has a signal: divergence + cross_entropy_weight * cross entropy.
+    Where it has none it is the cross entropy alone. alpha_per_sequence: see `sequence_alpha`."""
+
+    divergence: Divergence | None
+    cross_entropy_weight: float = 0.0
+    temperature: float = 1.0
+    alpha_per_sequence: bool = False
+
+    @classmethod
+    def of(cls, loss: LossConfig, on_student_text: bool = False, progress: float = 0.0) -> Objective:
+        """Of the configured loss, at `progress` from 0 to 1 through the run."""
+        name = loss.student_text_divergence if on_student_text and loss.student_text_divergence else loss.divergence
+        if name == NO_DIVERGENCE:
+            return cls(None, loss.cross_entropy_weight, loss.temperature)
+        alpha = loss.alpha if loss.alpha_end is None else loss.alpha + (loss.alpha_end - loss.alpha) * progress
+        divergence = Divergence(name, alpha=alpha, beta=loss.beta, head_mass=loss.head_mass)
+        return cls(divergence, loss.cross_entropy_weight, loss.temperature, loss.alpha_per_sequence)
+
+
 class LossSums(NamedTuple):
-    """Sums over a micro-batch's response tokens, detached, except `loss`, which is weighted and carries gradients."""
+    """Sums over a micro-batch's response tokens, detached, except `loss`, which is weighted and carries gradients.
+    divergence_nats and agreements are 0 where there was no signal."""
 
     loss: Tensor
     divergence_nats: Tensor
@@ -52,7 +88,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     split_where_memory_runs_out(model)
     engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
-    return Teacher(engine, config.teacher.pass_rows)
+    return Teacher(engine, config.teacher.pass_rows, config.train.micro_rows)
 
 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
@@ -70,23 +106,23 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
 class Teacher:
     """The frozen model that is imitated. It answers with hidden states at response positions, Ht numbers a token."""
 
-    def __init__(self, engine: Any, pass_rows: int | None = None):
-        self.engine, self.pass_rows = engine, pass_rows
+    def __init__(self, engine: Any, pass_rows: int | None = None, micro_rows: int = 1):
+        # Of settings, not of the batches at hand: packed micro-batches have other numbers of rows on other ranks.
+        self.engine, self.batches_per_pass = engine, max(1, (pass_rows or 10**9) // micro_rows)
 
     @property
     def model(self) -> PreTrainedModel:
         return self.engine.module.model
 
     @torch.no_grad()
-    def hidden_states(self, window: list[TokenBatch]) -> list[Tensor]:
-        """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many rows in its window,
-        so every rank makes as many passes, and enters as many all-gathers."""
-        per_pass = max(1, (self.pass_rows or 10**9) // len(window[0].input_ids_BT))
-        found: list[Tensor] = []
-        for start in range(0, len(window), per_pass):
-            part = window[start : start + per_pass]
+    def signals(self, window: list[TokenBatch]) -> list[Signal]:
+        """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
+        window, so every rank makes as many passes, and enters as many all-gathers."""
+        found: list[Signal] = []
+        for start in range(0, len(window), self.batches_per_pass):
+            part = window[start : start + self.batches_per_pass]
             joined = TokenBatch.concatenate(part)
-            hidden_NT = self.engine(joined.input_ids_BT, joined.attention_mask_BT, joined.predicts_BT)
+            hidden_NT = self.engine(joined)
             found += hidden_NT.split([batch.num_targets for batch in part])
         return found
 
@@ -101,6 +137,17 @@ class Teacher:
             yield Head(weight_VH, bias_V, *logit_rules(self.model.config))
 
 
+class NoTeacher:
+    """In the place of a teacher where a run trains on the cross entropy with its data alone."""
+
+    def signals(self, window: list[TokenBatch]) -> list[Signal]:
+        return [None] * len(window)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        yield None
+
+
 class Student:
     """The model that learns. Its engine computes the loss inside `forward`, where DeepSpeed gathers what it needs."""
 
@@ -111,11 +158,12 @@ class Student:
     def model(self) -> PreTrainedModel:
         return self.engine.module.model
 
-    def loss(self, batch: TokenBatch, teacher_hidden_NT: Tensor, teacher_head: Head, token_weight: float = 1.0,
-             divergence: Divergence | None = None) -> LossSums:  # fmt: skip
-        """`loss` is token_weight times the sum over the batch's response tokens. `divergence`: in place of the
-        configured one, for validation."""
-        return LossSums(*self.engine(batch, teacher_hidden_NT, tuple(teacher_head), token_weight, divergence))
+    def loss(self, batch: TokenBatch, signal: Signal, teacher_head: Head | None, objective: Objective,
+             token_weight: float = 1.0) -> LossSums:  # fmt: skip
+        """`loss` is token_weight times the sum of `objective` over the batch's response tokens. `teacher_head`: where
+        the signal is hidden states."""
+        head = None if teacher_head is None else tuple(teacher_head)
+        return LossSums(*self.engine(batch, signal, head, tuple(objective), token_weight))
 
     def learning_rate(self, step: int) -> float:
         """Of step 0, 1, ...: linear warm-up to `lr`, then a cosine to `min_lr`. A pure function of the step."""
@@ -137,52 +185,103 @@ class _TeacherForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, predicts_BT: Tensor) -> Tensor:
-        hidden_BTH = self.model.base_model(
-            input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
-        ).last_hidden_state
-        return hidden_BTH[predicts_BT]
+    def forward(self, batch: TokenBatch) -> Tensor:
+        return response_hidden(self.model, batch)
 
 
 class _StudentForward(nn.Module):
     def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
-        self.model, self.loss_config, self.vocabulary = model, loss, vocabulary
-        self.divergence = Divergence(loss.divergence, alpha=loss.alpha, beta=loss.beta)
+        self.model, self.vocabulary = model, vocabulary
         self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=16)
 
-    def forward(self, batch: TokenBatch, teacher_hidden_NT: Tensor, teacher_head: tuple, token_weight: float,
-                divergence: Divergence | None) -> tuple[Tensor, ...]:  # fmt: skip
-        hidden_BTH = self.model.base_model(
-            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
-        ).last_hidden_state
-        hidden_NS = hidden_BTH[batch.predicts_BT]
-        teacher = Head(*teacher_head)
+    def forward(self, batch: TokenBatch, signal: Signal, teacher_head: tuple | None, objective: tuple,
+                token_weight: float) -> tuple[Tensor, ...]:  # fmt: skip
+        hidden_NS = response_hidden(self.model, batch)
         projection = self.model.get_output_embeddings()
         scale, soft_cap = logit_rules(self.model.config)
         weight_VS = projection.weight  # read here: deepspeed gathers it as an external parameter, for backward as well
         bias_V = getattr(projection, "bias", None)
+        divergence, cross_entropy_weight, temperature, alpha_per_sequence = objective
+        shared = {
+            "weights_N": hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
+            "valid_vocab": self.vocabulary.size,
+        }
+
+        def work(budget_mib: float | None) -> FusedLoss:
+            if signal is None:
+                return fused_linear_cross_entropy(
+                    hidden_NS, weight_VS, batch.targets_N, bias_V=bias_V, logit_scale=scale, soft_cap=soft_cap,
+                    memory_budget_mib=budget_mib, **shared,
+                )  # fmt: skip
+            alpha_N = None
+            if alpha_per_sequence:
+                own = Head(weight_VS, bias_V, scale, soft_cap)
+                log_q, log_p = (
+                    mean_log_probs(batch, hidden_NH, head, self.vocabulary.size, budget_mib)
+                    for hidden_NH, head in ((hidden_NS, own), (signal, Head(*teacher_head)))
+                )
+                alpha_N = sequence_alpha(divergence, log_p, log_q).repeat_interleave(batch.predicts_BT.sum(1))
+            return fused_linear_divergence(
+                divergence, hidden_NS, weight_VS, targets_N=batch.targets_N, cross_entropy_weight=cross_entropy_weight,
+                temperature=temperature, student_bias_V=bias_V, student_logit_scale=scale, student_soft_cap=soft_cap,
+                alpha_N=alpha_N, memory_budget_mib=budget_mib, **_teacher_side(signal, teacher_head), **shared,
+            )  # fmt: skip
+
         # Around the operation and not the forward pass: nothing in it communicates, so one rank may repeat it alone.
-        out = self.tiles.run(lambda budget_mib: fused_linear_divergence(
-            divergence or self.divergence,
-            hidden_NS,
-            weight_VS,
-            teacher_hidden_NT,
-            teacher.weight_VH,
-            weights_N=hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
-            targets_N=batch.targets_N,
-            cross_entropy_weight=self.loss_config.cross_entropy_weight if divergence is None else 0.0,
-            temperature=self.loss_config.temperature if divergence is None else 1.0,
-            valid_vocab=self.vocabulary.size,
-            student_bias_V=bias_V,
-            teacher_bias_V=teacher.bias_V,
-            student_logit_scale=scale,
-            teacher_logit_scale=teacher.logit_scale,
-            student_soft_cap=soft_cap,
-            teacher_soft_cap=teacher.soft_cap,
-            memory_budget_mib=budget_mib,
-        ), whole=default_budget_mib(hidden_NS.device))  # fmt: skip
+        out = self.tiles.run(work, whole=default_budget_mib(hidden_NS.device))
         return out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum()
+
+
+def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """hidden_NH at the positions that predict response tokens, in the order of `batch.targets_N`."""
+    inputs = batch.model_inputs()
+    if batch.position_ids_BT is not None and model.config.model_type in MAKES_NO_PACKED_MASK:
+        like_BT1 = batch.input_ids_BT.new_empty((*batch.input_ids_BT.shape, 1), dtype=model.dtype)
+        inputs["attention_mask"] = create_causal_mask(
+            model.config, like_BT1, attention_mask=None, cache=None, position_ids=batch.position_ids_BT
+        )
+    elif batch.position_ids_BT is not None and "flash" in (model.config._attn_implementation or ""):
+        # transformers finds the texts for flash attention in a single row only; positions start over in each row too
+        inputs = {name: tensor_BT.reshape(1, -1) for name, tensor_BT in inputs.items()}
+    hidden_BTH = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden_BTH.reshape(*batch.predicts_BT.shape, -1)[batch.predicts_BT]
+
+
+@torch.no_grad()
+def mean_log_probs(batch: TokenBatch, hidden_NH: Tensor, head: Head, vocab: int, budget_mib: float | None) -> Tensor:
+    """[B] mean log-probability in nats that a model gives to each row's response tokens."""
+    nats_N = fused_linear_cross_entropy(
+        hidden_NH, head.weight_VH, batch.targets_N, valid_vocab=vocab, bias_V=head.bias_V, logit_scale=head.logit_scale,
+        soft_cap=head.soft_cap, memory_budget_mib=budget_mib,
+    ).cross_entropy_N  # fmt: skip
+    counts_B = batch.predicts_BT.sum(1)
+    rows_N = torch.arange(len(counts_B), device=counts_B.device).repeat_interleave(counts_B)
+    return -nats_N.new_zeros(len(counts_B)).index_add_(0, rows_N, nats_N) / counts_B.clamp(min=1)
+
+
+def sequence_alpha(divergence: Divergence, log_p_B: Tensor, log_q_B: Tensor) -> Tensor:
+    """[B] DistiLLM-2's alpha of each text, from both models' mean log-probabilities (arXiv 2503.07067).
+
+    Near q, log p - log((1 - a) q + a p) is about (1 - a) (p - q). It is held at its mean over the micro-batch, where
+    alpha is a0 = divergence.alpha: a = 1 - (1 - a0) mean(p - q) / (p - q), clipped to [0.01, a0]. p and q are the
+    geometric means per token; for srkl they change places.
+    """
+    gap_B = log_p_B.exp() - log_q_B.exp()
+    if divergence.name == "srkl":
+        gap_B = -gap_B
+    return (1 - (1 - divergence.alpha) * gap_B.mean() / (gap_B + 1e-5)).clamp(0.01, divergence.alpha)
+
+
+def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str, Any]:
+    """The teacher's arguments of `fused_linear_divergence`."""
+    if isinstance(signal, TopKTeacher):
+        return {"teacher_top_k": signal}
+    weight_VH, bias_V, scale, soft_cap = head
+    return {
+        "teacher_hidden_NT": signal, "teacher_head_VT": weight_VH, "teacher_bias_V": bias_V,
+        "teacher_logit_scale": scale, "teacher_soft_cap": soft_cap,
+    }  # fmt: skip
 
 
 def split_where_memory_runs_out(model: PreTrainedModel) -> None:

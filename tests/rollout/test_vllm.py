@@ -1,0 +1,150 @@
+"""Training on text from a server: what it says, by which weights, and how its faults reach the ranks."""
+
+import json
+import socket
+import time
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from tests import engine_cases
+from tests.rollout.stand_in_vllm import StandIn
+from tests.tiny import make_tokenizer, save_llama, tiny_overrides
+from toolkit.rollout.vllm import NoAnswer, Server
+
+STUDENT = "tied"  # with 8 rows in its head that no token has
+
+
+@pytest.fixture
+def server(tiny):
+    made = StandIn(tiny / STUDENT)
+    yield made
+    made.close()
+
+
+def run(tiny, ranks, name, **changes):
+    settings = {
+        "student__path": f"{tiny}/{STUDENT}", "schedule__policy": "on_policy", "rollout__temperature": 0,
+        "rollout__capacity": 8, "train__steps": 6, "validation__rows": 2,
+    }  # fmt: skip
+    ranks.run(engine_cases.run_tiny, tiny_overrides(tiny, name=name, **settings | changes))
+    records = [json.loads(line) for line in (tiny / "runs" / name / "metrics.jsonl").open()]
+    return load_file(tiny / "runs" / name / "student" / "model.safetensors"), records
+
+
+def distance(one, other):
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+@pytest.mark.multiprocess
+def test_training_by_a_server_is_training_by_the_student_itself(tiny, ranks2, server):
+    """The same greedy text at every step, so the same weights at the end; and each rank asked for its own rows."""
+    alone, _ = run(tiny, ranks2, "alone")
+    served, records = run(tiny, ranks2, "served", rollout__engine="vllm", rollout__server=server.url)
+    assert distance(served, alone) < 1e-5
+    still, _ = run(tiny, ranks2, "still", schedule__policy="off")
+    assert distance(still, alone) > 1e-3
+    assert [record["rollout_mode"] for record in records] == ["vllm"] * 6
+    assert [record["staleness_steps"] for record in records] == [0] * 6
+    assert len(server.log) == 6 * 8 and len({str(prompt) for prompt, _, _ in server.log[:8]}) == 8
+    # Prompts come back after 5 steps of 8 rows: what the server keeps of them is by older weights.
+    assert {str(prompt) for prompt, _, _ in server.log[40:]} & {str(prompt) for prompt, _, _ in server.log[:40]}
+    assert len(server.reloads) == 7  # at the start, and the weights of steps 0 to 5
+    assert server.reloads[0] == server.reloads[1] and len(set(server.reloads)) == 6
+    assert [digest for _, _, digest in server.log[::8]] == server.reloads[1:]
+    assert {path.name for path in (tiny / "runs" / "served" / "vllm").iterdir()} == {"start", "step-00000005"}
+
+
+@pytest.mark.multiprocess
+def test_text_is_as_old_as_the_weights_that_said_it(tiny, ranks2, server):
+    _, records = run(
+        tiny, ranks2, "stale", rollout__engine="vllm", rollout__server=server.url, rollout__sync_every_steps=2,
+        train__steps=5,
+    )  # fmt: skip
+    assert [record["staleness_steps"] for record in records] == [0, 1, 0, 1, 0]
+    digests = [digest for _, _, digest in server.log[::8]]
+    assert digests[0] == digests[1] != digests[2] == digests[3] != digests[4]
+    _, records = run(
+        tiny, ranks2, "fresh", rollout__engine="vllm", rollout__server=server.url, rollout__sync_every_steps=3,
+        rollout__train_on_fresh=True,
+        train__steps=4,
+    )  # fmt: skip
+    assert [record["staleness_steps"] for record in records] == [0, 1, 2, 0]
+
+
+@pytest.mark.multiprocess
+def test_texts_end_at_eos_and_depend_on_their_seed_alone(tiny, ranks2, server):
+    prompts = ["Return the number", "a", "What is a file?"] * 8
+    ours, theirs = ranks2.run(
+        engine_cases.server_texts, tiny, STUDENT, server.url, prompts, max_new_tokens=40, temperature=1.3
+    )
+    assert ours[0] == theirs[0]  # every text, asked for by the one rank and by the other
+    eos = AutoTokenizer.from_pretrained(tiny / STUDENT).eos_token_id
+    ended = [text for text in ours[0] if eos in text]
+    assert 0 < len(ended) < len(prompts) and len({tuple(text) for text in ours[0]}) > 8
+    assert all(text.index(eos) == len(text) - 1 for text in ended)
+    assert all(len(text) == 40 for text in ours[0] if eos not in text)
+    stats = ours[1]
+    assert (stats.mode, stats.texts, stats.tokens) == ("vllm", len(prompts), sum(map(len, ours[0])))
+    padded, is_text = ours[2]
+    assert [ids[:n] for ids, n in zip(padded, is_text, strict=True)] == ours[0][:3]  # DeepSpeed's interface
+
+
+@pytest.mark.multiprocess
+def test_faults_of_a_server_are_told_on_every_rank(tiny, ranks2, server):
+    faults = {
+        "with 500: made to fail": {"status": 500},
+        "did not answer in time": {"delay_s": 6},
+        "says the id 400000, the student's vocabulary ends at": {"choice": {"token_ids": [7, 400000]}},
+        "start it with --generation-config vllm": {"choice": {"token_ids": [7, 9], "finish_reason": "stop"}},
+        "goes on after EOS": {"choice": {"token_ids": [7, 1, 9]}},
+        "answers with token_ids = None": {"choice": {"token_ids": None}},
+        "start it with --max-model-len": {"max_model_len": 20},
+        "start it with VLLM_SERVER_DEV_MODE=1": {"no_dev_mode": True},
+        "None": {"status": 503, "failures": 2},  # tried again
+    }
+    for found in ranks2.run(engine_cases.server_errors, tiny, STUDENT, server.url, list(faults.values())):
+        for wanted, said in zip(faults, found, strict=True):
+            assert wanted in said
+
+
+@pytest.mark.multiprocess
+def test_a_server_with_another_model_is_noticed(tiny, ranks2):
+    """One of another size cannot read the weights, one of another vocabulary does not know their tokens."""
+    small = save_llama(tiny / "small", make_tokenizer(), seed=4, extra_rows=-60)
+    for folder, wanted in ((tiny / "teacher", "size mismatch"), (small, "size mismatch")):
+        other = StandIn(folder)
+        for (said,) in ranks2.run(engine_cases.server_errors, tiny, STUDENT, other.url, [{}]):
+            assert wanted in said
+        other.fault = {"keeps_weights": True}
+        for (said,) in ranks2.run(engine_cases.server_errors, tiny, STUDENT, other.url, [{"keeps_weights": True}]):
+            assert "speaks by other weights" in said or "is out of vocabulary" in said
+        other.close()
+
+
+@pytest.mark.multiprocess
+def test_a_server_that_is_not_there_ends_all_ranks(tiny, ranks2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for code, said in ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(
+        tiny, name="down", rollout__engine="vllm", rollout__server=f"http://127.0.0.1:{port}",
+        rollout__server_timeout_s=2)):  # fmt: skip
+        assert code == 2
+        if said:
+            assert "no vLLM server answers" in said and "pip install vllm" in said
+            assert f"VLLM_SERVER_DEV_MODE=1 vllm serve {tiny}/runs/down/vllm/start --generation-config vllm" in said
+
+
+def test_answers_that_are_not_vllms_are_told(server):
+    def ask(path, **changes):
+        return Server(server.url).ask("POST", path, time.monotonic() + 5, {"prompt": [1]} | changes)
+
+    with pytest.raises(ValueError, match=r"404: .*The model `x` does not exist"):
+        ask("/v1/completions", model="x")
+    with pytest.raises(ValueError, match=r"400: unknown fields \['seeds'\]"):
+        ask("/v1/completions", seeds=[1])
+    server.close()
+    with pytest.raises(NoAnswer, match="no vLLM server answers at"):
+        Server(server.url).ask("GET", "/v1/models", time.monotonic() + 1)

@@ -1,0 +1,131 @@
+"""The paper's tables: every run of every recipe is valid, and each method takes two steps on random weights."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from tests import engine_cases
+from tests.tiny import tiny_overrides
+from toolkit.batch import Example, TokenBatch
+from toolkit.config import RunConfig
+from toolkit.divergences import Divergence
+from toolkit.methods import METHODS, with_method
+from toolkit.models.engines import Head, mean_log_probs, sequence_alpha
+from toolkit.run import chosen
+
+SHAPES = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 400, "n_positions": 128},
+    "opt": {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
+            "vocab_size": 400, "word_embed_proj_dim": 32},
+}  # fmt: skip
+TABLES = {name: importlib.import_module(f"recipes.{name}").RECIPES for name in SHAPES}
+
+
+def tiny_run(tiny, family, run):
+    """The recipe's settings where a method or a table makes them, everything that costs time small."""
+    config = TABLES[family][run]
+    small = {}
+    for text in tiny_overrides(tiny):
+        key, _, value = text.partition("=")
+        if not key.startswith(("schedule.", "optimizer.")):
+            small[key] = json.loads(value)
+    tokenizer = f"{tiny}/student"
+    for role in ("teacher", "student") if config.has_teacher else ("student",):
+        small |= {f"{role}.random_weights": True, f"{role}.shape": SHAPES[family], f"{role}.tokenizer": tokenizer}
+    small |= {
+        "name": f"{family} {run.replace('/', ' ')}", "train.epochs": None, "train.steps": 2, "train.batch_rows": 4,
+        "train.micro_rows": 2, "optimizer.warmup_steps": 0, "validation.rouge_rows": 2, "validation.every_steps": 1,
+        "data.input_field": None, "data.prompt_field": "prompt", "text.max_length": 32, "text.field": "response",
+        "validation.samples": 0, "teacher.path": "", "student.path": "", "rollout.max_new_tokens": 6,
+    }  # fmt: skip
+    if config.text.source:
+        small["text.source"] = f"{tiny}/rows.jsonl"
+    if config.schedule.policy == "adaptive":
+        small["schedule.phi_initial"] = 1.0  # the paper's runs start at 0, and two steps would see the data alone
+    return config.with_settings(small)
+
+
+def different_runs():
+    """One of the runs that are alike at tiny size: sizes differ in shapes, learning rates and lengths only."""
+    seen, found = set(), []
+    for family, table in TABLES.items():
+        for run in table:
+            kind = (family, run.rpartition("/")[2])
+            if kind not in seen:
+                seen.add(kind)
+                found.append((family, run))
+    return found
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_every_run_is_valid_and_says_its_name(family):
+    for run, config in TABLES[family].items():
+        config.validate()
+        assert config.name == f"{family}-{run.replace('/', '-')}"
+    assert {run.partition("/")[2] for run in TABLES[family]} == {"", "init", *METHODS}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("family, run", different_runs())
+def test_two_steps(tiny, ranks2, family, run):
+    config = tiny_run(tiny, family, run)
+    said = [f"{key}={json.dumps(value)}" for key, value in flat(config.to_dict()).items()]
+    summary = ranks2.run(engine_cases.run_tiny, said)[0]
+    records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").open()]
+    assert summary["steps"] == len(records) == 2
+    assert all(0 < record["grad_norm"] < float("inf") for record in records)
+    assert (summary["validation"]["final"]["kl_nats"] is None) == (not config.has_teacher)
+    sources = {record["source"] for record in records}
+    wanted = {"off": {"dataset"}, "on_policy": {"generate"}, "adaptive": {"generate", "replay"}}
+    assert sources <= wanted.get(config.schedule.policy, {"dataset", "generate"})
+    assert all(("text_ce" in record) == bool(config.text.source) for record in records)
+
+
+def flat(values, prefix=""):
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "shape":
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def test_a_recipe_of_several_runs_is_asked_by_name():
+    table = {"a": RunConfig(name="a"), "b/c": RunConfig(name="b")}
+    assert chosen(table, ["b/c", "seed=3"]) == (table["b/c"], ["seed=3"])
+    assert chosen(table["a"], ["seed=3"]) == (table["a"], ["seed=3"])
+    with pytest.raises(ValueError, match="name one first: a, b/c"):
+        chosen(table, ["seed=3"])
+    with pytest.raises(ValueError, match="did you mean 'b/c'"):
+        chosen(table, ["b/d"])
+    with pytest.raises(ValueError, match=r"method = 'gdk' is not one of .* did you mean 'gkd'"):
+        with_method(RunConfig(), "gdk")
+
+
+def test_alpha_of_each_text_is_distillm_2s():
+    """Against the formula on full logits in float64, with padding, ragged responses and a padded head."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [(3, 9), (5, 6), (2, 12)]
+    rows = [Example(torch.randint(0, 50, (n,), generator=generator).numpy(), prompt) for prompt, n in lengths]
+    batch = TokenBatch.from_examples(rows, 0)
+    heads = [torch.randn(56, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    hidden = [torch.randn(*batch.input_ids_BT.shape, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    means = [
+        mean_log_probs(batch, h[batch.predicts_BT], Head(w, None, 0.7, None), 50, None)
+        for h, w in zip(hidden, heads, strict=True)
+    ]
+    wanted = []
+    for h, w in zip(hidden, heads, strict=True):
+        log_probs = (0.7 * h @ w.T)[..., :50].log_softmax(-1)
+        wanted.append(torch.stack([
+            torch.stack([log_probs[b, t - 1, rows[b].tokens[t]] for t in range(prompt, n)]).mean()
+            for b, (prompt, n) in enumerate(lengths)
+        ]))  # fmt: skip
+    torch.testing.assert_close(torch.stack(means), torch.stack(wanted))
+    for name, (of, other) in {"skl": (0, 1), "srkl": (1, 0)}.items():
+        gap = wanted[of].exp() - wanted[other].exp()
+        alpha = (1 - 0.9 * gap.mean() / (gap + 1e-5)).clamp(0.01, 0.1)
+        torch.testing.assert_close(sequence_alpha(Divergence(name, alpha=0.1), *wanted), alpha)

@@ -1,0 +1,202 @@
+"""A run's data from its settings: read, split, tokenised, kept for the next start."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.batch import Example
+from toolkit.data.config import PYTHON_DOCS, DataConfig, TextConfig
+from toolkit.data.sources import Source, content_sha256, load_rows
+from toolkit.data.store import Part, cached, tokenizer_sha256
+from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_identity
+from toolkit.data.tokens import tokenize_rows
+
+#: of a stream, this many documents that it holds out (or of its validation source, the first) are the validation text
+STREAM_VALIDATION_DOCUMENTS = 256
+
+
+@dataclass(frozen=True)
+class Data:
+    """train, validation: examples; validation_rows[i] is the text of validation[i] (plain text has none).
+
+    counts: for "train" and "validation" each `_rows` (examples left), `_truncated_prompts`,
+    `_truncated_responses`, `_skipped_long` and `_skipped_bad`. Rows skipped before a source was split count
+    as train's. A stream has no counts. sha256: of every token; a stream counts by the names and sizes of its files.
+    """
+
+    train: Sequence[Example] | TextStream
+    validation: Sequence[Example]
+    validation_rows: list[dict]
+    counts: dict[str, int]
+    sha256: str
+
+
+def load_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, token_cache: Path | None = None
+) -> Data:
+    """Everything a run trains on and validates on; equal on all ranks.
+
+    `seed` only salts the choice of validation rows where `source` is split: two runs to be compared, or a
+    teacher and its student, need the same one. `token_cache`: a folder that keeps the tokens for the next start.
+    Raises ValueError for anything wrong with the settings or the rows, see the parts.
+    """
+    config.validate()
+    if config.kind == "text" and config.streaming:
+        return _streamed(config, tokenizer, seed)
+    build = _text_parts if config.kind == "text" else _row_parts
+    key = _key(config, tokenizer, seed) if token_cache else {}
+    parts = cached(token_cache, key, lambda: build(config, tokenizer, seed))
+    counts = {}
+    for name in ("train", "validation"):
+        if not len(parts[name].examples):
+            raise ValueError(f"{config.source}: no {name} text is left; use more documents")
+        counts[f"{name}_rows"] = len(parts[name].examples)
+        counts |= {f"{name}_{what}": count for what, count in parts[name].counts.items()}
+    train, validation = parts["train"], parts["validation"]
+    both = hashlib.sha256(f"{train.sha256} {validation.sha256}".encode()).hexdigest()
+    return Data(train.examples, validation.examples, list(validation.rows), counts, both)
+
+
+def load_text(
+    config: TextConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str | None = None,
+    token_cache: Path | None = None,
+) -> tuple[Sequence[Example] | TextStream | None, str]:
+    """The blocks of plain text that are learned beside the distillation, and the hash of their tokens (of a stream:
+    of its files' names and sizes); (None, "") where the config names no source.
+
+    Raises ValueError for anything wrong with the settings or the text.
+    """
+    config.validate()
+    if not config.source:
+        return None, ""
+    source = Source(config.source, config.subset, config.split, cache_dir)
+    if config.streaming:
+        return TextStream(source, config.field, tokenizer, config.max_length), stream_identity(source)
+
+    def build() -> dict[str, Part]:
+        documents = itertools.islice(read_documents(source, config.field), config.max_rows)
+        return {"text": Part(blocks(documents, tokenizer, config.max_length))}
+
+    key: dict[str, Any] = {}
+    if token_cache:
+        names = ("field", "max_length", "max_rows")
+        key = {name: getattr(config, name) for name in names}
+        key |= {"text": content_sha256(source), "tokenizer": tokenizer_sha256(tokenizer)}
+    part = cached(token_cache, key, build)["text"]
+    if not len(part.examples):
+        raise ValueError(f"{config.source}: no text in it")
+    return part.examples, part.sha256
+
+
+def split_rows(rows: list[dict], validation_fraction: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """(train, validation) by a hash of prompt and input, so equal prompts are on one side and row order does
+    not matter.
+
+    Raises ValueError if one side would be empty.
+    """
+    keys = [hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['input']}".encode()).digest() for row in rows]
+    last = sorted(keys)[max(1, round(len(rows) * validation_fraction)) - 1]
+    train = [row for row, key in zip(rows, keys, strict=True) if key > last]
+    validation = [row for row, key in zip(rows, keys, strict=True) if key <= last]
+    if not train:
+        raise ValueError(
+            f"{len(rows)} rows with {len(set(keys))} different prompts and data.validation_fraction = "
+            f"{validation_fraction} leave {len(train)} training rows; use more rows or a "
+            "data.validation_source"
+        )
+    return train, validation
+
+
+def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Part]:
+    rows, skipped = load_rows(config, config.source)
+    validation_skipped = 0
+    if _is_split(config):
+        rows, validation_rows = split_rows(rows, config.validation_fraction, seed)
+    else:
+        source = config.validation_source or PYTHON_DOCS
+        validation_rows, validation_skipped = load_rows(config, source, is_validation=True)
+    parts = {}
+    for name, some, bad in (("train", rows, skipped), ("validation", validation_rows, validation_skipped)):
+        part = tokenize_rows(some, tokenizer, config)
+        if not part.examples:
+            raise ValueError(
+                f"{config.source}: none of {len(some)} {name} rows is left after tokenizing "
+                f"({dict(part.counts)}); raise "
+                f'data.max_length ({config.max_length}), or set data.on_long_response to "truncate"'
+            )
+        counts = {what: part.counts[what] for what in ("truncated_prompts", "truncated_responses", "skipped_long")}
+        counts["skipped_bad"] = bad + part.counts["skipped_bad"]
+        parts[name] = Part(part.examples, part.rows if name == "validation" else [], counts)
+    return parts
+
+
+def _text_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Part]:
+    """Documents are split by a hash of their text, or validation has a source of its own."""
+
+    def documents(is_validation: bool) -> Iterator[str]:
+        if not _is_split(config):
+            name = (config.validation_source if is_validation else None) or config.source
+            found = read_documents(Source.of(config, name, is_validation), config.text_field)
+        else:
+            found = (
+                text
+                for text in read_documents(Source.of(config, config.source, False), config.text_field)
+                if is_held_out(text, config.validation_fraction, seed) == is_validation
+            )
+        return itertools.islice(found, config.max_rows)
+
+    return {
+        name: Part(blocks(documents(name == "validation"), tokenizer, config.max_length))
+        for name in ("train", "validation")
+    }
+
+
+def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
+    def is_validation(text: str) -> bool:
+        return is_held_out(text, config.validation_fraction, seed)
+
+    source, own = Source.of(config, config.source, False), config.validation_source
+    if own is None:
+        stream = TextStream(
+            source, config.text_field, tokenizer, config.max_length, lambda text: not is_validation(text)
+        )
+        held_out = first_documents(source, config.text_field, STREAM_VALIDATION_DOCUMENTS, is_validation)
+    else:
+        stream = TextStream(source, config.text_field, tokenizer, config.max_length)
+        held_out = first_documents(Source.of(config, own, True), config.text_field, STREAM_VALIDATION_DOCUMENTS)
+    part = cached(None, {}, lambda: {"validation": Part(blocks(held_out, tokenizer, config.max_length))})["validation"]
+    if not part.examples:
+        raise ValueError(f"{own or source.name}: no validation text in it; raise data.validation_fraction")
+    return Data(
+        stream, part.examples, [], {"validation_rows": len(part.examples)}, f"{stream_identity(source)} {part.sha256}"
+    )
+
+
+def _is_split(config: DataConfig) -> bool:
+    return config.validation_source is None and config.source != PYTHON_DOCS
+
+
+def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Any]:
+    """All that decides the tokens: content, tokenizer, settings; names and places do not."""
+    settings = dataclasses.asdict(config.with_preset(config.source))
+    for name in ("source", "subset", "split", "validation_source", "validation_split", "cache_dir", "packing"):
+        del settings[name]
+    validation = None
+    if not _is_split(config):
+        validation = content_sha256(Source.of(config, config.validation_source or config.source, True))
+    return settings | {
+        "seed": seed if _is_split(config) else None,
+        "train": content_sha256(Source.of(config, config.source, False)),
+        "validation": validation,
+        "tokenizer": tokenizer_sha256(tokenizer),
+    }

@@ -1,0 +1,140 @@
+"""Tokenised examples in memory-mapped files, made once for the same content, tokenizer and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.batch import Example
+
+FORMAT = 1  # of the files, and of what the tokens of a row are: raise it when either changes
+
+
+class Part(NamedTuple):
+    """rows: the texts of the examples, where they are kept. counts: what was cut or left out on the way. sha256: of the
+    tokens and where prompts and texts end, once the part is built."""
+
+    examples: Iterable[Example]
+    rows: Sequence[dict] = ()
+    counts: Mapping[str, int] = MappingProxyType({})
+    sha256: str = ""
+
+
+class StoredExamples(Sequence[Example]):
+    """The examples of a folder that `store` wrote. Tokens stay on disk until they are asked for; all processes of a
+    machine share the pages."""
+
+    def __init__(self, folder: Path):
+        load = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "prompts", "start_ends")}
+        self._ends, self._prompts, self._start_ends = load["ends"], load["prompts"], load["start_ends"]
+        self._tokens, self._starts = (_mapped(folder / f"{name}.bin") for name in ("tokens", "starts"))
+        if len(self) and (self._ends[-1], self._start_ends[-1]) != (len(self._tokens), len(self._starts)):
+            raise ValueError(f"{folder}: its files do not belong together")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        at = index % len(self)
+        first, first_start = (0, 0) if at == 0 else (self._ends[at - 1], self._start_ends[at - 1])
+        starts = self._starts[first_start : self._start_ends[at]]
+        return Example(self._tokens[first : self._ends[at]], int(self._prompts[at]), tuple(starts.tolist()))
+
+
+def store(folder: Path, examples: Iterable[Example]) -> str:
+    """Write them one after the other: they may be more than memory holds. Returns their SHA-256."""
+    folder.mkdir(parents=True)
+    whole = hashlib.sha256()
+    ends, prompts, start_ends = [], [], []
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "starts.bin").open("wb") as starts:
+        for example in examples:
+            whole.update(_bytes(example))
+            tokens.write(example.tokens.tobytes())
+            starts.write(np.array(example.text_starts, dtype=np.int32).tobytes())
+            ends.append(len(example.tokens) + (ends[-1] if ends else 0))
+            start_ends.append(len(example.text_starts) + (start_ends[-1] if start_ends else 0))
+            prompts.append(example.prompt_length)
+    np.save(folder / "ends.npy", np.array(ends, dtype=np.int64))
+    np.save(folder / "start_ends.npy", np.array(start_ends, dtype=np.int64))
+    np.save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
+    return whole.hexdigest()
+
+
+def _bytes(example: Example) -> bytes:
+    head = f"{len(example.tokens)} {example.prompt_length} {example.text_starts}"
+    return head.encode() + example.tokens.tobytes()
+
+
+def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict[str, Part]]) -> dict[str, Part]:
+    """`build()`'s parts by name, from `cache_dir` where a process has built them for an equal `key` (plain JSON types).
+
+    An entry is written beside its place and renamed: it is whole or absent, whoever else builds the same one. Where it
+    cannot be written the parts are used from memory, with a warning.
+    """
+    if cache_dir is None:
+        return {name: _in_memory(part) for name, part in build().items()}
+    name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:32]
+    entry = cache_dir / name
+    try:
+        return _load(entry)
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(entry, ignore_errors=True)  # absent, or damaged
+    unfinished = cache_dir / f"{name}.unfinished-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        for part_name, part in build().items():
+            sha256 = store(unfinished / part_name, part.examples)
+            with (unfinished / part_name / "rows.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in part.rows)
+            about = {"counts": dict(part.counts), "sha256": sha256}
+            (unfinished / part_name / "part.json").write_text(json.dumps(about))
+        (unfinished / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True))
+        if not entry.exists():
+            unfinished.rename(entry)
+        return _load(entry)
+    except OSError as error:
+        warnings.warn(f"the tokens of the data could not be kept in {cache_dir}: {error}", stacklevel=2)
+        return cached(None, key, build)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that decides which ids a text gets: the Rust tokenizer as a whole, specials and chat template."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if inner is None else inner.to_str()
+    kept = [rules, type(tokenizer).__name__, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+
+
+def _in_memory(part: Part) -> Part:
+    examples, whole = list(part.examples), hashlib.sha256()
+    for example in examples:
+        whole.update(_bytes(example))
+    return part._replace(examples=examples, sha256=whole.hexdigest())
+
+
+def _load(entry: Path) -> dict[str, Part]:
+    json.loads((entry / "key.json").read_text())
+    parts = {}
+    for folder in sorted(path.parent for path in entry.glob("*/part.json")):
+        rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+        parts[folder.name] = Part(StoredExamples(folder), rows, **json.loads((folder / "part.json").read_text()))
+    return parts
+
+
+def _mapped(file: Path) -> np.ndarray:
+    return np.memmap(file, dtype=np.int32, mode="r") if file.stat().st_size else np.empty(0, dtype=np.int32)

@@ -1,0 +1,293 @@
+"""Plain text: documents, tokenised with EOS after each, packed to blocks in which they do not see each other."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.batch import Example
+from toolkit.data.config import PYTHON_DOCS
+from toolkit.data.sources import (
+    SUFFIXES,
+    Source,
+    as_object,
+    field_of,
+    files_below,
+    lines,
+    load_table,
+    looks_like_path,
+    numbered,
+    records,
+)
+
+TEXT_SUFFIXES = (".txt", *SUFFIXES)
+CHUNK_CHARACTERS = 2**20  # tokenised in one call; a longer .txt file becomes several documents
+CHUNK_DOCUMENTS = 1024
+
+
+def read_documents(source: Source, field: str) -> Iterator[str]:
+    """The texts of a file (.txt: the whole of it; others: `field` of each row), of a folder of files, or of a hub name.
+    Empty ones are left out.
+
+    Raises ValueError, naming the place, for what is missing, cannot be read, or has no such field.
+    """
+    files = local_files(source)
+    if files is not None:
+        for row in file_documents([str(file) for file in files], field):
+            yield row["text"]
+        return
+    for where, row in records(source):
+        if source.name == PYTHON_DOCS:
+            yield f"{row['prompt']}\n{row['response']}"
+        elif text := _text_of(row, field, where):
+            yield text
+
+
+def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
+    """{"text"} of each document in these files."""
+    for name in files:
+        path = Path(name)
+        if path.suffix.lower() == ".txt":
+            yield from ({"text": text} for text in _pieces(path) if text.strip())
+            continue
+        for where, row in lines(name, path) if path.suffix.lower() == ".jsonl" else _table_rows(name, path):
+            if text := _text_of(row, field, where):
+                yield {"text": text}
+
+
+def _table_rows(name: str, path: Path) -> Iterator[tuple[str, object]]:
+    """As a stream: nothing is copied into the library's cache."""
+    try:
+        yield from numbered(name, load_table(Source(name), path, streaming=True))
+    except ValueError:
+        raise
+    except Exception as error:  # the library's readers raise a dozen kinds
+        raise ValueError(f"{name}: could not be read as {path.suffix[1:]}: {error}") from error
+
+
+def local_files(source: Source) -> list[Path] | None:
+    """The files of a file's or folder's name; None for a hub name or a built-in set.
+
+    Raises ValueError for a folder without text and an unknown ending.
+    """
+    path = Path(source.name).expanduser()
+    is_path = looks_like_path(source.name, path) or path.suffix.lower() == ".txt"
+    if source.name == PYTHON_DOCS or not is_path:
+        return None
+    found = [file for file in files_below(path) if file.suffix.lower() in TEXT_SUFFIXES]
+    if not found:
+        what = "holds no file with" if path.is_dir() else "is missing" if not path.exists() else "has none of"
+        raise ValueError(f"{source.name}: {what} the endings {', '.join(TEXT_SUFFIXES)} (looked at {path.absolute()})")
+    return found
+
+
+def open_stream(source: Source, field: str, rank: int, world: int) -> Any:
+    """A `datasets` stream of this rank's rows, which holds `field`, or "text" where it is made of local files."""
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+
+    if source.name == PYTHON_DOCS:
+        raise ValueError(f"{PYTHON_DOCS!r} is not streamed, it is small; set streaming=false")
+    files = local_files(source)
+    if files is None:
+        return split_dataset_by_node(load_table(source, streaming=True), rank, world)
+    settings = {"files": [str(file) for file in files], "field": field}
+    return split_dataset_by_node(
+        datasets.IterableDataset.from_generator(file_documents, gen_kwargs=settings), rank, world
+    )
+
+
+def stream_identity(source: Source) -> str:
+    """What can be said of a stream's content without reading it: a hub name, or the files' names and sizes."""
+    files = local_files(source)
+    if files is None:
+        return source.name
+    return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
+
+
+def is_held_out(text: str, fraction: float, seed: int) -> bool:
+    """By a hash of the text: of two equal documents both are, wherever they lie."""
+    digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+class BlockPacker:
+    """Documents in, blocks of exactly `length` tokens out; what is left over waits for the next documents.
+
+    A document that passes the end of a block goes on in the next one as a text of its own, whose first token is not
+    predicted. The tokenizer's BOS, where it sets one, begins each document, EOS ends it.
+
+    Raises ValueError if the tokenizer has no EOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no EOS token to put between documents")
+        self.tokenizer, self.length = tokenizer, length
+        self.tokens: list[int] = []
+        self.starts: list[int] = []  # of texts after the first, in `tokens`
+
+    def add(self, texts: Sequence[str]) -> list[Example]:
+        """The blocks that become full."""
+        eos = self.tokenizer.eos_token_id
+        for ids in self.tokenizer(list(texts), verbose=False)["input_ids"] if texts else ():
+            if self.tokens:
+                self.starts.append(len(self.tokens))
+            self.tokens += ids if ids[-1:] == [eos] else [*ids, eos]
+        blocks = []
+        tokens, start_index, first = np.array(self.tokens, dtype=np.int32), 0, 0
+        for first in range(0, len(tokens) - self.length + 1, self.length):
+            starts = []
+            while start_index < len(self.starts) and self.starts[start_index] < first + self.length:
+                starts.append(self.starts[start_index] - first)
+                start_index += 1
+            blocks.append(Example(tokens[first : first + self.length], 1, tuple(s for s in starts if s)))
+        first = len(blocks) * self.length
+        self.tokens = self.tokens[first:]
+        self.starts = [start - first for start in self.starts[start_index:] if start > first]
+        return blocks
+
+    def rest(self) -> list[Example]:
+        """What is left over, as one short block, or none where it predicts nothing."""
+        is_enough = len(self.tokens) > len(self.starts) + 1
+        return [Example(np.array(self.tokens, dtype=np.int32), 1, tuple(self.starts))] if is_enough else []
+
+
+def blocks(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
+    """All of them packed; the last block may be shorter."""
+    packer, documents = BlockPacker(tokenizer, length), iter(documents)
+    while chunk := take_chunk(documents):
+        yield from packer.add(chunk)
+    yield from packer.rest()
+
+
+def take_chunk(documents: Iterator[str]) -> list[str]:
+    """The next documents, enough for one call of the tokenizer; none at the end."""
+    chunk, characters = [], 0
+    for text in documents:
+        chunk.append(text)
+        characters += len(text)
+        if characters >= CHUNK_CHARACTERS or len(chunk) == CHUNK_DOCUMENTS:
+            break
+    return chunk
+
+
+class TextStream:
+    """Blocks of text that are read while training, over and over, in the source's order. Each rank reads its own
+    documents, so a step's blocks depend on the number of ranks.
+
+    The place in the stream is a small JSON state: the library's own of the last chunk of documents, what was left over
+    before it, and how many of the chunk's blocks were taken. `is_wanted` keeps held-out documents away.
+    """
+
+    def __init__(self, source: Source, field: str, tokenizer: PreTrainedTokenizerBase, length: int,
+                 is_wanted: Callable[[str], bool] = lambda text: True):  # fmt: skip
+        self.source, self.field, self.is_wanted = source, field, is_wanted
+        self.packer = BlockPacker(tokenizer, length)
+        self._of: tuple[int, int] | None = None  # (rank, world) that it was opened for
+        self._mark: dict[str, Any] = {"source": None, "tokens": [], "starts": []}
+        self._blocks: list[Example] = []
+        self._taken = 0
+
+    def window_examples(self, step: int, rank: int, world: int, per_rank: int) -> list[Example]:
+        """The next blocks of `rank`, whatever the step: steps come in order, and a resumed run has loaded its state.
+
+        Raises ValueError where the stream has no usable text for this rank.
+        """
+        if self._of is None:
+            self._of = rank, world
+            self._open(None)
+        assert self._of == (rank, world)
+        found = []
+        while len(found) < per_rank:
+            if self._taken == len(self._blocks):
+                self._refill()
+            found.append(self._blocks[self._taken])
+            self._taken += 1
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank; plain JSON types."""
+        return {**self._mark, "taken": self._taken}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]], rank: int) -> None:
+        """Go on from the states of all ranks.
+
+        Raises ValueError where the stream is not that of these states.
+        """
+        state = states[rank]
+        self._of = rank, len(states)
+        self.packer.tokens, self.packer.starts = list(state["tokens"]), list(state["starts"])
+        self._open(state["source"])
+        self._blocks, self._taken = [], 0
+        if state["taken"]:
+            self._refill()
+            if len(self._blocks) < state["taken"]:
+                raise ValueError(f"{self.source.name} does not hold what it held when the checkpoint was written")
+            self._taken = state["taken"]
+
+    def _open(self, state: dict[str, Any] | None) -> None:
+        self._stream = open_stream(self.source, self.field, *self._of)
+        if state is not None:
+            self._stream.load_state_dict(state)
+        self._rows = iter(self._stream)
+        self._opened_at = state
+
+    def _refill(self) -> None:
+        ends = 0
+        while self._taken == len(self._blocks):
+            position = self._stream.state_dict()
+            self._mark = {
+                "source": position if position is not None else self._opened_at,
+                "tokens": list(self.packer.tokens), "starts": list(self.packer.starts),
+            }  # fmt: skip
+            texts = take_chunk(self._texts())
+            if not texts:
+                ends += 1
+                if ends == 2:
+                    raise ValueError(
+                        f"{self.source.name}: no usable text for rank {self._of[0]} of {self._of[1]}; use fewer "
+                        "ranks, more text, or streaming=false"
+                    )
+                self._open(None)
+                continue
+            ends, self._blocks, self._taken = 0, self.packer.add(texts), 0
+
+    def _texts(self) -> Iterator[str]:
+        field = "text" if local_files(self.source) is not None else self.field
+        for row in self._rows:
+            text = _text_of(row, field, self.source.name)
+            if text and self.is_wanted(text):
+                yield text
+
+
+def first_documents(
+    source: Source, field: str, count: int, is_wanted: Callable[[str], bool] = lambda text: True
+) -> Iterator[str]:
+    """The first `count` wanted documents of a stream."""
+    name = "text" if local_files(source) is not None else field
+    texts = (_text_of(row, name, source.name) for row in open_stream(source, field, 0, 1))
+    return itertools.islice((text for text in texts if text and is_wanted(text)), count)
+
+
+def _text_of(row: object, field: str, where: str) -> str:
+    value = field_of(as_object(row, where), field, "the text field (data.text_field, text.field)", where)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; make it a string")
+    return value if value and value.strip() else ""
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The file's text, cut at the ends of lines where it is longer than a chunk."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while piece := file.readlines(CHUNK_CHARACTERS):
+                yield "".join(piece)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None

@@ -1,0 +1,74 @@
+"""Methods of distillation by name: each is some settings of the one loop, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from toolkit.config import RunConfig
+from toolkit.data.config import unknown
+
+
+class Method(NamedTuple):
+    """What a method is, where it is from, and the settings that make it."""
+
+    what: str
+    settings: dict[str, Any]
+
+
+NO_TEACHER = {"loss.divergence": "none", "loss.cross_entropy_weight": 1.0, "schedule.policy": "off"}
+
+#: Where DistiLLM's released scripts and the paper that introduced a method differ, these follow the scripts.
+METHODS = {
+    "sft": Method(
+        "supervised fine-tuning on the data's responses, without a teacher",
+        {**NO_TEACHER, "teacher.path": "", "teacher.random_weights": False},
+    ),
+    "kd": Method("forward KL on the data (Hinton et al., arXiv 1503.02531)",
+                 {"loss.divergence": "fkl", "schedule.policy": "off"}),
+    "seqkd": Method(
+        "forward KL on the teacher's text, generated once (after arXiv 1606.07947, where it is cross entropy)",
+        {"loss.divergence": "fkl", "schedule.policy": "off", "data.responses": "teacher"},
+    ),
+    "imitkd": Method("forward KL on the student's text (Lin et al., arXiv 2009.07253)",
+                     {"loss.divergence": "fkl", "schedule.policy": "on_policy", "rollout.train_on_fresh": True}),
+    "gkd": Method(
+        "Jensen-Shannon divergence, half of the steps on the student's text (arXiv 2306.13649)",
+        {"loss.divergence": "jsd", "loss.beta": 0.5, "schedule.policy": "mixed", "schedule.mixed_share": 0.5,
+         "rollout.train_on_fresh": True},
+    ),
+    "minillm": Method(
+        "reverse KL on the student's text: MiniLLM's objective (arXiv 2306.08543), token by token and without its "
+        "policy-gradient estimator and teacher-mixed sampling",
+        {"loss.divergence": "rkl", "schedule.policy": "on_policy", "rollout.train_on_fresh": True},
+    ),
+    "distillm_skl": Method("skewed forward KL, adaptive off-policy schedule (arXiv 2402.03898)",
+                           {"loss.divergence": "skl", "loss.alpha": 0.1, "schedule.policy": "adaptive"}),
+    "distillm_srkl": Method("skewed reverse KL, adaptive off-policy schedule (arXiv 2402.03898)",
+                            {"loss.divergence": "srkl", "loss.alpha": 0.1, "schedule.policy": "adaptive"}),
+    "distillm2": Method(
+        "skewed forward KL on the teacher's text, skewed reverse KL on the student's, an alpha of each text's own; "
+        "half of the steps each, where arXiv 2503.07067 has pairs",
+        {"loss.divergence": "skl", "loss.student_text_divergence": "srkl", "loss.alpha": 0.1,
+         "loss.alpha_per_sequence": True, "data.responses": "teacher", "schedule.policy": "mixed",
+         "schedule.mixed_share": 0.5, "rollout.train_on_fresh": True},
+    ),
+    "abkd": Method("alpha-beta-divergence on the data (arXiv 2505.04560)",
+                   {"loss.divergence": "abkd", "loss.alpha": 0.2, "loss.beta": 0.7, "schedule.policy": "off"}),
+    "akl": Method("adaptive KL on the data (arXiv 2404.02657)",
+                  {"loss.divergence": "akl", "loss.head_mass": 0.5, "schedule.policy": "off"}),
+    "taid": Method(
+        "an interpolated teacher that moves to the real one (arXiv 2501.16937, in a straight line)",
+        {"loss.divergence": "taid", "loss.alpha": 0.4, "loss.alpha_end": 1.0, "schedule.policy": "off"},
+    ),
+}  # fmt: skip
+
+
+def with_method(config: RunConfig, method: str, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """`config` with the settings of a method, then `settings` ({"section.key": value}).
+
+    Raises ValueError for a method that is not in METHODS and for an unknown setting.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    return config.with_settings({**METHODS[method].settings, **(settings or {})})

@@ -1,0 +1,299 @@
+"""Student text from a vLLM server: token ids over its OpenAI-style HTTP interface, weights through a shared folder.
+
+Written for vLLM 0.33, started in development mode (docs/rollout.md): `/v1/completions` with `return_token_ids`, and
+after each export `/collective_rpc` with `reload_weights` and `/reset_prefix_cache`. Nothing of vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from toolkit import distributed
+from toolkit.batch import Example
+from toolkit.config import RunConfig
+from toolkit.models import Student, Vocabulary
+from toolkit.models.export import export_student
+from toolkit.rollout.engine import Rollout, RolloutStats, SeededSampling, check_prompts, evaluation_mode, joined
+
+START = "start"  # folder of the weights that the server starts with
+REQUESTS_AT_ONCE = 64  # of one rank; the server makes batches of what all ranks ask
+RETRIES = 3  # of a connection that fails, or a server that is overloaded
+PROBE_TOKENS = 16
+PROBE_TOLERANCE_NATS = 0.5  # bf16 differs by hundredths, another model by whole nats
+
+
+class VllmRollout(Rollout):
+    """Every rank asks the server for its own texts; rank 0 hands the weights over.
+
+    `sync_weights(step)` pushes where no push lies between `step` and the last multiple of rollout.sync_every_steps, so
+    weights are at most that many steps old, less one, and none are pushed that nobody speaks by. What the server then
+    says of fixed tokens is held against the student itself: another model, or weights that did not arrive, are noticed.
+    The first call after a resume pushes.
+    """
+
+    name = "vllm"
+
+    def __init__(self, config: RunConfig, student: Student, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary):
+        self.settings, self.max_length = config.rollout, config.data.max_length
+        self.student, self.tokenizer, self.vocabulary = student, tokenizer, vocabulary
+        self.folder = Path(self.settings.weights_dir or config.run_dir / "vllm").absolute()
+        self.server = Server(self.settings.server)
+        self.pushed, self.served_name, self.max_model_len = False, "", 0
+        head_rows = student.model.config.get_text_config().vocab_size
+        # Columns past the tokenizer's end count as minus infinity everywhere; -100 is vLLM's lowest.
+        self.banned = {str(token): -100.0 for token in range(vocabulary.size, head_rows)}
+
+    def start(self) -> None:
+        """Export the student, wait up to rollout.server_timeout_s for the server, and make sure that it is the right
+        one. Collective; raises ValueError on every rank."""
+        is_main = distributed.rank() == 0
+        folder = self.folder / START
+        export_student(self.student, self.tokenizer, folder)
+        found = distributed.together(lambda: self._wait_for_server() if is_main else None)
+        self.served_name, self.max_model_len = distributed.gather_objects(found)[0]
+        self._hand_over(folder)
+
+    def sync_weights(self, step: int) -> None:
+        """Collective; raises ValueError on every rank where the weights do not arrive."""
+        every = self.settings.sync_every_steps
+        if self.pushed and step // every == self.weights_step // every:
+            return
+        # A name that the server never read: file systems over a network may show it the old file under an old name.
+        folder = self.folder / f"step-{step:08d}"
+        export_student(self.student, self.tokenizer, folder)
+        self._hand_over(folder)
+        self.weights_step, self.pushed = step, True
+
+    def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
+        """See `Rollout`. All of a call's requests together may take rollout.server_timeout_s.
+
+        Raises ValueError, on every rank, for a server that does not answer, or answers what it was not asked.
+        """
+        distributed.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
+        started_s = time.perf_counter()
+        texts = distributed.together(lambda: self._texts(prompts, sampling))
+        self.last = RolloutStats(
+            self.name, time.perf_counter() - started_s, len(texts), sum(map(len, texts)), len(texts),
+            min(len(texts), self._at_once), 0.0,
+        )  # fmt: skip
+        return joined(prompts, texts)
+
+    @property
+    def _at_once(self) -> int:
+        return self.settings.batch_rows or REQUESTS_AT_ONCE
+
+    @property
+    def _deadline_s(self) -> float:
+        return time.monotonic() + self.settings.server_timeout_s
+
+    def _texts(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[np.ndarray]:
+        longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
+        if longest > self.max_model_len:
+            raise ValueError(
+                f"a prompt and its text may take {longest} tokens, the vLLM server at {self.server.url} holds "
+                f"{self.max_model_len}; start it with --max-model-len {longest}"
+            )
+        deadline_s = self._deadline_s
+        with ThreadPoolExecutor(max(1, min(len(prompts), self._at_once))) as pool:
+            asked = [
+                pool.submit(self._text, prompt, seed, sampling, deadline_s)
+                for prompt, seed in zip(prompts, sampling.seeds, strict=True)
+            ]
+            try:
+                return [one.result() for one in asked]
+            except ValueError:
+                for one in asked:
+                    one.cancel()
+                raise
+
+    def _text(self, prompt: np.ndarray, seed: int, sampling: SeededSampling, deadline_s: float) -> np.ndarray:
+        asked = {
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": max(0.0, sampling.temperature),
+            "top_p": sampling.top_p,
+            "top_k": max(0, sampling.top_k),
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "seed": int(seed) % 2**63,
+            "stop_token_ids": list(self.vocabulary.eos_ids),
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+        }
+        if self.banned:
+            asked["logit_bias"] = self.banned
+        choice = self._completion(prompt, asked, deadline_s)
+        ids, reason, eos_ids = choice.get("token_ids"), choice.get("finish_reason"), self.vocabulary.eos_ids
+        if not ids or not all(isinstance(token, int) for token in ids):
+            raise self._wrong(f"answers with token_ids = {ids!r}; ids are what is trained on, and vLLM 0.33 gives them")
+        if unknown := [token for token in ids if not 0 <= token < self.vocabulary.size]:
+            raise self._wrong(f"says the id {unknown[0]}, the student's vocabulary ends at {self.vocabulary.size - 1}")
+        ends = [place for place, token in enumerate(ids) if token in eos_ids]
+        if len(ids) > sampling.max_new_tokens or ends not in ([], [len(ids) - 1]):
+            raise self._wrong(f"goes on after EOS or rollout.max_new_tokens: {len(ids)} tokens, EOS at {ends}")
+        if not ends and (reason != "length" or len(ids) < sampling.max_new_tokens):
+            raise self._wrong(
+                f"ended a text after {len(ids)} of {sampling.max_new_tokens} tokens with id {ids[-1]} ({reason}), "
+                f"which is not the tokenizer's EOS {list(eos_ids)}; start it with --generation-config vllm"
+            )
+        return np.array(ids, np.int32)
+
+    def _completion(self, prompt: np.ndarray, asked: dict[str, Any], deadline_s: float) -> dict[str, Any]:
+        body = {"model": self.served_name, "prompt": [int(token) for token in prompt]} | asked
+        answer = self.server.ask("POST", "/v1/completions", deadline_s, body)
+        try:
+            return dict(answer["choices"][0])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise self._wrong(f"answers {str(answer)[:200]!r}, which holds no completion") from None
+
+    def _wait_for_server(self) -> tuple[str, int]:
+        """(name of the served model, tokens it holds)."""
+        deadline_s, told = self._deadline_s, False
+        while True:
+            try:
+                models = self.server.ask("GET", "/v1/models", deadline_s, retries=0)["data"]
+                model = next(model for model in models if not model.get("parent"))
+                return str(model["id"]), int(model["max_model_len"])
+            except NoAnswer as error:
+                if time.monotonic() + 1 > deadline_s:
+                    raise ValueError(
+                        f"{error}; waited rollout.server_timeout_s = {self.settings.server_timeout_s:g} s. Install "
+                        f"vLLM where the server is to run (pip install vllm) and start it with\n  {self._command}\n"
+                        "or set rollout.engine=local"
+                    ) from None
+            except (KeyError, TypeError, ValueError, StopIteration) as error:
+                if isinstance(error, ValueError):
+                    raise
+                raise self._wrong("does not list its models as vLLM does") from None
+            if not told:
+                print(f"waiting for the vLLM server at {self.server.url}; start it with\n  {self._command}", flush=True)
+            told = True
+            time.sleep(1)
+
+    @property
+    def _command(self) -> str:
+        dtype = str(next(self.student.model.parameters()).dtype).removeprefix("torch.")
+        port = urlsplit(self.server.url).port or 80
+        return (
+            f"VLLM_SERVER_DEV_MODE=1 vllm serve {self.folder / START} --generation-config vllm --dtype {dtype} "
+            f"--max-model-len {self.max_length} --port {port}"
+        )
+
+    def _hand_over(self, folder: Path) -> None:
+        """Have the server read the exported weights, forget what it computed by older ones, and show that it did."""
+        ids = np.random.default_rng(0).integers(0, self.vocabulary.size, PROBE_TOKENS)
+        wanted = self._own_log_probs(ids)
+        distributed.together(lambda: self._reload_and_check(folder, ids, wanted) if distributed.rank() == 0 else None)
+
+    def _reload_and_check(self, folder: Path, ids: np.ndarray, wanted: np.ndarray) -> None:
+        deadline_s = self._deadline_s
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self.server.ask("POST", "/collective_rpc", deadline_s, body)
+        while not (self.server.ask("POST", "/reset_prefix_cache", deadline_s) or {}).get("success"):
+            if time.monotonic() + 1 > deadline_s:  # other users' requests may hold blocks for a while
+                raise self._wrong("does not give its prefix cache up, text would be by older weights")
+            time.sleep(0.2)
+        said = self._completion(ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}, deadline_s)
+        try:
+            places = zip(ids[1:], said["prompt_logprobs"][1:], strict=True)
+            found = np.array([place[str(token)]["logprob"] for token, place in places])
+        except (KeyError, TypeError, ValueError):
+            raise self._wrong("does not give prompt_logprobs as vLLM 0.33 does") from None
+        error_nats = float(np.abs(found - wanted).mean())
+        if not error_nats <= PROBE_TOLERANCE_NATS:
+            raise self._wrong(
+                f"speaks by other weights than those in {folder}: log-probabilities of the same tokens differ by "
+                f"{error_nats:.2f} nats from the student's. Start it with\n  {self._command}"
+            )
+        for older in self.folder.glob("step-*"):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
+
+    @torch.no_grad()
+    def _own_log_probs(self, ids: np.ndarray) -> np.ndarray:
+        """Of each token but the first; sharded, so every rank does it."""
+        ids_1T = torch.from_numpy(ids)[None].to(distributed.device())
+        with evaluation_mode(self.student.engine):
+            log_probs_TV = self.student.model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)
+        return log_probs_TV[:-1].gather(1, ids_1T[0, 1:, None]).squeeze(1).cpu().numpy()
+
+    def _wrong(self, text: str) -> ValueError:
+        return ValueError(f"the vLLM server at {self.server.url} {text}")
+
+
+class NoAnswer(ValueError):
+    """Nobody listens there, or the connection broke."""
+
+
+class Server:
+    """JSON over HTTP, without the proxies of the environment; VLLM_API_KEY is sent where it is set."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+
+    def ask(
+        self, method: str, path: str, deadline_s: float, body: dict[str, Any] | None = None, retries: int = RETRIES
+    ) -> Any:
+        """The answer; a connection that fails and an overloaded server are tried again, until `deadline_s` of
+        time.monotonic at the latest. Raises ValueError, with what the server said."""
+        pause_s = 0.5
+        while True:
+            try:
+                status, text = self._once(method, path, deadline_s, body)
+                failure = None if status == 200 else ValueError(self._told(method, path, status, text))
+                again = status in (429, 503)
+            except TimeoutError:
+                failure, again = (
+                    ValueError(f"{self.url}{path} did not answer in time (rollout.server_timeout_s)"),
+                    False,
+                )
+            except (OSError, http.client.HTTPException) as error:
+                reason = str(error) or type(error).__name__
+                failure, again = NoAnswer(f"no vLLM server answers at {self.url}{path} ({reason})"), True
+            if failure is None:
+                break
+            if not again or retries == 0 or time.monotonic() + pause_s > deadline_s:
+                raise failure
+            time.sleep(pause_s)
+            pause_s, retries = 2 * pause_s, retries - 1
+        try:
+            return json.loads(text) if text.strip() else None
+        except ValueError:
+            raise ValueError(f"{self.url}{path} answers {text[:200]!r}, which is not JSON; is it vLLM?") from None
+
+    def _once(self, method: str, path: str, deadline_s: float, body: dict[str, Any] | None) -> tuple[int, str]:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname, parts.port, timeout=left_s)
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode("utf-8", "replace")
+        finally:
+            connection.close()
+
+    def _told(self, method: str, path: str, status: int, text: str) -> str:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            text = json.loads(text)["error"]["message"]
+        is_dev_path = status == 404 and path in ("/collective_rpc", "/reset_prefix_cache")
+        hint = "; start it with VLLM_SERVER_DEV_MODE=1, which offers this path" if is_dev_path else ""
+        return f"the vLLM server at {self.url} answers {method} {path} with {status}: {str(text)[:300]}{hint}"

@@ -1,0 +1,90 @@
+"""The teacher's own text in place of the data's responses: sequence-level distillation (arXiv 1606.07947).
+
+It is generated once and kept in files of some hundred rows each. A file appears by rename, so a run that is stopped
+while it generates loses one file's rows at most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from toolkit import distributed
+from toolkit.batch import Example
+from toolkit.config import RunConfig
+from toolkit.rollout.engine import GatheredRollout, SeededSampling, sequence_seed
+
+FILE_ROWS = 512
+
+
+def teacher_text(
+    examples: Sequence[Example], rollout: GatheredRollout, config: RunConfig, folder: Path,
+    between_files: Callable[[], None] = lambda: None,
+) -> list[Example]:  # fmt: skip
+    """`examples` with the teacher's responses, order kept, equal on all ranks. Collective.
+
+    rollout: the teacher's. Each row has its own seed, so its text depends on no rank layout. between_files is called
+    before each file that has to be made; what it raises passes through. Raises ValueError on every rank where a file
+    cannot be read or written.
+    """
+    rank, world, settings, found = distributed.rank(), distributed.world(), config.rollout, []
+    for first in range(0, len(examples), FILE_ROWS):
+        rows, file = examples[first : first + FILE_ROWS], folder / f"{first:09d}.npz"
+        if not distributed.everywhere(file.is_file()):
+            between_files()
+            own = range(rank, len(rows), world)
+            sampling = SeededSampling(
+                config.max_new_tokens, settings.temperature, settings.top_p, settings.top_k,
+                min_p=settings.min_p, repetition_penalty=settings.repetition_penalty,
+                seeds=[sequence_seed(config.seed, 0, first + row) for row in own],
+            )  # fmt: skip
+            answers = [e.response for e in rollout.complete([rows[row].prompt for row in own], sampling)]
+            dealt = distributed.gather_objects(answers)
+            responses = [dealt[row % world][row // world] for row in range(len(rows))]
+            distributed.together(lambda file=file, texts=responses: _write(file, texts) if rank == 0 else None)
+        else:
+            responses = distributed.together(lambda file=file, rows=rows: _read(file, len(rows)))
+        found += [
+            Example(np.concatenate([row.prompt, response]), row.prompt_length)
+            for row, response in zip(rows, responses, strict=True)
+        ]
+    return found
+
+
+def text_folder(cache_dir: Path, identity: dict[str, Any], config: RunConfig) -> Path:
+    """Where the text of this teacher, data and sampling is kept. identity: toolkit.checkpoint.identity's."""
+    settings = config.to_dict()["rollout"]
+    sampling = {name: settings[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    parts = [identity["teacher_sha256"], identity["data_sha256"], sampling, config.max_new_tokens, config.seed]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir / f"teacher-text-{key}"
+
+
+def _write(file: Path, responses: Sequence[np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("wb") as out:
+        np.savez(out, tokens=np.concatenate(responses).astype(np.int32), lengths=[len(text) for text in responses])
+    unfinished.rename(file)
+
+
+def _read(file: Path, count: int) -> list[np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            tokens, lengths = stored["tokens"], stored["lengths"]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise ValueError(
+            f"{file} with the teacher's text cannot be read ({error}); delete it, it is made again"
+        ) from error
+    if len(lengths) != count or lengths.sum() != len(tokens):
+        raise ValueError(
+            f"{file} holds {len(lengths)} texts of {lengths.sum()} tokens, of which {len(tokens)} are there, and "
+            f"{count} texts are wanted; delete it, it is made again"
+        )
+    return np.split(tokens, np.cumsum(lengths)[:-1])
