@@ -15,3 +15,22 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel())
         return out
+
+
+class MemoryLimit(TorchDispatchMode):
+    """An operation whose result is larger than `limit_bytes` meets the allocator's own refusal. It depends on what was
+    asked for, not on what the allocator holds, so it happens alike each time. `most_bytes`: the largest result so far.
+    """
+
+    def __init__(self, limit_bytes=float("inf")):
+        super().__init__()
+        self.limit_bytes, self.most_bytes = limit_bytes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and not func.is_view:
+                self.most_bytes = max(self.most_bytes, x.nbytes)
+                if x.nbytes > self.limit_bytes:
+                    torch.empty(2**46)  # half of the address space: more than any machine has
+        return out

@@ -480,6 +480,55 @@ def run_poisoned_until(overrides, poison, steps, stop_after, number):
         DistillationLoop.choose_examples = original
 
 
+def run_short_of_memory(overrides, limits):
+    """(exit code, stderr, the largest result in bytes of each part) of a run whose teacher layers, generation or loss
+    on this rank may make no tensor above `limits` (bytes, by part; a part that is not named has no limit)."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from tests.allocations import MemoryLimit
+    from toolkit.models import engines
+    from toolkit.rollout import engine
+
+    parts = {
+        "loss": (engines, "fused_linear_divergence", lambda *args, **kwargs: torch.is_grad_enabled()),
+        "teacher": (LlamaDecoderLayer, "forward", lambda layer, *args, **kwargs: kwargs.get("past_key_values") is None
+                    and not torch.is_grad_enabled() and not layer.training),
+        "generation": (engine, "decode", lambda *args, **kwargs: True),
+    }  # fmt: skip
+    watched = {part: MemoryLimit(limits.get(part, float("inf"))) for part in parts}
+
+    def within(limit, is_meant, call):
+        def limited(*args, **kwargs):
+            with limit if is_meant(*args, **kwargs) else contextlib.nullcontext():
+                return call(*args, **kwargs)
+
+        return limited
+
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in parts.values()]
+    for (part, (owner, name, is_meant)), (*_, call) in zip(parts.items(), kept, strict=True):
+        setattr(owner, name, within(watched[part], is_meant, call))
+    try:
+        code, _, said = run_saying(overrides)
+    finally:
+        for owner, name, call in kept:
+            setattr(owner, name, call)
+    return code, said, {part: limit.most_bytes for part, limit in watched.items()}
+
+
+def run_short_on_last_rank(overrides, limits):
+    from toolkit import distributed
+
+    return run_short_of_memory(overrides, limits if distributed.rank() == distributed.world() - 1 else {})
+
+
+def newest_checkpoint(folders):
+    """The name of the one to resume from, where each rank sees a folder of its own."""
+    from toolkit import distributed
+    from toolkit.checkpoint import Checkpoints
+
+    return Checkpoints(folders[distributed.rank()], keep=2).newest()[0].folder.name
+
+
 def loss_step(folder, memory_budget_mib):
     """Of one micro-batch through teacher and student: the most elements of any tensor that was made, targets times
     vocabulary, tiles of the loss, and how often each head was put away (after each gather once)."""

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import engine_cases
-from tests.tiny import tiny_overrides
+from tests.tiny import save_rows, tiny_overrides
 from toolkit.config import FaultsConfig
 from toolkit.faults import EXIT_LATER, Halving, StepGuard, is_out_of_memory
 
@@ -110,3 +111,45 @@ def test_halving_says_so_and_stays_at_what_fits(capsys):
     assert is_out_of_memory(raised.value) and halving.size == 2
     with pytest.raises(RuntimeError, match="something else"):
         halving.run(lambda size: exec('raise RuntimeError("something else")'), whole=12)
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny, ranks2):
+    """Settings by name of a run whose parts are large enough to be halved, its folder, and the largest tensor that each
+    part made, in bytes, where nothing was short."""
+    save_rows(tiny / "many.jsonl", 140)
+
+    def roomy_settings(name):
+        return settings(
+            tiny, name, train__steps=2, data__source=f"{tiny}/many.jsonl", train__batch_rows=128, train__micro_rows=64,
+            schedule__policy="mixed", schedule__mixed_share=1.0, rollout__train_on_fresh=True,
+            rollout__max_new_tokens=48, loss__memory_budget_mib=32, validation__rows=2,
+        )  # fmt: skip
+
+    found = ranks2.run(engine_cases.run_short_of_memory, roomy_settings("roomy"), {})
+    assert [code for code, *_ in found] == [0, 0] and "out of memory" not in found[0][1] + found[1][1]
+    return roomy_settings, tiny / "runs" / "roomy", found[1][2]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("loss", "the loss; 32 MiB of tiles become 16"),
+        ("teacher", "the teacher's window; 64 rows become 32"),
+        ("generation", "generation; 64 rows become 32"),
+    ],
+)
+def test_a_rank_that_is_short_of_memory_halves_its_part_and_the_run_ends_the_same(tiny, ranks2, roomy, part, said):
+    roomy_settings, whole, most_bytes = roomy
+    limits = {part: 0.75 * most_bytes[part]}
+    (*zero, _), (*one, _) = ranks2.run(engine_cases.run_short_on_last_rank, roomy_settings(f"short {part}"), limits,
+                                            timeout_s=60)  # fmt: skip
+    assert zero == [0, ""]
+    assert one[0] == 0 and one[1].count("out of memory") == 1 and f"rank 1: out of memory in {said}" in one[1]
+    folder = tiny / "runs" / f"short {part}"
+    tensors = [load_file(run / "student" / "model.safetensors") for run in (folder, whole)]
+    assert max((tensors[0][name] - tensors[1][name]).abs().max().item() for name in tensors[1]) <= 1e-5
+    for ours, theirs in zip(records(tiny, folder.name), records(tiny, whole.name), strict=True):
+        assert (ours["source"], ours["tokens"]) == (theirs["source"], theirs["tokens"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)

@@ -31,7 +31,7 @@ ALLOWED = {
     "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
     "toolkit.slurm": set(),
     "toolkit.distributed": {"toolkit.slurm"},
-    "toolkit.monitor": set(),
+    "toolkit.monitor": {"toolkit.distributed"},
     "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
     "toolkit.rollout.sampling": {"toolkit.rollout.schedule", "toolkit.config"},

@@ -1,31 +1,39 @@
 """The recipes as a user starts them: the deepspeed launcher, two ranks, real files."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny import save_sentencepiece
+from tests.tiny import save_sentencepiece, tiny_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
 
-def launch(recipe, settings, timeout_s=570):
-    """`deepspeed --num_accelerators 2 recipes/RECIPE`; the finished process. Nothing outlives it."""
+def launch_command(recipe, settings):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = ["deepspeed", "--log_level", "error", "--num_accelerators", "2", "--master_port", str(port)]
+    return [*command, f"recipes/{recipe}", *settings]
+
+
+def launch(recipe, settings, timeout_s=570):
+    """`deepspeed --num_accelerators 2 recipes/RECIPE`; the finished process. Nothing outlives it."""
+    command = launch_command(recipe, settings)
     process = subprocess.Popen(
-        [*command, f"recipes/{recipe}", *settings], cwd=ROOT, text=True, start_new_session=True,
+        command, cwd=ROOT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
     try:
@@ -113,3 +121,51 @@ def test_an_unknown_key_ends_every_rank_with_one_message():
     assert done.returncode != 0
     assert "did you mean 'loss.divergence'" in done.stderr and done.stderr.count("error: config key") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_launcher_that_is_stopped_leaves_a_checkpoint(tiny, tmp_path):
+    """SIGTERM to the `deepspeed` command, which passes nothing on, and Ctrl-C in a terminal: SIGINT to all processes,
+    with the reader of a pipe (`| tee`) gone as well."""
+    run_dir = tmp_path / "stopped"
+    settings = tiny_overrides(
+        tiny, name="stopped", output_dir=str(tmp_path), resume="auto", train__steps=2000, student__drop_layers=[],
+        optimizer__warmup_steps=1, validation__every_steps=1000, validation__rouge_rows=0, validation__samples=0,
+    )  # fmt: skip
+    saved = [0]
+    for stop, is_group, code in ((signal.SIGTERM, False, -signal.SIGTERM), (signal.SIGINT, True, None)):
+        command = launch_command("quickstart.py", settings)
+        process = subprocess.Popen(
+            command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+        try:
+            wait_for(lambda: len(metrics(run_dir)) >= saved[-1] + 3, 120)
+            launcher = psutil.Process(process.pid)
+            family = [launcher, *launcher.children(recursive=True)]
+            process.stdout.close()
+            for each in family if is_group else [launcher]:
+                each.send_signal(stop)
+            began_s = time.monotonic()
+            returned = process.wait(20)
+            wait_for(lambda family=family: not psutil.wait_procs(family[1:], 0.1)[1], 28)
+            print(f"{stop.name}: {returned}, ranks gone after {time.monotonic() - began_s:.1f} s")
+            assert code is None or returned == code
+            assert returned != 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????")]
+        assert max(steps) >= saved[-1] + 3 and len(metrics(run_dir)) == max(steps)  # the last step of all
+        saved.append(max(steps))
+
+
+def metrics(run_dir):
+    file = run_dir / "metrics.jsonl"
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def wait_for(condition, limit_s):
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {limit_s} s"
+        time.sleep(0.1)

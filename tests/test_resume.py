@@ -7,6 +7,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load, load_file
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
-from toolkit.checkpoint import load_rng_state, rng_state
+from toolkit.checkpoint import Checkpoint, load_rng_state, rng_state, sole_use
 from toolkit.faults import EXIT_LATER
 from toolkit.rollout.replay import _unpack
 
@@ -55,16 +57,21 @@ def assert_equal(found, wanted):
 
 @pytest.mark.parametrize(
     ("precision", "ds_config"),
-    [("fp32", "student_cpu"), ("bf16", "student_cpu"), ("fp32", "student_zero2"), ("bf16", "student_zero2")],
-)
+    [
+        ("fp32", "student_cpu"), ("bf16", "student_cpu"), ("fp32", "student_zero2"), ("bf16", "student_zero2"),
+        ("fp32", "zero1"), ("bf16", "zero1"),
+    ],
+)  # fmt: skip
 def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precision, ds_config):
-    changes = {"precision": precision, "student.ds_config": f"ds_configs/{ds_config}.json"}
+    (tiny / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    folder = tiny if ds_config == "zero1" else "ds_configs"
+    changes = {"precision": precision, "student.ds_config": f"{folder}/{ds_config}.json"}
     name = f"whole {precision} {ds_config}"
     ranks2.run(engine_cases.run_tiny, settings(tiny, name, **changes))
     records = outcome(tiny, name)[1]
     assert {record["source"] for record in records} == {"dataset", "replay", "generate"}
     stopped = settings(tiny, name + " stopped", **changes)
-    for stop_after, number in ((5, signal.SIGUSR1), (6, signal.SIGTERM)):
+    for stop_after, number in ((5, signal.SIGUSR1), (6, signal.SIGINT)):
         for code, *_ in ranks2.run(engine_cases.run_until, stopped, stop_after, number, ranks=(1,)):
             assert code == EXIT_LATER
     assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
@@ -192,6 +199,72 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(stopped, ranks2, damage):
     assert "step-00000004" in out.split("an older checkpoint is used")[0]
     assert not (folder / "was run").exists()
     assert [json.loads(line)["step"] for line in (folder.parent / "metrics.jsonl").open()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_wrong_bit_in_a_manifest_is_overlooked(stopped):
+    """Nothing else says what the manifest has to be. Its step is only told, and spaces are spaces."""
+    folder = stopped[0] / "step-00000004"
+    content = (folder / "manifest.json").read_bytes()
+    meant = json.loads(content)
+    for at in range(len(content)):
+        flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        (folder / "manifest.json").write_bytes(flipped)
+        try:
+            Checkpoint(folder).check()
+        except ValueError as error:
+            assert str(folder) in str(error)
+        else:
+            found = json.loads(flipped)
+            assert (found["format"], found["files"]) == (meant["format"], meant["files"]), flipped
+
+
+def test_ranks_that_see_different_folders_agree_on_one_checkpoint(stopped, ranks2, tmp_path):
+    """A network file system may show a new folder late."""
+    behind = tmp_path / "behind"
+    shutil.copytree(stopped[0], behind)
+    shutil.rmtree(behind / "step-00000004")
+    for folders in ((stopped[0], behind), (behind, stopped[0])):
+        assert ranks2.run(engine_cases.newest_checkpoint, folders, timeout_s=60) == ["step-00000002"] * 2
+
+
+@pytest.fixture
+def other_job(tmp_path):
+    """Another process that uses the run folder `tmp_path / NAME`: started by a call, ends by .kill()."""
+    started = []
+
+    def start(name, ends_after_s=60):
+        script = (
+            "import sys, time\nfrom pathlib import Path\nfrom toolkit.checkpoint import sole_use\n"
+            f"with sole_use(Path({str(tmp_path / name)!r})):\n"
+            f"    print('held', flush=True)\n    time.sleep({ends_after_s})"
+        )
+        started.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_job_in_the_same_folder_is_refused_until_the_first_has_ended(other_job, tmp_path):
+    job = other_job("run")
+    refused = pytest.raises(ValueError, match=rf"in use by another job \(process {job.pid} on .*name=\.\.\.")
+    with refused, sole_use(tmp_path / "run", wait_s=0.1):
+        pytest.fail("two jobs in one folder")
+    job.kill()  # and it leaves nothing behind that would have to be cleared away
+    job.wait()
+    with sole_use(tmp_path / "run", wait_s=0.1):
+        assert f"process {os.getpid()} " in (tmp_path / "run" / "lock").read_text()
+
+
+def test_a_run_waits_for_a_job_that_is_ending(tiny, ranks2, other_job, tmp_path):
+    other_job("waits", ends_after_s=2)
+    code, out, _ = ranks2.run(
+        engine_cases.run_saying, settings(tiny, "waits", output_dir=str(tmp_path), train__steps=1)
+    )[0]  # fmt: skip
+    assert code == 0 and "waiting for its end" in out
 
 
 def test_where_every_checkpoint_is_damaged_nothing_is_started_over(stopped, ranks2):

@@ -88,20 +88,48 @@ def test_a_stopped_process_is_named_by_the_other(start):
 def test_a_rank_stuck_in_c_code_ends_though_its_python_is_frozen(start):
     (_, one), began_s = start("silence")
     said = one.communicate(timeout=90)[1]
-    assert one.returncode == 1 and "Timeout" in said
+    assert one.returncode == 1 and "Timeout" in said, said
     assert time.monotonic() - began_s < LIMIT_S + 5 * LIMIT_S / 4 + 3
 
 
+BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes of C code: no handler of Python runs
+
+
 @pytest.mark.parametrize(
-    ("signals", "message"), [(2, "exits at once"), (1, "no step ended within faults.grace_s = 1 s")]
+    ("grace_s", "sent_s", "code", "message"),
+    [
+        (60, {"SIGTERM": [0.5, 3.0]}, EXIT_LATER, "SIGTERM again: rank 0 exits at once"),
+        (1, {"SIGUSR1": [0.5]}, EXIT_LATER, "no step ended within faults.grace_s = 1 s"),
+        (60, {"SIGINT": [0.5], "SIGTERM": [0.6, 0.7], "SIGKILL": [4.0]}, -9, "SIGINT: the run saves and stops"),
+    ],
+    ids=["again", "grace", "Ctrl-C, passed on by a launcher too"],
 )
-def test_a_second_signal_or_the_end_of_the_grace_ends_a_rank_at_once(signals, message):
+def test_what_follows_a_signal_does_not_need_the_main_thread(grace_s, sent_s, code, message):
     script = (
-        "import os, signal, time\nfrom toolkit.faults import StopSignals\nwith StopSignals(1).watched():\n"
-        f"    for _ in range({signals}): os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)"
+        "import os, signal, threading\nfrom toolkit.faults import StopSignals\n"
+        f"with StopSignals({grace_s}).watched():\n"
+        f"    for name, times_s in {sent_s}.items():\n"
+        "        for time_s in times_s:\n"
+        "            threading.Timer(time_s, os.kill, (os.getpid(), getattr(signal, name))).start()\n"
+        f"    {BUSY}"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50)
-    assert done.returncode == EXIT_LATER and message in done.stderr
+    assert done.returncode == code and message in done.stderr
+
+
+def test_a_forked_child_has_its_signals_to_itself():
+    """Pools of workers end theirs by SIGTERM."""
+    script = (
+        "import os, signal, sys, time\nfrom toolkit.faults import StopSignals\n"
+        "with StopSignals(60).watched() as signals:\n"
+        "    child = os.fork()\n"
+        "    time.sleep(0.5 if child else 60)\n"
+        "    os.kill(child, signal.SIGTERM)\n"
+        "    status = os.waitpid(child, 0)[1]\n"
+        "    time.sleep(0.3)\n"
+        "sys.exit(int(signals.received or os.WTERMSIG(status) != signal.SIGTERM))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=50).returncode == 0
 
 
 def test_verdicts():

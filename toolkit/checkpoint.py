@@ -8,13 +8,16 @@ newest. Nothing in it is pickled. All ranks have to see the same folder.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,16 @@ from torch import Tensor
 
 from toolkit import distributed
 from toolkit.config import RunConfig
+from toolkit.faults import to_disk
 from toolkit.models.identity import file_hashes, sha256
 from toolkit.models.shards import WEIGHTS, Piece, load_pieces, optimizer_scalars, pieces
 from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.rollout.schedule import philox
 
 FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, LOCK = "manifest.json", "state.json", "lock"
+#: longer than deepspeed's launcher gives ranks that it ends
+LOCK_WAIT_S = 40.0
 NAME = re.compile(r"step-(\d{8})")
 DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -87,7 +93,8 @@ class Checkpoints:
         Raises ValueError where there are checkpoints and none is whole.
         """
         passed_over: list[str] = []
-        for step in distributed.together(lambda: sorted(self._steps(), reverse=True)):
+        listed = distributed.together(lambda: sorted(self._steps(), reverse=True))
+        for step in distributed.gather_objects(listed)[0]:  # a network file system may show ranks different folders
             found = Checkpoint(self.folder / f"step-{step:08d}")
             try:
                 distributed.together(lambda found=found: found.check(distributed.rank(), distributed.world()))
@@ -125,6 +132,56 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def sole_use(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
+    """No other job works in this run's `folder` inside the `with` block: rank 0 holds a lock on its file `lock`.
+
+    The kernel frees the lock with the process, however that ends, so there is none to clear away; over NFS the server
+    does. A job that ends just now is waited for. Collective. Raises ValueError, naming the other job, after `wait_s`.
+    Where a file system has no locks the run goes on, with a warning.
+    """
+    handle = distributed.together(lambda: _lock(folder, wait_s) if distributed.rank() == 0 else None)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: Path, wait_s: float) -> int | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path, deadline_s, is_told = folder / LOCK, time.monotonic() + wait_s, False
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        return None  # it takes no files: a finished run's archive, or the run itself says so when it writes
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            owner = os.pread(handle, 1000, 0).decode(errors="replace").strip()
+            if time.monotonic() > deadline_s:
+                os.close(handle)
+                raise ValueError(
+                    f"{folder} is in use by another job ({owner}), which has not ended within {wait_s:g} s: two would "
+                    "overwrite each other's checkpoints. Stop that one, or give this run a name of its own (name=...)"
+                ) from None
+            if not is_told:
+                print(f"{folder} is in use by another job ({owner}); waiting for its end", flush=True)
+                is_told = True
+            time.sleep(min(1.0, wait_s))
+        except OSError as error:
+            print(
+                f"warning: {path} cannot be locked ({error}): see to it that no two jobs work in this folder",
+                flush=True,
+            )
+            break
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode(), 0)
+    return handle
+
+
 class Checkpoint:
     """One checkpoint on disk. `check` it before anything else is read."""
 
@@ -138,17 +195,23 @@ class Checkpoint:
         manifest = self._json(MANIFEST)
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{self.folder} has format {manifest.get('format')!r}, this version reads {FORMAT}")
-        for name, entry in manifest["files"].items():
+        try:
+            wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.folder / MANIFEST} does not list files, bytes and hashes: it is damaged"
+            ) from error
+        for name in wanted.keys() | {STATE, rank_file(0)}:
             file = self.folder / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != entry["bytes"]:
-                raise ValueError(f"{file} has {size} bytes, its manifest says {entry['bytes']}: it is damaged")
-        for name in sorted(manifest["files"])[share::shares]:
+            size, wanted_size = file.stat().st_size if file.is_file() else None, wanted.get(name, (None,))[0]
+            if size is None or size != wanted_size:
+                raise ValueError(f"{file} has {size} bytes, its manifest says {wanted_size}: it is damaged")
+        for name in sorted(wanted)[share::shares]:
             found = sha256(self.folder / name)
-            if found != manifest["files"][name]["sha256"]:
+            if found != wanted[name][1]:
                 raise ValueError(
                     f"{self.folder / name} has SHA-256 {found[:16]}..., its manifest says "
-                    f"{manifest['files'][name]['sha256'][:16]}...: it is damaged"
+                    f"{str(wanted[name][1])[:16]}...: it is damaged"
                 )
 
     @property
@@ -360,33 +423,24 @@ def _write_checked(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str, A
 
 
 def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Any], state: dict[str, Any]) -> None:
-    _write_json(unfinished / STATE, state)
+    write_json(unfinished / STATE, state)
     files[STATE] = {"bytes": (unfinished / STATE).stat().st_size, "sha256": sha256(unfinished / STATE)}
-    _write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": files})
-    _sync(unfinished)
+    write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": files})
+    to_disk(unfinished)
     if final.exists():  # the damaged one that this run was resumed before
         doomed = final.with_name(final.name + ".deleting")
         shutil.rmtree(doomed, ignore_errors=True)
         final.rename(doomed)
     unfinished.rename(final)
-    _sync(final.parent)
+    to_disk(final.parent, *final.parent.parents[:2])  # the run's folder may be new as well
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """On disk when it returns."""
     with path.open("w") as file:
-        json.dump(value, file)
+        json.dump(value, file, indent=indent)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """A rename outlives a power cut once its folder is on disk; file systems that cannot are left alone."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

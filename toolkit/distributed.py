@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -48,12 +48,22 @@ def one_message() -> Iterator[None]:
     except ValueError as error:
         before_start = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
         if rank() == 0 and (torch.distributed.is_initialized() or before_start == "0"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", sys.stderr)
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
         sys.exit(2)
     finally:
         stop()
+
+
+def say(text: str, stream: Any = None, write: Callable[..., None] = print) -> None:
+    """Prints a line (on stdout by default). A reader that is gone, `| tee` after Ctrl-C, is no reason to lose a run."""
+    stream = stream or sys.stdout
+    try:
+        write(text, file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the flush at exit would change the exit code
 
 
 def stop() -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import select
 import signal
 import statistics
 import sys
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from toolkit import distributed
@@ -28,7 +30,13 @@ Result = TypeVar("Result")
 EXIT_LATER = 75
 #: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
 EXIT_STUCK = 70
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+END_OF_WATCH = 0  # no signal has this number
+#: signals this soon after the first are the same request: on Ctrl-C, a terminal and a launcher both send one
+SAME_REQUEST_S = 2.0
+#: seconds between two looks at the launcher
+LAUNCHER_LOOK_S = 1.0
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 #: seconds between two looks at a rank, at most
 LOOK_EVERY_S = 10.0
 
@@ -38,11 +46,19 @@ class GoOnLater(Exception):
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 set `received`; ranks agree on it where a step ends. A second signal exits at once, and so
-    does the time `grace_s` after the first one: the newest checkpoint is whole at any moment."""
+    """SIGINT, SIGTERM and SIGUSR1 set `received`; ranks agree on it where a step ends. So does the end of the
+    `deepspeed` command above this process, which hands no signal on. A later signal exits at once, and so does the time
+    `grace_s` after the first one: the newest checkpoint is whole at any moment.
+
+    A thread times the signals by the pipe into which C code writes their numbers: a handler in Python would wait for a
+    main thread that hangs in a collective.
+    """
+
+    _watched: StopSignals | None = None
 
     def __init__(self, grace_s: float):
         self.grace_s, self.received = grace_s, False
+        self._previous: dict[int, Any] = {}
 
     @contextmanager
     def watched(self) -> Iterator[StopSignals]:
@@ -50,31 +66,87 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        thread = threading.Thread(target=self._watch, args=(told, _launchers()), daemon=True, name="stop signals")
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        previous_fd = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        StopSignals._watched = self
+        thread.start()
         try:
             yield self
         finally:
-            for number, handler in previous.items():
+            StopSignals._watched = None
+            signal.set_wakeup_fd(previous_fd)
+            for number, handler in self._previous.items():
                 signal.signal(number, handler)
-            if self.received:
-                self._timer.cancel()
+            os.write(tell, bytes([END_OF_WATCH]))
+            thread.join()
+            os.close(told)
+            os.close(tell)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; alike on all ranks. Collective."""
         return distributed.anywhere(self.received)
 
     def _handle(self, number: int, frame: Any) -> None:
-        name = signal.Signals(number).name
-        if self.received:
-            _last_words(f"{name} again: rank {distributed.rank()} exits at once", EXIT_LATER)
         self.received = True
-        self._timer = threading.Timer(
-            self.grace_s, _last_words,
-            (f"{name}: no step ended within faults.grace_s = {self.grace_s:g} s, rank {distributed.rank()} exits; "
-             "the newest checkpoint stands", EXIT_LATER),
-        )  # fmt: skip
-        self._timer.daemon = True
-        self._timer.start()
+
+    def _watch(self, told: int, launchers: list[psutil.Process]) -> None:
+        asked_s, poll = None, select.poll()
+        poll.register(told, select.POLLIN)
+        while True:
+            numbers = os.read(told, 256) if poll.poll(1000 * LAUNCHER_LOOK_S) else b""
+            if END_OF_WATCH in numbers:
+                return
+            reasons = [signal.Signals(number).name for number in numbers if number in STOP_SIGNALS]
+            if any(map(_is_gone, launchers)):
+                reasons, launchers = [*reasons, "the deepspeed command was ended"], []
+            now_s = time.monotonic()
+            if reasons and asked_s is None:
+                self.received, asked_s = True, now_s
+                if distributed.rank() == 0:
+                    _say(f"{reasons[0]}: the run saves and stops where its step ends; a second signal exits at once")
+            elif reasons and now_s - asked_s > SAME_REQUEST_S:
+                _last_words(f"{reasons[0]} again: rank {distributed.rank()} exits at once", EXIT_LATER)
+            if asked_s is not None and now_s - asked_s > self.grace_s:
+                _last_words(
+                    f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
+                    f"{distributed.rank()} exits; the newest checkpoint stands", EXIT_LATER,
+                )  # fmt: skip
+
+
+def _forget_signals() -> None:
+    """In a forked child, of data loading for instance: its signals are its own."""
+    if StopSignals._watched is not None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in StopSignals._watched._previous.items():
+            signal.signal(number, handler)
+
+
+os.register_at_fork(after_in_child=_forget_signals)
+
+
+def _launchers() -> list[psutil.Process]:
+    """The processes of a `deepspeed` command above this one: the one that started the ranks, and the command itself."""
+    found: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        for process in psutil.Process().parents()[:2]:
+            words = process.cmdline()[:4]
+            if any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in words):
+                found.append(process)
+            else:
+                break
+    return found
+
+
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
 
 
 @dataclass
@@ -136,18 +208,32 @@ class Halving:
                 said = str(error).split("\n")[0][:200]
             # Outside the `except`: there, the error's traceback would keep the failed attempt's tensors alive.
             self.size = max(self.least, tried // 2)
-            print(
+            _say(
                 f"rank {distributed.rank()}: out of memory in {self.what}; {tried:g} {self.unit} become "
-                f"{self.size:g} ({said})", file=sys.stderr, flush=True,
-            )  # fmt: skip
+                f"{self.size:g} ({said})"
+            )
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has a class for GPUs; on the CPU its allocator says so in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """torch has a class for GPUs; on the CPU its allocator says so in words, and so does cuBLAS."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def to_disk(*paths: Path) -> None:
+    """What was written to these files, or renamed in these folders, outlives a power cut. File systems that cannot
+    promise it for a folder are left alone."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:
+            if not path.is_dir():
+                raise
+        finally:
+            os.close(handle)
 
 
 @dataclass
@@ -299,12 +385,19 @@ def _own_store(timeout_s: float) -> Any:
             timeout=timedelta(seconds=max(1.0, timeout_s)),
         )  # fmt: skip
     except Exception as error:
-        print(f"watchdog: rank {distributed.rank()} cannot reach the others ({error})", file=sys.stderr, flush=True)
+        _say(f"watchdog: rank {distributed.rank()} cannot reach the others ({error})")
         return None
 
 
+def _say(text: str) -> None:
+    """On stderr, if anyone still reads it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def _last_words(text: str, code: int) -> None:
-    if text:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-    os._exit(code)
+    try:
+        if text:
+            _say(text)
+    finally:
+        os._exit(code)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from toolkit.distributed import say
+
 METRICS_FILE = "metrics.jsonl"
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
 GIB = 2**30
@@ -108,7 +110,7 @@ class Monitor:
     def note(self, text: str) -> None:
         """Prints one line to stdout on rank 0, above the bar where there is one."""
         if self.is_writer:
-            tqdm.write(text, file=sys.stdout) if self.bar is not None else print(text, flush=True)
+            say(text, write=print if self.bar is None else tqdm.write)
 
     def close(self) -> None:
         """Closes the file and the bar; more than once is harmless."""
@@ -137,7 +139,7 @@ class Monitor:
                 f"step {step}/{self.total_steps}",
                 *(f"{name} {value}" for name, value in shown.items()),
             ]
-            print("  ".join(fields), f" left {tqdm.format_interval(left_s)}", flush=True)
+            say("  ".join([*fields, f"left {tqdm.format_interval(left_s)}"]))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

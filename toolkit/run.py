@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from toolkit import distributed
-from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity
+from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
 from toolkit.config import NO_DIVERGENCE, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text, references
 from toolkit.data.config import unknown
@@ -67,7 +67,7 @@ def main(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str] | Non
                 return run(distributed.together(lambda: _checked(*chosen(recipe, overrides))), watchdog)
         except GoOnLater as stopped:
             if distributed.rank() == 0:
-                print(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})", flush=True)
+                distributed.say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
             sys.exit(EXIT_LATER)
 
 
@@ -76,7 +76,7 @@ def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
 
     Raises ValueError for wrong input, GoOnLater where a signal stopped it.
     """
-    with StopSignals(config.faults.grace_s).watched() as signals:
+    with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
         return _run(config, signals, watchdog)
 
 
@@ -223,9 +223,9 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     ]
     if is_main:
         written = run_dir / "summary.json.unfinished"  # its presence says that the run is finished
-        written.write_text(json.dumps(summary, indent=2))
+        write_json(written, summary, indent=2)
         written.rename(run_dir / "summary.json")
-        print("\n" + final_report(summary, samples), flush=True)
+        distributed.say("\n" + final_report(summary, samples))
     return summary
 
 
@@ -320,10 +320,10 @@ def _find_start(
 def _finished(config: RunConfig, resumed: Checkpoint) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do."""
     file = config.run_dir / "summary.json"
-    if resumed.state["loop"]["done"] < config.train.steps or not file.is_file():
+    if resumed.state["loop"]["done"] < config.train.steps or not distributed.everywhere(file.is_file()):
         return None
     if distributed.rank() == 0:
-        print(f"{file} says that this run is finished; resume=never starts it over", flush=True)
+        distributed.say(f"{file} says that this run is finished; resume=never starts it over")
     return distributed.together(lambda: json.loads(file.read_text()))
 
 

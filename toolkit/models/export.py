@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolkit import distributed
+from toolkit.faults import to_disk
 from toolkit.models.engines import Student
 
 
@@ -42,8 +43,13 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         shell.generation_config = model.generation_config
         shell.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
+        to_disk(*unfinished.iterdir(), unfinished)
+        old = folder.with_name(folder.name + ".deleting")  # a kill may not leave half an export under its name
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         unfinished.rename(folder)
+        to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
     distributed.together(write)
