@@ -296,20 +296,20 @@ def load_rng_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def identity(teacher_path: str, data: Data, dtype: torch.dtype) -> dict[str, Any]:
-    """What a run is made of beside its settings: the teacher's files, every token of the data, the precision.
+def identity(teacher_path: str, data: Data, dtype: torch.dtype, base_path: str = "") -> dict[str, Any]:
+    """What a run is made of beside its settings: the teacher's files, every token of the data, the precision, and at
+    `base_path` the files of a student whose weights are frozen: checkpoints hold its adapters alone.
 
     The files are hashed, dealt over the ranks. Collective.
     """
-    rank, world = distributed.rank(), distributed.world()
-    files = _model_files(teacher_path)
-    hashes = distributed.together(lambda: {file.name: _sha256(file) for file in files[rank::world]})
     tokens = hashlib.sha256()
     for example in (*data.train, *data.validation):
         tokens.update(f"{len(example.tokens)} {example.prompt_length} ".encode() + example.tokens.tobytes())
     return {
         "teacher_path": teacher_path,
-        "teacher_sha256": {k: v for part in distributed.gather_objects(hashes) for k, v in sorted(part.items())},
+        "teacher_sha256": _hashes(teacher_path),
+        "base_path": base_path,
+        "base_sha256": _hashes(base_path),
         "data_sha256": tokens.hexdigest(),
         "precision": str(dtype).removeprefix("torch."),
     }
@@ -335,13 +335,14 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
             f"the tokens of {config.data.source} had SHA-256 {old['data_sha256'][:16]}..., have "
             f"{found['data_sha256'][:16]}...: rows, tokenizer or template are others"
         )
-    files, files_now = old["teacher_sha256"], found["teacher_sha256"]
-    for name in sorted(files.keys() | files_now.keys()):
-        if files.get(name) != files_now.get(name):
-            refused.append(
-                f"the teacher's {name} had SHA-256 {str(files.get(name))[:16]}, has {str(files_now.get(name))[:16]} "
-                f"({old['teacher_path']} before, {found['teacher_path']} now)"
-            )
+    for part, label in (("teacher", "the teacher's"), ("base", "the frozen student's")):
+        files, files_now = old.get(f"{part}_sha256", {}), found[f"{part}_sha256"]
+        for name in sorted(files.keys() | files_now.keys()):
+            if files.get(name) != files_now.get(name):
+                refused.append(
+                    f"{label} {name} had SHA-256 {str(files.get(name))[:16]}, has {str(files_now.get(name))[:16]} "
+                    f"({old[f'{part}_path']} before, {found[f'{part}_path']} now)"
+                )
     if refused:
         raise ValueError(
             "the run cannot go on from its checkpoint, it would become a different one:\n  "
@@ -397,6 +398,13 @@ def _sync(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(path: str) -> dict[str, str]:
+    """SHA-256 of the model's files at `path`, hashed by all ranks together."""
+    rank, world = distributed.rank(), distributed.world()
+    own = distributed.together(lambda: {file.name: _sha256(file) for file in _model_files(path)[rank::world]})
+    return {name: digest for part in distributed.gather_objects(own) for name, digest in sorted(part.items())}
 
 
 def _model_files(path: str) -> list[Path]:

@@ -93,7 +93,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
-    parts = identity(teacher_path, data, dtype)
+    parts = identity(teacher_path, data, dtype, base_path=student_path if config.student.lora.rank else "")
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
     if resumed is not None and (summary := _finished(config, resumed)):
