@@ -359,15 +359,17 @@ def load_rng_state(state: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a run is made of beside its settings: the teacher's files, every token of the data (as
-    its hash), the precision.
+def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype, base_path: str = "") -> dict[str, Any]:
+    """What a run is made of beside its settings: the teacher's files, every token of the data (as its hash), the
+    precision, and at `base_path` the files of a student whose weights are frozen: checkpoints hold its adapters alone.
 
     The files are hashed, dealt over the ranks. Collective.
     """
     return {
         "teacher_path": teacher_path,
         "teacher_sha256": file_hashes(teacher_path),
+        "base_path": base_path,
+        "base_sha256": file_hashes(base_path),
         "data_sha256": data_sha256,
         "precision": str(dtype).removeprefix("torch."),
     }
@@ -393,13 +395,14 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
             f"the tokens of {config.data.source} had SHA-256 {old['data_sha256'][:16]}..., have "
             f"{found['data_sha256'][:16]}...: rows, tokenizer or template are others"
         )
-    files, files_now = old["teacher_sha256"], found["teacher_sha256"]
-    for name in sorted(files.keys() | files_now.keys()):
-        if files.get(name) != files_now.get(name):
-            refused.append(
-                f"the teacher's {name} had SHA-256 {str(files.get(name))[:16]}, has {str(files_now.get(name))[:16]} "
-                f"({old['teacher_path']} before, {found['teacher_path']} now)"
-            )
+    for part, label in (("teacher", "the teacher's"), ("base", "the frozen student's")):
+        files, files_now = old.get(f"{part}_sha256", {}), found[f"{part}_sha256"]
+        for name in sorted(files.keys() | files_now.keys()):
+            if files.get(name) != files_now.get(name):
+                refused.append(
+                    f"{label} {name} had SHA-256 {str(files.get(name))[:16]}, has {str(files_now.get(name))[:16]} "
+                    f"({old[f'{part}_path']} before, {found[f'{part}_path']} now)"
+                )
     if refused:
         raise ValueError(
             "the run cannot go on from its checkpoint, it would become a different one:\n  "

@@ -34,6 +34,32 @@ BEST_BY = ("", "kl", "ce", "rouge_l")
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters of a frozen student: W x + alpha / rank * B A x. Of the student only.
+
+    rank: of the adapters; 0 trains all weights. dropout: of an adapter's input, in training.
+    target_modules: last parts of the names of linear layers; none given: every linear layer but the output projection.
+    adapter: peft folder to go on from, of the same rank and modules ("": A at random, B zero).
+    """
+
+    rank: int = 0
+    alpha: float = 64.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    adapter: str = ""
+
+    def validate(self, section: str) -> None:
+        _at_least(f"{section}.rank", self.rank, 0)
+        _above_zero(f"{section}.alpha", self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{section}.dropout = {self.dropout} lies outside [0, 1); 0 switches it off")
+        if self.adapter and not self.rank:
+            raise ValueError(
+                f"{section}.adapter = {self.adapter!r} needs {section}.rank, which is 0; set the adapter's"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A causal language model, and how DeepSpeed shards it.
 
@@ -47,6 +73,7 @@ class ModelConfig:
     pass_rows: rows in one forward pass of the teacher; None is a rank's whole window, so that its all-gathers are
     paid once per optimizer step. Lower it when the teacher's activations do not fit.
     gradient_checkpointing: recompute activations in the student's backward pass.
+    lora: adapters that are trained in the student's place.
     """
 
     path: str = ""
@@ -59,6 +86,7 @@ class ModelConfig:
     pass_rows: int | None = None
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    lora: LoraConfig = LoraConfig()
 
     def validate(self, section: str) -> None:
         if not self.path and not (self.random_weights and self.shape):
@@ -79,6 +107,11 @@ class ModelConfig:
             )
         for name in ("num_layers", "pass_rows"):
             _at_least(f"{section}.{name}", getattr(self, name), 1)
+        self.lora.validate(f"{section}.lora")
+        if self.lora.rank and section != "student":
+            raise ValueError(
+                f"{section}.lora.rank = {self.lora.rank}, but only the student is trained; set student.lora"
+            )
 
 
 @dataclass(frozen=True)

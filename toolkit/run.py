@@ -96,7 +96,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     if config.train.epochs is not None:
         config = distributed.together(lambda: config.for_rows(len(data.train)))
     text, text_sha256 = distributed.main_rank_first(lambda: _load_text(config, tokenizer, cache_dir))
-    parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype)
+    base_path = student_path if config.student.lora.rank else ""
+    parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype, base_path)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
     if resumed is not None and (summary := _finished(config, resumed)):

@@ -32,6 +32,7 @@ from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.load import load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
+from toolkit.rollout.schedule import philox
 
 #: families whose code takes position ids but makes no mask of them, so that packed texts would see each other
 MAKES_NO_PACKED_MASK = {"opt"}
@@ -95,11 +96,17 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     ds_config = student_ds_config(config, _name(dtype), distributed.world())
     model = load_model(config.student, path, ds_config, dtype, config.seed)
     check_head("student", _rows(model.get_output_embeddings().weight), vocabulary)
+    if config.student.lora.rank:
+        from toolkit.models.lora import add_adapters  # peft takes long to import
+
+        add_adapters(model, config.student.lora, path, config.seed)
     if config.student.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = _StudentForward(model, config.loss, vocabulary)
     optimizer = _optimizer(module, config.optimizer, ds_config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
+    torch.manual_seed(int(philox(config.seed, 0, distributed.rank()).random_raw()))  # dropout is each rank's own
     return Student(engine, config.optimizer, config.train.steps)
 
 

@@ -1,14 +1,18 @@
-"""The trained student as a plain Hugging Face folder."""
+"""The trained student as a plain Hugging Face folder, with adapters merged into it."""
 
 from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit import distributed
 from toolkit.faults import to_disk
@@ -18,15 +22,17 @@ from toolkit.models.engines import Student
 def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Rank 0 writes safetensors, configuration and tokenizer; parameters are gathered one at a time, by all ranks.
 
-    `folder` appears by rename when it is whole, in place of an older export. Raises ValueError, on every rank, if
-    writing fails.
+    `folder` appears by rename when it is whole, in place of an older export. With LoRA the weights are the merged ones,
+    and `folder`/adapter is what peft loads onto the base. Raises ValueError, on every rank, if writing fails.
     """
-    model, weights = student.model, {}
+    model, weights, adapter = student.model, {}, {}
     is_writer = distributed.rank() == 0
+    layers = lora.adapted(model) if (lora := _lora(model)) else {}
     for name, parameter in model.named_parameters():  # tied parameters are named once
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+        with lora.merged_weight(layers[name]) if name in layers else _gathered(parameter) as weight:
             if is_writer:
-                weights[name] = parameter.detach().to("cpu", copy=True)
+                found = adapter if lora and lora.is_adapter(name) else weights
+                found[name] = weight.detach().to("cpu", copy=True)
     persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     weights |= {name: tensor.cpu() for name, tensor in model.named_buffers() if name in persistent}
 
@@ -41,9 +47,12 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         with torch.device("meta"):
             shell = type(model)(config)
         shell.generation_config = model.generation_config
-        shell.save_pretrained(unfinished, state_dict=weights)
+        plain = {lora.plain_name(name): weight for name, weight in weights.items()} if lora else weights
+        shell.save_pretrained(unfinished, state_dict=plain)
         tokenizer.save_pretrained(unfinished)
-        to_disk(*unfinished.iterdir(), unfinished)
+        if lora:
+            lora.save_adapter(model, adapter, unfinished / "adapter")
+        to_disk(*unfinished.rglob("*"), unfinished)
         old = folder.with_name(folder.name + ".deleting")  # a kill may not leave half an export under its name
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -53,3 +62,18 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         shutil.rmtree(old, ignore_errors=True)
 
     distributed.together(write)
+
+
+@contextmanager
+def _gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+        yield parameter
+
+
+def _lora(model: PreTrainedModel) -> Any:
+    """The module that knows adapters, where there are any: peft takes long to import."""
+    if not hasattr(model, "peft_config"):
+        return None
+    from toolkit.models import lora
+
+    return lora

@@ -1,0 +1,123 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) through peft: W x + alpha / rank * B A x, of which A and B alone are trained.
+
+The adapters are put into the model in place: it keeps its class and its parts, so that generation, the loss and the
+checkpoints find what they find in any model. Adapter matrices have the base's dtype; the optimizer holds them in fp32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import peft
+import torch
+from peft.tuners.lora import Linear
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from toolkit.config import LoraConfig
+from toolkit.data.config import unknown
+
+NAME = "default"  # peft's own name for the only adapter
+WEIGHTS = "adapter_model.safetensors"
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, base_path: str, seed: int) -> None:
+    """Freeze `model` and put trainable adapters into it, alike on all ranks: A at random from `seed`, B zero, or both
+    from the peft folder `config.adapter`. To be called before deepspeed.initialize, which partitions them as well.
+
+    Raises ValueError for target modules that the model does not have, and for an adapter of another shape.
+    """
+    head = model.get_output_embeddings()
+    linear = {
+        name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and part is not head
+    }
+    for target in config.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise unknown("student.lora.target_modules", target, known)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules) or "all-linear",
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        base_model_name_or_path=base_path or None,
+    )
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2 has both kinds, peft sets it for each
+        peft.inject_adapter_in_model(settings, model)
+    if config.adapter:
+        _load(model, config.adapter)
+
+
+def adapted(model: nn.Module) -> dict[str, Linear]:
+    """The adapted layers by the full name of their frozen weight; none in a model without adapters."""
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, Linear)}
+    return {f"{name}.base_layer.weight": layer for name, layer in layers.items()}
+
+
+@contextmanager
+def merged_weight(layer: Linear) -> Iterator[Tensor]:
+    """The gathered W + alpha / rank * B A of one layer, computed in fp32, in the dtype of W. Collective."""
+    weight, a_RI, b_OR = layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    with deepspeed.zero.GatheredParameters([weight, a_RI, b_OR], modifier_rank=None), torch.no_grad():
+        change_OI = layer.scaling[NAME] * (b_OR.float() @ a_RI.float())
+        change = change_OI.T if isinstance(layer.base_layer, Conv1D) else change_OI
+        yield (weight.float() + change).to(weight.dtype)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is one of an adapter's."""
+    return f".{NAME}.weight" in name and (".lora_A." in name or ".lora_B." in name)
+
+
+def plain_name(name: str) -> str:
+    """What the frozen parameter `name` is called in a model without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """A folder that PeftModel.from_pretrained puts on the base. weights: the adapter's, by their names in `model`."""
+    settings: peft.LoraConfig = model.peft_config[NAME]
+    folder.mkdir(parents=True)
+    named = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": weight for name, weight in weights.items()}
+    save_file(
+        {name: weight.contiguous() for name, weight in named.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
+    settings.save_pretrained(folder)
+
+
+def _load(model: PreTrainedModel, path: str) -> None:
+    """Fill the adapters, which are not partitioned yet, from a peft folder."""
+    file = Path(path).expanduser() / WEIGHTS
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"no adapter could be read from {file}: {error}; student.lora.adapter is a peft folder"
+        ) from error
+    own = {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter
+        for name, parameter in model.named_parameters()
+        if is_adapter(name)
+    }
+    for name in sorted(own.keys() | saved.keys()):
+        found = tuple(saved[name].shape) if name in saved else None
+        wanted = tuple(own[name].shape) if name in own else None
+        if found != wanted:
+            raise ValueError(
+                f"{name} has shape {found} in {file} and {wanted} by student.lora; make rank and target_modules those "
+                "of the adapter, or start from the folder that it was merged into"
+            )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
