@@ -1,6 +1,7 @@
-"""Token batches: what one micro-batch of a causal language model carries, and an optimizer step's window.
+"""Token batches: what one micro-batch of a language model carries, and an optimizer step's window.
 
-Shapes: B rows, T padded length (a multiple of `pad_to_multiple`), N predicted (response) tokens of a batch.
+Shapes: B rows, T padded length (a multiple of `pad_to_multiple`), S padded length of an encoder's rows, N predicted
+(response) tokens of a batch.
 """
 
 from __future__ import annotations
@@ -66,15 +67,23 @@ class TokenBatch:
     harmless. predicts_BT: bool, True at t iff token t + 1 is a response token of the same row. This is the
     one place in the project that shifts labels: logits at predicts_BT[b, t] are held against input_ids_BT[b,
     t + 1].
+    encoder_ids_BS, encoder_mask_BS: the prompts, of an encoder-decoder model alone; the T tokens are its decoder's.
     """
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
     predicts_BT: torch.Tensor
+    encoder_ids_BS: torch.Tensor | None = None
+    encoder_mask_BS: torch.Tensor | None = None
 
     @classmethod
-    def from_examples(cls, examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
+    def from_examples(
+        cls, examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 8, decoder_start_id: int | None = None
+    ) -> TokenBatch:
         """Pads `examples` (order kept) to the longest of them, rounded up to `pad_to_multiple`.
+
+        decoder_start_id: of an encoder-decoder model. Its encoder reads the prompt, its decoder this id and the
+        response, all of which is predicted. None: prompt and response are one row.
 
         Raises ValueError for no examples, for a pad id that is not an id, and for pad_to_multiple < 1.
         """
@@ -86,17 +95,15 @@ class TokenBatch:
             )
         if pad_to_multiple < 1:
             raise ValueError(f"pad_to_multiple = {pad_to_multiple}; give 1 or more")
-        longest = max(len(e.tokens) for e in examples)
-        shape = len(examples), -(-longest // pad_to_multiple) * pad_to_multiple
-        input_ids_BT = np.full(shape, pad_id, dtype=np.int64)
-        attention_mask_BT = np.zeros(shape, dtype=np.int64)
-        predicts_BT = np.zeros(shape, dtype=bool)
-        for b, example in enumerate(examples):
-            length = len(example.tokens)
-            input_ids_BT[b, :length] = example.tokens
-            attention_mask_BT[b, :length] = 1
-            predicts_BT[b, example.prompt_length - 1 : length - 1] = True
-        return cls(*map(torch.from_numpy, (input_ids_BT, attention_mask_BT, predicts_BT)))
+        rows, sources = [e.tokens for e in examples], ()
+        if decoder_start_id is not None:
+            rows = [np.concatenate([[decoder_start_id], e.response]) for e in examples]
+            sources = _padded([e.prompt for e in examples], pad_id, pad_to_multiple)
+        input_ids_BT, attention_mask_BT = _padded(rows, pad_id, pad_to_multiple)
+        predicts_BT = torch.zeros(input_ids_BT.shape, dtype=torch.bool)
+        for b, (example, row) in enumerate(zip(examples, rows, strict=True)):
+            predicts_BT[b, len(row) - len(example.response) - 1 : len(row) - 1] = True
+        return cls(input_ids_BT, attention_mask_BT, predicts_BT, *sources)
 
     @cached_property
     def num_targets(self) -> int:
@@ -106,7 +113,8 @@ class TokenBatch:
     @cached_property
     def num_tokens(self) -> int:
         """Number of real tokens, prompts included, padding not."""
-        return int(self.attention_mask_BT.sum())
+        masks = (self.attention_mask_BT, self.encoder_mask_BS)
+        return sum(int(mask.sum()) for mask in masks if mask is not None)
 
     @property
     def targets_N(self) -> torch.Tensor:
@@ -115,14 +123,21 @@ class TokenBatch:
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """What the model's forward takes, by its names."""
+        if self.encoder_ids_BS is not None:
+            return {
+                "input_ids": self.encoder_ids_BS, "attention_mask": self.encoder_mask_BS,
+                "decoder_input_ids": self.input_ids_BT, "decoder_attention_mask": self.attention_mask_BT,
+            }  # fmt: skip
         return {"input_ids": self.input_ids_BT, "attention_mask": self.attention_mask_BT}
 
     @classmethod
     def concatenate(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """One batch of all rows, order kept, padded to the longest; its targets are theirs, in order."""
 
-        def joined(name: str) -> torch.Tensor:  # padded ids are 0: masks say what is real
+        def joined(name: str) -> torch.Tensor | None:  # padded ids are 0: masks say what is real
             parts = [getattr(batch, name) for batch in batches]
+            if parts[0] is None:
+                return None
             width = max(part.shape[1] for part in parts)
             return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
@@ -131,14 +146,28 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = TokenBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()})
+        there = {name: None if t is None else t.to(device, non_blocking=True) for name, t in fields.items()}
+        moved = TokenBatch(**there)
         # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.
         vars(moved).update(num_targets=self.num_targets, num_tokens=self.num_tokens)
         return moved
 
 
+def _padded(rows: Sequence[np.ndarray], pad_id: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), int64, of `rows` beside each other, padded on the right to a multiple of `multiple`."""
+    shape = len(rows), -(-max(map(len, rows)) // multiple) * multiple
+    ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], mask[b, : len(row)] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
 def make_window(
-    examples: Sequence[Example], micro_size: int, pad_id: int, pad_to_multiple: int = 8
+    examples: Sequence[Example],
+    micro_size: int,
+    pad_id: int,
+    pad_to_multiple: int = 8,
+    decoder_start_id: int | None = None,
 ) -> list[TokenBatch]:
     """One rank's share of an optimizer step as len(examples) / micro_size micro-batches, order kept.
 
@@ -150,6 +179,6 @@ def make_window(
             "the window must hold at least one micro-batch and be a multiple of its size"
         )
     return [
-        TokenBatch.from_examples(examples[start : start + micro_size], pad_id, pad_to_multiple)
+        TokenBatch.from_examples(examples[start : start + micro_size], pad_id, pad_to_multiple, decoder_start_id)
         for start in range(0, len(examples), micro_size)
     ]

@@ -83,7 +83,12 @@ class DistillationLoop:
         source, examples = self.choose_examples(step)
         window = [
             batch.to(distributed.device())
-            for batch in make_window(examples, self.config.train.micro_rows, self.vocabulary.pad_id)
+            for batch in make_window(
+                examples,
+                self.config.train.micro_rows,
+                self.vocabulary.pad_id,
+                decoder_start_id=self.vocabulary.decoder_start_id,
+            )
         ]
         targets, tokens = distributed.sum_over_ranks(
             [sum(batch.num_targets for batch in window), sum(batch.num_tokens for batch in window)]

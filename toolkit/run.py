@@ -26,8 +26,10 @@ from toolkit.models import (
     Vocabulary,
     build_student,
     build_teacher,
+    decoder_start_id,
     load_tokenizer,
     materialize,
+    shared_decoder_start,
     shared_vocabulary,
 )
 from toolkit.models.ds_config import read_ds_config
@@ -92,7 +94,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
-    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
+    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary))
     parts = identity(teacher_path, data, dtype)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
@@ -134,7 +136,13 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
                 settings.capacity, distributed.rank(), distributed.world(), config.seed, settings.max_age_steps
             ),
             rollout=student_rollout,
-            validator=Validator(data.validation[: validation.rows], validation.batch_rows, vocabulary.pad_id, teacher),
+            validator=Validator(
+                data.validation[: validation.rows],
+                validation.batch_rows,
+                vocabulary.pad_id,
+                teacher,
+                vocabulary.decoder_start_id,
+            ),
             monitor=monitor,
             timer=timer,
             checkpoints=checkpoints,
@@ -240,11 +248,14 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
     teacher = load_tokenizer(config.teacher, teacher_path) if config.has_teacher else None
     has_own = config.student.tokenizer or student_path or teacher is None
     student = load_tokenizer(config.student, student_path) if has_own else teacher
-    return student, shared_vocabulary(teacher or student, student)
+    starts = decoder_start_id(config.student, student_path)
+    theirs = decoder_start_id(config.teacher, teacher_path) if config.has_teacher else starts
+    vocabulary = shared_vocabulary(teacher or student, student)
+    return student, vocabulary._replace(decoder_start_id=shared_decoder_start(theirs, starts))
 
 
-def _load_data(config: RunConfig, tokenizer: Any) -> Data:
-    data = load_data(config.data, tokenizer, config.seed)
+def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary) -> Data:
+    data = load_data(config.data, tokenizer, config.seed, for_encoder=vocabulary.decoder_start_id is not None)
     if len(data.train) < config.train.batch_rows:
         raise ValueError(
             f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "

@@ -44,12 +44,12 @@ class Data:
     counts: dict[str, int]
 
 
-def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Data:
+def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, for_encoder: bool = False) -> Data:
     """Everything a run trains on and validates on; equal on all ranks.
 
     `seed` only salts the choice of validation rows where `source` is split: two runs to be compared, or a
-    teacher and its student, need the same one. Raises ValueError for anything wrong with the settings or the
-    rows, see the parts.
+    teacher and its student, need the same one. `for_encoder`: prompts as `encode_prompts` has them. Raises
+    ValueError for anything wrong with the settings or the rows, see the parts.
     """
     config.validate()
     rows, skipped = load_rows(config, config.source)
@@ -61,7 +61,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int 
         validation_rows, validation_skipped = load_rows(config, source, is_validation=True)
     parts, counts = {}, {}
     for name, some, bad in (("train", rows, skipped), ("validation", validation_rows, validation_skipped)):
-        part = parts[name] = tokenize_rows(some, tokenizer, config)
+        part = parts[name] = tokenize_rows(some, tokenizer, config, for_encoder)
         if not part.examples:
             raise ValueError(
                 f"{config.source}: none of {len(some)} {name} rows is left after tokenizing "

@@ -30,7 +30,9 @@ class DataConfig:
     validation_source: as `source`. None takes `validation_fraction` of the source's rows by a hash of their
     prompt, so equal prompts stay on one side ("python_docs" has a validation split of its own, by module).
     input_field: a second prompt field, as Alpaca's and Dolly's "input"; rows may leave it empty.
-    max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens.
+    prefix: goes before every prompt's text, as T5's "summarize: ".
+    max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens, so that the
+    template's end stays; before an encoder, which reads it as a whole, it loses its last ones, and its EOS stays.
     on_long_response: a response that does not fit is cut and gets no EOS, or is skipped, or is an error.
     on_bad_row: a row that cannot be used is an error that names it, or is skipped and counted.
     max_rows: at most this many usable rows of each source.
@@ -47,6 +49,7 @@ class DataConfig:
     response_field: str = "response"
     input_field: str | None = None
     template: str = "chat"
+    prefix: str = ""
     max_length: int = 512
     max_prompt_length: int = 256
     on_long_response: str = "truncate"

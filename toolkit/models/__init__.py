@@ -1,8 +1,8 @@
 """Teacher and student: loading under ZeRO, the vocabulary they share, and the two engines."""
 
 from toolkit.models.engines import NoTeacher, Objective, Student, Teacher, build_student, build_teacher
-from toolkit.models.load import load_model, load_tokenizer, materialize
-from toolkit.models.vocabulary import Vocabulary, shared_vocabulary
+from toolkit.models.load import decoder_start_id, load_model, load_tokenizer, materialize
+from toolkit.models.vocabulary import Vocabulary, shared_decoder_start, shared_vocabulary
 
 __all__ = [
     "NoTeacher",
@@ -12,8 +12,10 @@ __all__ = [
     "Vocabulary",
     "build_student",
     "build_teacher",
+    "decoder_start_id",
     "load_model",
     "load_tokenizer",
     "materialize",
+    "shared_decoder_start",
     "shared_vocabulary",
 ]

@@ -26,6 +26,7 @@ from toolkit.faults import Halving
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.decode import DecodeStats, cache_bytes_per_token, decode, is_supported, plain_decode, row_tokens
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
+from toolkit.rollout.seq2seq import decode_seq2seq
 
 __all__ = ["GatheredRollout", "RolloutStats", "SeededSampling", "choose_tokens", "sequence_seed", "whole_model"]
 
@@ -148,6 +149,8 @@ class GatheredRollout(RolloutEngine):
 
 
 def _decoder(model: PreTrainedModel) -> Any:
+    if model.config.is_encoder_decoder:
+        return decode_seq2seq
     return decode if is_supported(model) else plain_decode
 
 
