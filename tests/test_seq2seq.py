@@ -53,7 +53,7 @@ def test_two_ranks_follow_a_dense_float64_reference(t5, ranks2, student, diverge
     assert ("lm_head.weight" in wanted) == (student != "student")
     assert_close(exported(t5, name), wanted, 1e-5)
     start = load_file(t5 / student / "model.safetensors")
-    assert max((value - start[key]).abs().max().item() for key, value in wanted.items()) > 1e-2  # it did learn
+    assert max((value - start[key]).abs().max().item() for key, value in wanted.items()) > 5e-3  # it did learn
     found = AutoModelForSeq2SeqLM.from_pretrained(t5 / "runs" / name / "student", dtype=torch.float64)
     torch.testing.assert_close(logits(found, example), logits(reference, example), atol=2e-4, rtol=0)
 

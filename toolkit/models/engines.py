@@ -91,6 +91,7 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     module = _StudentForward(model, config.loss, vocabulary)
     optimizer = _optimizer(module, config.optimizer, ds_config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    engine.train()  # transformers loads in eval mode, and a resumed run would go on without dropout
     return Student(engine, config.optimizer, config.train.steps)
 
 

@@ -188,7 +188,7 @@ class _DecoderPasses(Passes):
         ids_bS = torch.zeros(len(prompts), width, dtype=torch.long)
         mask_bS = torch.zeros_like(ids_bS)
         for b, prompt in enumerate(prompts):
-            ids_bS[b, : len(prompt)], mask_bS[b, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64)), 1
+            ids_bS[b, : len(prompt)], mask_bS[b, : len(prompt)] = torch.tensor(np.asarray(prompt, np.int64)), 1
         ids_bS, mask_bS = ids_bS.to(self.device), mask_bS.to(self.device)
         encoded_bSH = self.model.encoder(input_ids=ids_bS, attention_mask=mask_bS).last_hidden_state
         row_b = torch.arange(first, first + len(prompts), device=self.device)
