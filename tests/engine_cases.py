@@ -130,12 +130,19 @@ def _observed(choose, overrides, result):
     return summary if result is None else result
 
 
-def _main(overrides):
+def run_recipe(name, overrides):
+    """The summary of a file of recipes/ with changed settings."""
+    import importlib
+
+    return _main(overrides, importlib.import_module(f"recipes.{name}").RECIPE)
+
+
+def _main(overrides, recipe=None):
     from toolkit import distributed
 
     keep, distributed.stop = distributed.stop, lambda: None  # the pool goes on using its group
     try:
-        return main(RunConfig(name="tiny"), overrides)
+        return main(recipe or RunConfig(name="tiny"), overrides)
     finally:
         distributed.stop = keep
         torch.distributed.barrier()
@@ -540,17 +547,26 @@ def loss_step(folder, memory_budget_mib):
     from tests.tiny import tiny_overrides
     from toolkit.batch import Example, TokenBatch
     from toolkit.divergences import fused
-    from toolkit.models import Objective, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.models import (
+        Objective,
+        build_student,
+        build_teacher,
+        decoder_start_id,
+        load_tokenizer,
+        materialize,
+        shared_vocabulary,
+    )
 
     overrides = tiny_overrides(folder, loss__memory_budget_mib=memory_budget_mib)
     config = RunConfig().with_overrides(overrides)
     paths = [materialize(model, Path(config.cache_dir)) for model in (config.teacher, config.student)]
     tokenizer = load_tokenizer(config.student, paths[1])
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    start = decoder_start_id(config.student, paths[1])
     teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
     student = build_student(config, paths[1], torch.float32, vocabulary)
     draw = np.random.default_rng(5)
-    batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(16)], 0)
+    batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(16)], 0, 8, start)
     heads = {
         "teacher": teacher.model.get_output_embeddings().weight,
         "student": student.model.get_output_embeddings().weight,

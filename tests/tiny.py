@@ -4,8 +4,17 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -50,6 +59,28 @@ def save_llama(folder, tokenizer, seed, hidden=32, layers=2, tied=False, extra_r
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def save_t5(folder, tokenizer, seed, kind="t5", own_head=False, hidden=32, layers=2, extra_rows=0, dropout=0.0):
+    """A random T5 (1.0 with tied embeddings, 1.1 with a head of its own) or mT5, written as the hub has them."""
+    shape = dict(
+        vocab_size=len(tokenizer) + extra_rows, d_model=hidden, d_kv=8, d_ff=2 * hidden, num_layers=layers, num_heads=4,
+        feed_forward_proj="gated-gelu" if own_head else "relu", tie_word_embeddings=not own_head, dropout_rate=dropout,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, decoder_start_token_id=0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=20,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    made = T5ForConditionalGeneration(T5Config(**shape)) if kind == "t5" else MT5ForConditionalGeneration(
+        MT5Config(**shape))  # fmt: skip
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if own_head:
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = 0.2 * torch.randn(shape["vocab_size"], hidden)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 

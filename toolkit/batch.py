@@ -1,7 +1,7 @@
-"""Token batches: what one micro-batch of a causal language model carries, and an optimizer step's window.
+"""Token batches: what one micro-batch of a language model carries, and an optimizer step's window.
 
-Shapes: B rows, T padded length (a multiple of `pad_to_multiple`), N predicted (response) tokens of a batch.
-A row holds one text, or several that do not see each other ("packed").
+Shapes: B rows, T padded length (a multiple of `pad_to_multiple`), S padded length of an encoder's rows, N predicted
+(response) tokens of a batch. A row holds one text, or several that do not see each other ("packed").
 """
 
 from __future__ import annotations
@@ -82,20 +82,33 @@ class TokenBatch:
     t + 1].
     position_ids_BT: int64, only where a row holds several texts: 0, 1, ... in each of them, and in the padding.
     transformers makes the block-diagonal mask of it, or flash attention its sequence bounds.
+    encoder_ids_BS, encoder_mask_BS: the prompts, of an encoder-decoder model alone; the T tokens are its decoder's.
     """
 
     input_ids_BT: torch.Tensor
     attention_mask_BT: torch.Tensor
     predicts_BT: torch.Tensor
     position_ids_BT: torch.Tensor | None = None
+    encoder_ids_BS: torch.Tensor | None = None
+    encoder_mask_BS: torch.Tensor | None = None
 
     @classmethod
-    def from_examples(cls, examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
+    def from_examples(
+        cls, examples: Sequence[Example], pad_id: int, pad_to_multiple: int = 8, decoder_start_id: int | None = None
+    ) -> TokenBatch:
         """Pads `examples` (order kept) to the longest of them, rounded up to `pad_to_multiple`.
+
+        decoder_start_id: of an encoder-decoder model. Its encoder reads the prompt, its decoder this id and the
+        response, all of which is predicted. None: prompt and response are one row.
 
         Raises ValueError for no examples, for a pad id that is not an id, and for pad_to_multiple < 1.
         """
-        return cls.from_rows([[example] for example in examples], pad_id, pad_to_multiple)
+        if decoder_start_id is None or not examples:
+            return cls.from_rows([[example] for example in examples], pad_id, pad_to_multiple)
+        rows = [[Example(np.concatenate([[decoder_start_id], e.response]), 1)] for e in examples]
+        decoder = cls.from_rows(rows, pad_id, pad_to_multiple)
+        encoder_ids_BS, encoder_mask_BS = _padded([e.prompt for e in examples], pad_id, pad_to_multiple)
+        return dataclasses.replace(decoder, encoder_ids_BS=encoder_ids_BS, encoder_mask_BS=encoder_mask_BS)
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[Example]], pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
@@ -138,7 +151,8 @@ class TokenBatch:
     @cached_property
     def num_tokens(self) -> int:
         """Number of real tokens, prompts included, padding not."""
-        return int(self.attention_mask_BT.sum())
+        masks = (self.attention_mask_BT, self.encoder_mask_BS)
+        return sum(int(mask.sum()) for mask in masks if mask is not None)
 
     @property
     def targets_N(self) -> torch.Tensor:
@@ -150,6 +164,11 @@ class TokenBatch:
         it at its word, and texts in one row would see each other."""
         if self.position_ids_BT is not None:
             return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
+        if self.encoder_ids_BS is not None:
+            return {
+                "input_ids": self.encoder_ids_BS, "attention_mask": self.encoder_mask_BS,
+                "decoder_input_ids": self.input_ids_BT, "decoder_attention_mask": self.attention_mask_BT,
+            }  # fmt: skip
         return {"input_ids": self.input_ids_BT, "attention_mask": self.attention_mask_BT}
 
     @classmethod
@@ -177,16 +196,29 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = TokenBatch(
-            **{name: None if t is None else t.to(device, non_blocking=True) for name, t in fields.items()}
-        )
+        there = {name: None if t is None else t.to(device, non_blocking=True) for name, t in fields.items()}
+        moved = TokenBatch(**there)
         # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.
         vars(moved).update(num_targets=self.num_targets, num_tokens=self.num_tokens)
         return moved
 
 
+def _padded(rows: Sequence[np.ndarray], pad_id: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), int64, of `rows` beside each other, padded on the right to a multiple of `multiple`."""
+    shape = len(rows), _round_up(max(map(len, rows)), multiple)
+    ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], mask[b, : len(row)] = row, 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
 def make_window(
-    examples: Sequence[Example], micro_size: int, pad_id: int, pad_to_multiple: int = 8, pack_to: int | None = None
+    examples: Sequence[Example],
+    micro_size: int,
+    pad_id: int,
+    pad_to_multiple: int = 8,
+    pack_to: int | None = None,
+    decoder_start_id: int | None = None,
 ) -> list[TokenBatch]:
     """One rank's share of an optimizer step as len(examples) / micro_size micro-batches.
 
@@ -210,7 +242,7 @@ def make_window(
         ]
     ordered = sorted(examples, key=_length, reverse=True)
     return [
-        TokenBatch.from_examples(ordered[start : start + micro_size], pad_id, pad_to_multiple)
+        TokenBatch.from_examples(ordered[start : start + micro_size], pad_id, pad_to_multiple, decoder_start_id)
         for start in range(0, len(examples), micro_size)
     ]
 

@@ -199,7 +199,8 @@ class DistillationLoop:
     def _window(self, examples: list[Example], pack_to: int | None = None) -> list[TokenBatch]:
         if not examples:
             return []
-        window = make_window(examples, self.config.train.micro_rows, self.vocabulary.pad_id, pack_to=pack_to)
+        start_id, pad_id = self.vocabulary.decoder_start_id, self.vocabulary.pad_id
+        window = make_window(examples, self.config.train.micro_rows, pad_id, pack_to=pack_to, decoder_start_id=start_id)
         return [batch.to(distributed.device()) for batch in window]
 
     def validate(self, step: int) -> Validation:

@@ -29,9 +29,11 @@ from toolkit.models import (
     build_teacher,
     check_packing,
     choose_dtype,
+    decoder_start_id,
     default_cache_dir,
     load_tokenizer,
     materialize,
+    shared_decoder_start,
     shared_vocabulary,
 )
 from toolkit.models.ds_config import read_ds_config
@@ -92,7 +94,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
-    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, cache_dir))
+    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
     if config.train.epochs is not None:
         config = distributed.together(lambda: config.for_rows(len(data.train)))
     text, text_sha256 = distributed.main_rank_first(lambda: _load_text(config, tokenizer, cache_dir))
@@ -161,6 +163,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
                 (lambda: _rouge_l(data, _sampled(config, data, student_rollout, tokenizer)))
                 if validation.best == "rouge_l"
                 else None,
+                vocabulary.decoder_start_id,
             ),
             monitor=monitor,
             timer=timer,
@@ -274,11 +277,19 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
     teacher = load_tokenizer(config.teacher, teacher_path) if config.has_teacher else None
     has_own = config.student.tokenizer or student_path or teacher is None
     student = load_tokenizer(config.student, student_path) if has_own else teacher
-    return student, shared_vocabulary(teacher or student, student)
+    starts = decoder_start_id(config.student, student_path)
+    theirs = decoder_start_id(config.teacher, teacher_path) if config.has_teacher else starts
+    if starts is not None and config.packs:
+        raise ValueError(
+            "an encoder-decoder student reads prompt and response apart: data.packing, text.source and data.kind = "
+            '"text" are for models without an encoder; set them to false, "" and "instructions"'
+        )
+    vocabulary = shared_vocabulary(teacher or student, student)
+    return student, vocabulary._replace(decoder_start_id=shared_decoder_start(theirs, starts))
 
 
-def _load_data(config: RunConfig, tokenizer: Any, cache_dir: Path) -> Data:
-    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens")
+def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_dir: Path) -> Data:
+    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.decoder_start_id is not None)
     if not isinstance(data.train, TextStream) and len(data.train) < config.train.batch_rows:
         raise ValueError(
             f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "

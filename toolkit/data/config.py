@@ -44,7 +44,9 @@ class DataConfig:
     the response, all before it the prompt, by the tokenizer's chat template. Then the three fields above are not read.
     responses: "data" trains on the rows' own; "teacher" on what the teacher answers to their prompts, generated once
     with the rollout section's settings and kept in the cache (sequence-level distillation, arXiv 1606.07947).
-    max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens.
+    prefix: goes before every prompt's text, as T5's "summarize: ".
+    max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens, so that the
+    template's end stays; before an encoder, which reads it as a whole, it loses its last ones, and its EOS stays.
     packing: several examples in one row, of max_length at most, that do not see each other.
     on_long_response: a response that does not fit is cut and gets no EOS, or is skipped, or is an error.
     on_bad_row: a row that cannot be used is an error that names it, or is skipped and counted.
@@ -66,6 +68,7 @@ class DataConfig:
     text_field: str = "text"
     template: str = "chat"
     responses: str = "data"
+    prefix: str = ""
     max_length: int = 512
     max_prompt_length: int = 256
     on_long_response: str = "truncate"

@@ -40,20 +40,27 @@ class Data:
 
 
 def load_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0, token_cache: Path | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    token_cache: Path | None = None,
+    for_encoder: bool = False,
 ) -> Data:
     """Everything a run trains on and validates on; equal on all ranks.
 
     `seed` only salts the choice of validation rows where `source` is split: two runs to be compared, or a
     teacher and its student, need the same one. `token_cache`: a folder that keeps the tokens for the next start.
-    Raises ValueError for anything wrong with the settings or the rows, see the parts.
+    `for_encoder`: prompts as `encode_prompts` has them. Raises ValueError for anything wrong with the settings or the
+    rows, see the parts.
     """
     config.validate()
     if config.kind == "text" and config.streaming:
         return _streamed(config, tokenizer, seed)
-    build = _text_parts if config.kind == "text" else _row_parts
-    key = _key(config, tokenizer, seed) if token_cache else {}
-    parts = cached(token_cache, key, lambda: build(config, tokenizer, seed))
+    key = _key(config, tokenizer, seed) | {"for_encoder": for_encoder} if token_cache else {}
+    if config.kind == "text":
+        parts = cached(token_cache, key, lambda: _text_parts(config, tokenizer, seed))
+    else:
+        parts = cached(token_cache, key, lambda: _row_parts(config, tokenizer, seed, for_encoder))
     counts = {}
     for name in ("train", "validation"):
         if not len(parts[name].examples):
@@ -117,7 +124,7 @@ def split_rows(rows: list[dict], validation_fraction: float, seed: int = 0) -> t
     return train, validation
 
 
-def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Part]:
+def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, for_encoder: bool) -> dict[str, Part]:
     rows, skipped = load_rows(config, config.source)
     validation_skipped = 0
     if _is_split(config):
@@ -127,7 +134,7 @@ def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         validation_rows, validation_skipped = load_rows(config, source, is_validation=True)
     parts = {}
     for name, some, bad in (("train", rows, skipped), ("validation", validation_rows, validation_skipped)):
-        part = tokenize_rows(some, tokenizer, config)
+        part = tokenize_rows(some, tokenizer, config, for_encoder)
         if not part.examples:
             raise ValueError(
                 f"{config.source}: none of {len(some)} {name} rows is left after tokenizing "

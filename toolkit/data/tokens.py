@@ -26,13 +26,15 @@ class Tokenized(NamedTuple):
     counts: Counter
 
 
-def tokenize_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Tokenized:
+def tokenize_rows(
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DataConfig, for_encoder: bool = False
+) -> Tokenized:
     """Prompt ids, response ids, EOS for every row ({"prompt", "input", "response"}), order kept.
 
     A prompt longer than max_prompt_length keeps its last tokens, so the template's marker stays, and its BOS
     if it begins with one. A response and its EOS that do not fit into max_length go by
     config.on_long_response. Prompt and response are tokenized apart: a generated response continues just the
-    prompt ids that training has seen.
+    prompt ids that training has seen. `for_encoder`: as in `encode_prompts`.
 
     Raises ValueError if the tokenizer has no EOS, if the marker does not fit into max_prompt_length, for a
     row without tokens (on_bad_row "stop") and for a long response (on_long_response "stop").
@@ -46,12 +48,12 @@ def tokenize_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: 
     examples, kept, counts = [], [], Counter()
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
-        prompts = encode_prompts(chunk, tokenizer, config, counts)
+        prompts = encode_prompts(chunk, tokenizer, config, counts, for_encoder)
         responses = _ids([row["response"] for row in chunk], tokenizer)
         for number, (row, prompt, response) in enumerate(zip(chunk, prompts, responses, strict=True), start + 1):
             response = response if response[-1:] == [tokenizer.eos_token_id] else [*response, tokenizer.eos_token_id]
             room = config.max_length - len(prompt)
-            if not prompt or len(response) < 2:
+            if len(prompt) <= for_encoder or len(response) < 2:  # an encoder's EOS alone is no prompt
                 if config.on_bad_row == "stop":
                     raise ValueError(
                         f"usable row {number} ({row['prompt']!r:.60}) has {len(prompt)} prompt and "
@@ -78,22 +80,33 @@ def tokenize_rows(rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: 
 
 
 def encode_prompts(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DataConfig, counts: Counter | None = None
+    rows: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    counts: Counter | None = None,
+    for_encoder: bool = False,
 ) -> list[list[int]]:
     """Templated, truncated prompt ids of rows {"prompt", "input"}: what training sees and what generation
-    starts from.
+    starts from. `for_encoder`: they end in EOS, as T5's encoder was trained, and a long one loses what stands before
+    that; without it they are cut at their beginning.
 
     Adds the number of prompts that were cut to counts["truncated_prompts"].
     """
     template = get_template(config.template)
     bos = _bos(template, tokenizer)
     longest, prompts = config.max_prompt_length, []
+    rows = [row | {"prompt": config.prefix + row["prompt"]} for row in rows]
     for ids in _ids([template.prompt(tokenizer, row) for row in rows], tokenizer):
         if ids[:1] != bos:
             ids = bos + ids
+        if for_encoder and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
         if len(ids) > longest:
-            head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-            ids = head + ids[len(ids) - (longest - len(head)) :]
+            if for_encoder:
+                ids = [*ids[: longest - 1], tokenizer.eos_token_id]
+            else:
+                head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+                ids = head + ids[len(ids) - (longest - len(head)) :]
             if counts is not None:
                 counts["truncated_prompts"] += 1
         prompts.append(ids)

@@ -46,18 +46,21 @@ class Best(NamedTuple):
 
 class Validator:
     """Measures on `examples`, dealt over the ranks, against `teacher`. Every rank makes as many passes, whatever its
-    share. rouge_l: answers held-out prompts and scores the answers; None leaves it out."""
+    share. rouge_l: answers held-out prompts and scores the answers; None leaves it out. decoder_start_id: as
+    TokenBatch has it."""
 
     def __init__(self, examples: list[Example], batch_rows: int, pad_id: int, teacher: Teacher | NoTeacher,
-                 rouge_l: Callable[[], float] | None = None):  # fmt: skip
+                 rouge_l: Callable[[], float] | None = None, decoder_start_id: int | None = None):  # fmt: skip
         self.teacher, self.rouge_l = teacher, rouge_l
         rank, world = distributed.rank(), distributed.world()
         own = examples[rank::world]
         passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
         parts = [own[start : start + batch_rows] for start in range(0, len(own), batch_rows)]
         # A rank that runs out of rows still enters the all-gathers, with a row that does not count.
-        self.batches = [TokenBatch.from_examples(part, pad_id).to(distributed.device()) for part in parts]
-        spare = TokenBatch.from_examples(examples[:1], pad_id).to(distributed.device())
+        *self.batches, spare = [
+            TokenBatch.from_examples(part, pad_id, decoder_start_id=decoder_start_id).to(distributed.device())
+            for part in (*parts, examples[:1])
+        ]
         self.spares = [spare] * (passes - len(parts))
 
     @torch.no_grad()

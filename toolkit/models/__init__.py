@@ -10,9 +10,16 @@ from toolkit.models.engines import (
     whole_student,
     whole_teacher,
 )
-from toolkit.models.load import choose_dtype, default_cache_dir, load_model, load_tokenizer, materialize
+from toolkit.models.load import (
+    choose_dtype,
+    decoder_start_id,
+    default_cache_dir,
+    load_model,
+    load_tokenizer,
+    materialize,
+)
 from toolkit.models.packing import check_packing
-from toolkit.models.vocabulary import Vocabulary, shared_vocabulary
+from toolkit.models.vocabulary import Vocabulary, shared_decoder_start, shared_vocabulary
 
 __all__ = [
     "NoTeacher",
@@ -24,10 +31,12 @@ __all__ = [
     "build_teacher",
     "check_packing",
     "choose_dtype",
+    "decoder_start_id",
     "default_cache_dir",
     "load_model",
     "load_tokenizer",
     "materialize",
+    "shared_decoder_start",
     "shared_vocabulary",
     "whole_student",
     "whole_teacher",

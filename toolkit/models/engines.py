@@ -273,6 +273,15 @@ class _StudentForward(nn.Module):
 def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """hidden_NH at the positions that predict response tokens, in the order of `batch.targets_N`."""
     inputs = batch.model_inputs()
+    if batch.encoder_ids_BS is not None:
+        # The stacks one by one: an encoder-decoder model is its own base model, and would run its head.
+        mask_BS = inputs["attention_mask"]
+        encoded_BSH = model.encoder(input_ids=inputs["input_ids"], attention_mask=mask_BS).last_hidden_state
+        hidden_BTH = model.decoder(
+            input_ids=inputs["decoder_input_ids"], attention_mask=inputs["decoder_attention_mask"],
+            encoder_hidden_states=encoded_BSH, encoder_attention_mask=mask_BS, use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        return hidden_BTH[batch.predicts_BT]
     if batch.position_ids_BT is not None and model.config.model_type in MAKES_NO_PACKED_MASK:
         like_BT1 = batch.input_ids_BT.new_empty((*batch.input_ids_BT.shape, 1), dtype=model.dtype)
         inputs["attention_mask"] = create_causal_mask(
@@ -362,7 +371,11 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
                 outs.append(forward(part(hidden_BTH, *at), *(part(value, *at) for value in args), **named))
             if torch.is_tensor(outs[0]):
                 return torch.cat(outs)
-            return tuple(torch.cat(same) if torch.is_tensor(same[0]) else same[0] for same in zip(*outs, strict=True))
+            # T5's position bias is one for all rows, and comes back beside the hidden states.
+            return tuple(
+                torch.cat(same) if torch.is_tensor(same[0]) and len(same[0]) == int(size) else same[0]
+                for same in zip(*outs, strict=True)
+            )
 
         return halving.run(work, whole=rows)
 
@@ -370,8 +383,11 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
 
 
 def logit_rules(config: Any) -> tuple[float, float | None]:
-    """(scale, soft cap) of the logits: Cohere multiplies, Granite divides, Gemma-2 caps."""
+    """(scale, soft cap) of the logits: Cohere multiplies, Granite divides, T5 with tied embeddings divides by the root
+    of its width, Gemma-2 caps."""
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):
+        scale *= config.d_model**-0.5
     return scale, getattr(config, "final_logit_softcapping", None)
 
 

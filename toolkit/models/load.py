@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a hub name, a folder, a GGUF file, or at random.
+"""Load a language model, with or without an encoder, and its tokenizer: a hub name, a folder, a GGUF file, or random.
 
 Whatever needs work on whole weights (GGUF to safetensors, leaving layers out) is done once, by rank 0, into a folder of
 the cache that appears by rename; every rank then loads a plain Hugging Face folder, sharded as it is read.
@@ -25,16 +25,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    MT5ForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    T5ForConditionalGeneration,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import cached_file
 
 from toolkit.config import ModelConfig
 from toolkit.data.config import unknown
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+#: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows
+ENCODER_DECODERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
 #: name of a decoder layer's parameters, of the architectures whose layers can be left out
 LAYER = re.compile(
     r"^(?P<before>(?:model\.|transformer\.|model\.decoder\.)(?:layers|h)\.)(?P<index>\d+)(?P<after>\..+)$"
@@ -116,6 +121,18 @@ def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def decoder_start_id(model: ModelConfig, path: str) -> int | None:
+    """The id that the decoder of an encoder-decoder model begins with, None for a model without an encoder.
+
+    `path` is what `materialize` returned. Raises ValueError for a configuration that is not to be had or not known.
+    """
+    try:
+        config = _configuration(model, path)
+    except (OSError, StrictDataclassError) as error:
+        raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
+    return config.decoder_start_token_id if config.is_encoder_decoder else None
+
+
 def load_model(
     model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dtype, seed: int = 0
 ) -> PreTrainedModel:
@@ -130,10 +147,16 @@ def load_model(
     torch.manual_seed(seed)
     try:
         config = _configuration(model, path)
-        if model.random_weights:
-            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        kind = AutoModelForCausalLM
+        if config.is_encoder_decoder:
+            kind = ENCODER_DECODERS[config.model_type]
+            kind = _untied(kind) if _has_own_head(model, path) else kind
+        if model.random_weights and config.is_encoder_decoder:
+            loaded = kind._from_config(config, dtype=dtype)
+        elif model.random_weights:
+            loaded = kind.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         else:
-            loaded, found = AutoModelForCausalLM.from_pretrained(
+            loaded, found = kind.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
@@ -173,11 +196,53 @@ def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     if model.num_layers is not None:
         config = _with_layers(config, model.num_layers)
+    if config.is_encoder_decoder:
+        if config.model_type not in ENCODER_DECODERS:
+            raise unknown("the encoder-decoder model's model_type", config.model_type, ENCODER_DECODERS)
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = config.pad_token_id  # as T5 was trained
     return config
+
+
+def _has_own_head(model: ModelConfig, path: str) -> bool:
+    """Whether an encoder-decoder model has a head beside its embeddings, as T5 v1.1 and mT5 have."""
+    if model.random_weights and model.shape:
+        return model.shape.get("tie_word_embeddings") is False
+    names = set() if model.random_weights else _weight_names(path)
+    if names:
+        return {"lm_head.weight", "shared.weight"} <= names
+    written, _ = PretrainedConfig.get_config_dict(path)
+    return written.get("tie_word_embeddings") is False
+
+
+def _weight_names(path: str) -> set[str]:
+    """Names of the tensors in the safetensors files of a folder or hub name; empty where it has none."""
+    index, single = (
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        for name in ("model.safetensors.index.json", "model.safetensors")
+    )
+    if index:
+        return set(json.loads(Path(index).read_text())["weight_map"])
+    if not single:
+        return set()
+    with safe_open(single, framework="pt") as weights:
+        return set(weights.keys())
+
+
+def _untied(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`kind` with a head of its own.
+
+    transformers 5 ties every T5, unless the checkpoint's head differs from its embeddings. Under ZeRO-3 it compares
+    what is left of two partitioned parameters, finds nothing equal to nothing, and drops the head.
+    """
+    ties = {name: source for name, source in kind._tied_weights_keys.items() if name != "lm_head.weight"}
+    return type(kind.__name__, (kind,), {"_tied_weights_keys": ties})
 
 
 def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     config.num_hidden_layers = layers  # attribute maps of transformers translate it (GPT-2's n_layer)
+    if config.is_encoder_decoder:
+        config.num_decoder_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     return config

@@ -12,9 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Vocabulary(NamedTuple):
+    """decoder_start_id: what an encoder-decoder model's decoder begins with; None: the models have no encoder."""
+
     size: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    decoder_start_id: int | None = None
 
 
 def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Vocabulary:
@@ -33,6 +36,18 @@ def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
             "set the same eos_token in both tokenizers"
         )
     return Vocabulary(max(ours.values()) + 1, (student.eos_token_id,), student.pad_token_id)
+
+
+def shared_decoder_start(teacher: int | None, student: int | None) -> int | None:
+    """What both models' decoders begin with, None where they have no encoder. Raises ValueError where they differ."""
+    if teacher != student:
+        said = ["has no encoder" if start is None else f"starts its decoder with id {start}"
+                for start in (teacher, student)]  # fmt: skip
+        raise ValueError(
+            f"the teacher {said[0]}, the student {said[1]}: they read rows of different make; take two encoder-decoder "
+            "models that start alike (decoder_start_token_id of config.json), or two without an encoder"
+        )
+    return student
 
 
 def check_head(role: str, head_rows: int, vocabulary: Vocabulary) -> None:

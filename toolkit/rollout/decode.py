@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,6 +149,48 @@ def _attend(module, query, key, value, attention_mask, scaling=None, sliding_win
 AttentionInterface.register(ATTENTION, _attend)  # and no mask under this name: models then make none
 
 
+class Passes:
+    """The model's passes over the rows of a cache: what `decode` has to know of a kind of model. All give hidden_BH.
+
+    begins: for each prompt the tokens that its row starts with. steps_differ: a pass over prompts runs other modules
+    than a step, so that ranks whose passes are collectives have to agree on which it is.
+    """
+
+    steps_differ = False
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
+        self.model, self.begins, self.rows = model, prompts, rows
+        self.device = model.get_input_embeddings().weight.device
+        self.room = row_tokens(max((len(begin) for begin in self.begins), default=1) + max_new_tokens)
+        self.cache = RaggedCache(rows, self.room)
+
+    def attention(self) -> Any:
+        """A context in which the model's layers attend by way of the cache."""
+        return _attention(self.model.config, ATTENTION)
+
+    def prompt(self, new: list[int], first: int) -> Tensor:
+        """After the prompts `new`, which become the rows `first`, `first` + 1, ... of the cache."""
+        begins = [self.begins[index] for index in new]
+        lengths = [len(begin) for begin in begins]
+        row_N = torch.repeat_interleave(torch.arange(len(begins)), torch.tensor(lengths)).to(self.device) + first
+        position_N = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        self.cache.start_pass(row_N, position_N, lengths, is_prompt=True)
+        ids_N = torch.from_numpy(np.concatenate(begins).astype(np.int64)).to(self.device)
+        hidden_NH = _hidden(self.model, self.cache, ids_N, position_N)
+        return hidden_NH[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
+
+    def step(self, ids_B: Tensor, position_B: Tensor, lengths: list[int]) -> Tensor:
+        """After one more token in each of the rows 0 to B - 1."""
+        self.cache.start_pass(torch.arange(len(ids_B), device=self.device), position_B, lengths, is_prompt=False)
+        return _hidden(self.model, self.cache, ids_B, position_B)
+
+    def idle(self, is_prompt: bool) -> Tensor:
+        """A pass that nobody reads."""
+        spare, token = RaggedCache(1, 16), torch.zeros(1, dtype=torch.long, device=self.device)
+        spare.start_pass(token, token, [1], is_prompt=True)
+        return _hidden(self.model, spare, token, token)
+
+
 def is_supported(model: PreTrainedModel) -> bool:
     """Whether `decode` knows this model's attention: transformers' interface, full or sliding, no caps, no sinks."""
     config = model.config.get_text_config()
@@ -166,11 +209,13 @@ def row_tokens(longest: int) -> int:
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Keys and values of one token in all layers, in the model's dtype."""
+    """Keys and values of one token in all layers, in the model's dtype; an encoder's token costs its decoder the
+    same as one of its own."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * next(model.parameters()).element_size()
+    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    return 2 * layers * heads * size * next(model.parameters()).element_size()
 
 
 @torch.no_grad()
@@ -181,6 +226,7 @@ def decode(
     vocabulary: Vocabulary,
     rows: int,
     anyone_going: Callable[[bool], bool] | None = None,
+    passes_of: type[Passes] = Passes,
 ) -> tuple[list[np.ndarray], DecodeStats]:
     """What `model` says after each prompt (int32 [L], EOS included where it came), order kept.
 
@@ -191,9 +237,9 @@ def decode(
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))[::-1]
     rows = min(rows, max(1, len(prompts)))
     most = sampling.max_new_tokens
-    room = row_tokens(max((len(prompt) for prompt in prompts), default=1) + most)
-    device = model.get_input_embeddings().weight.device
-    cache, found, stats = RaggedCache(rows, room), [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
+    passes = passes_of(model, prompts, rows, most)
+    begins, cache, device = passes.begins, passes.cache, passes.device
+    found, stats = [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
     eos_ids = torch.tensor(vocabulary.eos_ids, device=device)
     every = torch.arange(rows, device=device)
     # One line of each for every row of the cache: said tokens, their number, the next token's input and its draws.
@@ -201,22 +247,22 @@ def decode(
     said_R = torch.zeros(rows, dtype=torch.long, device=device)
     length_R, next_R = torch.zeros_like(said_R), torch.zeros_like(said_R)
     draws_RT = torch.zeros(rows, most, dtype=torch.float64, device=device)
-    seen_RC = torch.zeros(rows, room if sampling.looks_back else 1, dtype=torch.long, device=device)
+    seen_RC = torch.zeros(rows, passes.room if sampling.looks_back else 1, dtype=torch.long, device=device)
     running: list[int] = []  # which prompt each row is
     lengths: list[int] = []  # length_R, without asking the device
-    with _attention(model):
+    with passes.attention():
         while anyone_going(bool(waiting or running)) if anyone_going else waiting or running:
             free = rows - len(running)
-            if not waiting and not running:
-                _idle_pass(model, device)
+            fills = bool(waiting) and (not running or 4 * free >= rows)
+            anyone_fills = anyone_going(fills) if anyone_going and passes.steps_differ else fills
+            if not (waiting or running) or (anyone_fills and not fills):
+                _logits(model, passes.idle(anyone_fills), None)
                 continue
-            if waiting and (not running or 4 * free >= rows):
+            if fills:
                 first, new = len(running), [waiting.pop() for _ in range(min(free, len(waiting)))]
                 running += new
-                lengths += [len(prompts[index]) for index in new]
-                logits_BV = _prompt_pass(
-                    model, cache, [prompts[index] for index in new], first, vocabulary.size, device
-                )
+                lengths += [len(begins[index]) for index in new]
+                logits_BV = _logits(model, passes.prompt(new, first), vocabulary.size)
                 at_B = every[first : len(running)]
                 draws_RT[at_B] = torch.from_numpy(
                     np.stack([uniform_draws(sampling.seeds[index], most) for index in new])
@@ -224,15 +270,14 @@ def decode(
                 said_R[at_B], length_R[at_B] = 0, torch.tensor(lengths[first:], device=device)
                 if sampling.looks_back:
                     for row, index in enumerate(new, first):
-                        ids = torch.from_numpy(prompts[index].astype(np.int64)).to(device)
+                        ids = torch.from_numpy(begins[index].astype(np.int64)).to(device)
                         seen_RC[row] = ids[0]
                         seen_RC[row, : len(ids)] = ids
                 stats.prefills += 1
             else:
                 at_B = every[: len(running)]
                 lengths = [length + 1 for length in lengths]
-                cache.start_pass(at_B, length_R[at_B] - 1, lengths, is_prompt=False)
-                logits_BV = _logits(model, _hidden(model, cache, next_R[at_B], cache.position_N), vocabulary.size)
+                logits_BV = _logits(model, passes.step(next_R[at_B], length_R[at_B] - 1, lengths), vocabulary.size)
                 stats.steps += 1
             said_B = said_R[at_B]
             seen_BC = seen_RC[at_B] if sampling.looks_back else None
@@ -263,25 +308,6 @@ def decode(
     return found, stats
 
 
-def _prompt_pass(
-    model: PreTrainedModel, cache: RaggedCache, prompts: list[np.ndarray], first: int, vocab_size: int, device
-) -> Tensor:
-    """Logits [B, V] after each prompt; the prompts become rows `first`, `first` + 1, ... of the cache."""
-    lengths = [len(prompt) for prompt in prompts]
-    row_N = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(lengths)).to(device) + first
-    position_N = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    cache.start_pass(row_N, position_N, lengths, is_prompt=True)
-    ids_N = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(device)
-    hidden_NH = _hidden(model, cache, ids_N, position_N)
-    return _logits(model, hidden_NH[torch.tensor(lengths, device=device).cumsum(0) - 1], vocab_size)
-
-
-def _idle_pass(model: PreTrainedModel, device: torch.device) -> None:
-    spare, token = RaggedCache(1, 16), torch.zeros(1, dtype=torch.long, device=device)
-    spare.start_pass(token, token, [1], is_prompt=True)
-    _logits(model, _hidden(model, spare, token, token), None)
-
-
 @torch.no_grad()
 def idle_pass(model: PreTrainedModel) -> None:
     """One token that nobody reads, outside of `decode`: for the collectives of the ranks that still generate."""
@@ -308,12 +334,12 @@ def _logits(model: PreTrainedModel, hidden_BH: Tensor, vocab_size: int | None) -
 
 
 @contextmanager
-def _attention(model: PreTrainedModel):
-    kept, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
+def _attention(config: Any, name: str):
+    kept, config._attn_implementation = config._attn_implementation, name
     try:
         yield
     finally:
-        model.config._attn_implementation = kept
+        config._attn_implementation = kept
 
 
 def _cache_name(model: PreTrainedModel) -> str:

@@ -36,6 +36,7 @@ from toolkit.rollout.decode import (
     row_tokens,
 )
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
+from toolkit.rollout.seq2seq import decode_seq2seq
 
 __all__ = [
     "GatheredRollout",
@@ -177,6 +178,8 @@ class GatheredRollout(Rollout):
 
 
 def _decoder(model: PreTrainedModel) -> Any:
+    if model.config.is_encoder_decoder:
+        return decode_seq2seq
     return decode if is_supported(model) else plain_decode
 
 
@@ -210,6 +213,8 @@ class _InStep:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.owes_pass, self.is_inside = model, False, False
+        # An encoder-decoder model makes two kinds of passes, and which one is owed is not known here.
+        self.tells = not model.config.is_encoder_decoder
 
     def anyone_going(self, going: bool) -> bool:
         """Whether any rank goes on; raises RuntimeError where one has failed. Collective."""
@@ -231,7 +236,8 @@ class _InStep:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            if isinstance(error, Exception) and not self.is_inside and not isinstance(error, _GenerationFailed):
+            told = isinstance(error, _GenerationFailed)
+            if isinstance(error, Exception) and self.tells and not self.is_inside and not told:
                 if self.owes_pass:
                     idle_pass(self.model)
                 _agree(False, error)
