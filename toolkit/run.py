@@ -24,6 +24,7 @@ from toolkit.loop import DistillationLoop
 from toolkit.models import Vocabulary, build_student, build_teacher, load_tokenizer, materialize, shared_vocabulary
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
+from toolkit.models.load import cache_folder
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
 from toolkit.report import Sample, final_report
 from toolkit.rollout.engine import GatheredRollout
@@ -75,12 +76,11 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     started_s = time.monotonic()
     watchdog.progress("loading")
     run_dir, is_main = config.run_dir, distributed.rank() == 0
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "distillation-toolkit"
-    cache_dir = Path(config.cache_dir or user_cache).expanduser()
+    cache_dir = cache_folder(config.cache_dir)
     dtype = choose_dtype(config.precision, distributed.device())
 
     teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
-    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
+    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer))
     parts = identity(teacher_path, data, dtype)

@@ -1,0 +1,5 @@
+import sys
+
+from toolkit.models.pruning.command import main
+
+sys.exit(main())
