@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 PROG = "python -m toolkit"
 #: command -> (module with `add_arguments(parser)` and `run(options)`, what it does)
 COMMANDS = {
+    "init-student": (
+        "toolkit.models.pruning.command",
+        "cut a student out of its teacher: layers, hidden units, heads, MLP",
+    ),
     "evaluate": ("toolkit.evaluation.evaluate", "score models: ROUGE-L, BLEU, chrF, exact match, KL to a teacher"),
 }
 

@@ -26,6 +26,8 @@ RESUME = ("auto", "never")
 ON_FAILURE = ("continue", "stop")
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("adamw", "sgd")
+DEPTHS = ("importance", "greedy", "even", "random")
+WIDTHS = ("importance", "even", "random")
 GATHER_MODES = ("auto", "always", "never")
 ROLLOUT_ENGINES = ("local", "vllm")
 NO_DIVERGENCE = "none"
@@ -60,6 +62,47 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """A smaller model cut out of the one at `path`, made once and kept in the cache (toolkit.models.pruning).
+
+    layers, hidden, heads, kv_heads, mlp: sizes of the student; None stays as it is. Heads keep their size.
+    depth: which layers stay. "importance": all but the block whose absence changes the teacher's next-token
+    distribution least; "greedy": one removed after another by the same measure; "even", "random", or a list: "0,1,9".
+    width: which hidden units, heads and channels stay, by "importance" (activations), "even" or "random".
+    keep_scale: norm weights make up for the units that the norms no longer see.
+    data: calibration text, a .txt file or anything data.source takes; "" is the run's own. rows, row_tokens: of it.
+    seed: of random choices.
+    """
+
+    layers: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    mlp: int | None = None
+    depth: str = "importance"
+    width: str = "importance"
+    keep_scale: bool = True
+    data: str = ""
+    rows: int = 16
+    row_tokens: int = 256
+    seed: int = 0
+
+    @property
+    def wanted(self) -> bool:
+        sizes = self.layers, self.hidden, self.heads, self.kv_heads, self.mlp
+        return any(size is not None for size in sizes) or self.depth not in DEPTHS
+
+    def validate(self, section: str) -> None:
+        for name in ("layers", "hidden", "heads", "kv_heads", "mlp", "rows", "row_tokens"):
+            _at_least(f"{section}.{name}", getattr(self, name), 1)
+        _at_least(f"{section}.seed", self.seed, 0)
+        if self.depth not in DEPTHS and not re.fullmatch(r"\d+(, ?\d+)*", self.depth):
+            raise unknown(f"{section}.depth (or a list of layers, as 0,1,9)", self.depth, DEPTHS)
+        if self.width not in WIDTHS:
+            raise unknown(f"{section}.width", self.width, WIDTHS)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A causal language model, and how DeepSpeed shards it.
 
@@ -69,6 +112,7 @@ class ModelConfig:
     given (`model_type` and the fields of its Hugging Face configuration), else from the configuration at `path`.
     num_layers: keep this many layers of a randomly built model (None: as configured).
     drop_layers: leave these layers of `path` out; a folder without them is made once and kept in the cache.
+    init: cut a smaller model out of `path`: sizes, and how to choose.
     ds_config: DeepSpeed JSON file with the sharding; relative to the repository or the working directory.
     pass_rows: rows in one forward pass of the teacher; None is a rank's whole window, so that its all-gathers are
     paid once per optimizer step. Lower it when the teacher's activations do not fit.
@@ -82,6 +126,7 @@ class ModelConfig:
     shape: dict = field(default_factory=dict)
     num_layers: int | None = None
     drop_layers: tuple[int, ...] = ()
+    init: InitConfig = InitConfig()
     ds_config: str = ""
     pass_rows: int | None = None
     gradient_checkpointing: bool = False
@@ -104,6 +149,12 @@ class ModelConfig:
             raise ValueError(
                 f"{section}.drop_layers = {list(self.drop_layers)} takes layers out of real weights, but "
                 f"{section}.random_weights is true; use {section}.num_layers"
+            )
+        self.init.validate(f"{section}.init")
+        if self.init.wanted and (self.random_weights or self.drop_layers):
+            other = "random_weights" if self.random_weights else "drop_layers"
+            raise ValueError(
+                f"{section}.init cuts a model out of {section}.path, but {section}.{other} is set too; leave one out"
             )
         for name in ("num_layers", "pass_rows"):
             _at_least(f"{section}.{name}", getattr(self, name), 1)

@@ -92,7 +92,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     teacher_path = ""
     if config.has_teacher:
         teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
-    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir))
+    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
     if config.train.epochs is not None:

@@ -1,17 +1,17 @@
 """Load a language model, with or without an encoder, and its tokenizer: a hub name, a folder, a GGUF file, or random.
 
-Whatever needs work on whole weights (GGUF to safetensors, leaving layers out) is done once, by rank 0, into a folder of
+Whatever needs work on whole weights (GGUF to safetensors, pruning) is done once, by rank 0, into a folder of
 the cache that appears by rename; every rank then loads a plain Hugging Face folder, sharded as it is read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
 import os
 import pickle
-import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -35,15 +35,12 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
 
 from toolkit.config import ModelConfig
-from toolkit.data.config import unknown
+from toolkit.data.config import DataConfig, unknown
+from toolkit.models.pruning import leave_out_layers, prune
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 #: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows
 ENCODER_DECODERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
-#: name of a decoder layer's parameters, of the architectures whose layers can be left out
-LAYER = re.compile(
-    r"^(?P<before>(?:model\.|transformer\.|model\.decoder\.)(?:layers|h)\.)(?P<index>\d+)(?P<after>\..+)$"
-)
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -78,18 +75,19 @@ def resolve(path: str) -> str:
     return str(files[0])
 
 
-def materialize(model: ModelConfig, cache_dir: Path) -> str:
+def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = None) -> str:
     """The path to load `model` from, after what has to be made of it once. No communication; run it on rank 0 first.
 
-    Raises ValueError for a local path that is not a model.
+    `data` is the calibration text of `model.init`, where that names none. Raises ValueError for a local path that is
+    not a model, and for sizes that cannot be cut out of it.
     """
-    path = resolve(model.path)
+    path, trusted = resolve(model.path), model.trust_remote_code
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise ValueError(f"no GGUF file at {path}")
         stat = Path(path).stat()
         key = f"{Path(path).stem}-{_key(path, stat.st_size, stat.st_mtime_ns)}"
-        path = str(_made_once(cache_dir / key, lambda folder: _convert_gguf(Path(path), folder)))
+        path = str(made_once(cache_dir / key, lambda folder: _convert_gguf(Path(path), folder)))
     if model.random_weights:
         return path
     if _is_local(path):
@@ -97,7 +95,22 @@ def materialize(model: ModelConfig, cache_dir: Path) -> str:
     if model.drop_layers:
         key = f"{Path(path).name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(path, *_contents(path))}"
         source = path
-        path = str(_made_once(cache_dir / key, lambda folder: _leave_out_layers(source, model, folder)))
+        path = str(
+            made_once(cache_dir / key, lambda folder: leave_out_layers(source, model.drop_layers, folder, trusted))
+        )
+    if model.init.wanted:
+        data = dataclasses.replace(data or DataConfig(), **({"source": model.init.data} if model.init.data else {}))
+        text = _contents(data.source) if Path(data.source).is_file() else []
+        key = f"{Path(path).name}-pruned-{_key(path, *_contents(path), model.tokenizer, model.init, data, *text)}"
+        teacher = path
+        path = str(
+            made_once(
+                cache_dir / key,
+                lambda folder: prune(
+                    teacher, model.init, data, folder, lambda: load_tokenizer(model, teacher), trusted
+                ),
+            )
+        )
     return path
 
 
@@ -259,55 +272,6 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-def _leave_out_layers(path: str, model: ModelConfig, folder: Path) -> None:
-    """A copy of the model at `path` without `drop_layers`, the others renumbered; weights are streamed."""
-    from huggingface_hub import snapshot_download
-    from safetensors.torch import save_file
-
-    source = Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
-    config = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    count, dropped = config.num_hidden_layers, set(model.drop_layers)
-    if not dropped <= set(range(count)) or len(dropped) >= count:
-        raise ValueError(f"drop_layers = {sorted(dropped)}, but {path} has layers 0 to {count - 1} and must keep one")
-    kept = [layer for layer in range(count) if layer not in dropped]
-    number = {old: new for new, old in enumerate(kept)}
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{path} has no .safetensors weights, which leaving layers out needs; save it with safetensors"
-        )
-    weight_map, renumbered, total_bytes = {}, set(), 0
-    for file in files:
-        tensors = {}
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (safe_open is not a dict)
-                match = LAYER.match(name)
-                if match and int(match["index"]) in dropped:
-                    continue
-                if match:
-                    name_new = f"{match['before']}{number[int(match['index'])]}{match['after']}"
-                    renumbered.add(number[int(match["index"])])
-                tensors[name_new if match else name] = weights.get_tensor(name)
-        save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-        total_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-    if renumbered != set(number.values()):
-        raise ValueError(
-            f"the layers of {path} ({config.model_type}) are not named as known; its layers cannot be left out"
-        )
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in kept]
-    config.num_hidden_layers = len(kept)
-    config.save_pretrained(folder)
-    for file in source.iterdir():  # tokenizer, chat template, generation settings
-        is_weights = file.name.startswith(("model", "pytorch_model")) or file.suffix == ".bin"
-        if file.is_file() and not is_weights and not (folder / file.name).exists() and not file.name.startswith("."):
-            shutil.copy(file, folder / file.name)
-
-
 def _sentencepiece_tokenizer(file: str) -> PreTrainedTokenizerBase:
     from transformers import LlamaTokenizer
 
@@ -336,7 +300,7 @@ def _check_folder(folder: Path) -> None:
 
 def _contents(path: str) -> list[object]:
     """What tells apart two folders of one name, and a folder from what it was before it was written anew."""
-    files = sorted(p for p in Path(path).glob("*") if p.is_file())
+    files = sorted(p for p in Path(path).glob("*") if p.is_file()) or [Path(path)] * Path(path).is_file()
     return [Path(path).resolve(), *((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)] if files else []
 
 
@@ -344,7 +308,8 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
 
-def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, whole or absent: `make` fills another one, which is renamed. One that is there is taken as it is."""
     if not folder.is_dir():
         # Not the process id: containers share a cache and repeat ids, and a killed run leaves its folder behind.
         unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.unfinished")

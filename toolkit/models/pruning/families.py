@@ -1,0 +1,131 @@
+"""Which parameters of which architectures hold hidden units, query heads, key-value heads and MLP channels.
+
+Names are relative: of a layer's parameters to the layer, of all others to the base model. What is not listed (biases
+that are absent, the q and k norms of Qwen 3) has none of these axes and is kept as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+#: name of a decoder layer's parameters, of the architectures whose layers can be left out; T5 has two stacks
+LAYER = re.compile(
+    r"^(?P<before>(?:(?:model\.|transformer\.|model\.decoder\.|decoder\.)?(?:layers|h)|(?:encoder|decoder)\.block)\.)"
+    r"(?P<index>\d+)(?P<after>\..+)$"
+)
+#: fields of a configuration that hold one entry a layer
+PER_LAYER_FIELDS = ("layer_types", "no_rope_layers")
+
+ENCODER_DECODERS = ("t5", "mt5")
+
+HIDDEN, QUERY, KEY_VALUE, FUSED, MLP = "hidden", "query", "key_value", "fused", "mlp"
+Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """layers, norm: path of the layers and of the last norm in the base model. axes: of each parameter, what its
+    dimensions count. norms: of a layer, by name. heads_out, mlp_out: the modules whose inputs are the heads' and the
+    channels' activations. heads_fill_hidden: hidden size = heads x head size, always (no head_dim of its own).
+    """
+
+    layers: str
+    norm: str
+    axes: Mapping[str, Axes]
+    norms: tuple[str, ...]
+    heads_out: str
+    mlp_out: str
+    heads_fill_hidden: bool
+
+    def axes_of(self, name: str) -> Axes:
+        """Of a parameter by its full name; () where none of its dimensions is cut."""
+        match = LAYER.match(name)
+        return self.axes.get(match["after"][1:] if match else ".".join(name.split(".")[-2:]), ())
+
+
+def _linear(name: str, rows: str, columns: str, transposed: bool = False) -> dict[str, Axes]:
+    return {f"{name}.weight": (columns, rows) if transposed else (rows, columns), f"{name}.bias": (rows,)}
+
+
+def _norm(name: str) -> dict[str, Axes]:
+    return {f"{name}.weight": (HIDDEN,), f"{name}.bias": (HIDDEN,)}
+
+
+_LLAMA = Family(
+    layers="layers",
+    norm="norm",
+    axes={"embed_tokens.weight": (None, HIDDEN), "lm_head.weight": (None, HIDDEN)}
+    | _norm("norm") | _norm("input_layernorm") | _norm("post_attention_layernorm")
+    | _linear("self_attn.q_proj", QUERY, HIDDEN) | _linear("self_attn.k_proj", KEY_VALUE, HIDDEN)
+    | _linear("self_attn.v_proj", KEY_VALUE, HIDDEN) | _linear("self_attn.o_proj", HIDDEN, QUERY)
+    | _linear("mlp.gate_proj", MLP, HIDDEN) | _linear("mlp.up_proj", MLP, HIDDEN)
+    | _linear("mlp.down_proj", HIDDEN, MLP),
+    norms=("input_layernorm", "post_attention_layernorm"),
+    heads_out="self_attn.o_proj",
+    mlp_out="mlp.down_proj",
+    heads_fill_hidden=False,
+)  # fmt: skip
+_GPT2 = Family(  # Conv1D keeps its weight as [in, out]; c_attn holds q, k and v one after another
+    layers="h",
+    norm="ln_f",
+    axes={"wte.weight": (None, HIDDEN), "wpe.weight": (None, HIDDEN), "lm_head.weight": (None, HIDDEN)}
+    | _norm("ln_f") | _norm("ln_1") | _norm("ln_2")
+    | _linear("attn.c_attn", FUSED, HIDDEN, transposed=True) | _linear("attn.c_proj", HIDDEN, QUERY, transposed=True)
+    | _linear("mlp.c_fc", MLP, HIDDEN, transposed=True) | _linear("mlp.c_proj", HIDDEN, MLP, transposed=True),
+    norms=("ln_1", "ln_2"),
+    heads_out="attn.c_proj",
+    mlp_out="mlp.c_proj",
+    heads_fill_hidden=True,
+)  # fmt: skip
+_OPT = Family(
+    layers="decoder.layers",
+    norm="decoder.final_layer_norm",
+    axes={"embed_tokens.weight": (None, HIDDEN), "embed_positions.weight": (None, HIDDEN),
+          "lm_head.weight": (None, HIDDEN)}
+    | _norm("self_attn_layer_norm") | _norm("final_layer_norm")
+    | _linear("self_attn.q_proj", QUERY, HIDDEN) | _linear("self_attn.k_proj", QUERY, HIDDEN)
+    | _linear("self_attn.v_proj", QUERY, HIDDEN) | _linear("self_attn.out_proj", HIDDEN, QUERY)
+    | _linear("fc1", MLP, HIDDEN) | _linear("fc2", HIDDEN, MLP),
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    heads_out="self_attn.out_proj",
+    mlp_out="fc2",
+    heads_fill_hidden=True,
+)  # fmt: skip
+FAMILIES = {
+    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "smollm3": _LLAMA, "gpt2": _GPT2, "opt": _OPT,
+}  # fmt: skip
+
+
+def family_of(config: PretrainedConfig, what: str) -> Family:
+    """Raises ValueError for an architecture that `what` does not know."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{what} is not there for models of type {config.model_type!r}; it is for {', '.join(FAMILIES)}. "
+            "Layers alone can be chosen with depth=even, depth=random or a list of layers, width left as it is"
+        )
+    if config.model_type == "opt" and config.word_embed_proj_dim != config.hidden_size:
+        raise ValueError(
+            f"{what} is not there for OPT with projected embeddings (word_embed_proj_dim = "
+            f"{config.word_embed_proj_dim}, hidden_size = {config.hidden_size}), as OPT-350M has; use another size of "
+            "OPT, or depth=even, depth=random or a list of layers"
+        )
+    return FAMILIES[config.model_type]
+
+
+def layer_count(config: PretrainedConfig) -> int:
+    """Of one stack. Raises ValueError for encoder-decoders other than T5, and where the two stacks differ."""
+    if config.is_encoder_decoder:
+        if config.model_type not in ENCODER_DECODERS:
+            raise ValueError(
+                f"layers of encoder-decoders are known for {', '.join(ENCODER_DECODERS)}, not for {config.model_type!r}"
+            )
+        if config.num_decoder_layers != config.num_layers:
+            raise ValueError(
+                f"this {config.model_type} has {config.num_layers} encoder and {config.num_decoder_layers} decoder "
+                "layers; one choice of layers is made for both, so they have to be as many"
+            )
+    return config.num_hidden_layers

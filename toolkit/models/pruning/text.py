@@ -1,0 +1,44 @@
+"""Calibration text: rows of one length without padding, made of what the student will be trained on, or of a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.data import DataConfig, load_rows, tokenize_rows
+
+#: rows are read until they hold the tokens asked for; hardly any data set has fewer tokens a row on average
+LEAST_TOKENS_A_ROW = 8
+
+
+def calibration_ids(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int, row_tokens: int, validation: bool = False
+) -> Tensor:
+    """ids_RT, at most [rows, row_tokens]: the first texts, one after another, templates as in training.
+
+    `data.source` is anything that training takes, or a .txt file. Raises ValueError for text that fills no row.
+    """
+    if Path(data.source).suffix.lower() == ".txt":
+        try:
+            text = Path(data.source).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"the calibration text {data.source} could not be read: {error}") from error
+        ids = tokenizer(text)["input_ids"]
+    else:
+        most = rows * row_tokens // LEAST_TOKENS_A_ROW + 1
+        data = dataclasses.replace(data, max_rows=min(most, data.max_rows or most))
+        texts, _ = load_rows(data, data.source, is_validation=validation)
+        examples = tokenize_rows(texts, tokenizer, data).examples
+        ids = list(itertools.chain.from_iterable(example.tokens.tolist() for example in examples))
+    whole_rows = min(rows, len(ids) // row_tokens)
+    if whole_rows < 1:
+        raise ValueError(
+            f"{data.source} holds {len(ids)} tokens of calibration text, fewer than one row of {row_tokens}; give more "
+            "text or shorter rows (row_tokens)"
+        )
+    return torch.tensor(ids[: whole_rows * row_tokens]).view(whole_rows, row_tokens)
