@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import DataConfig, load_rows, tokenize_rows
+from toolkit.data.sources import Source
+from toolkit.data.text import read_documents
 
 #: rows are read until they hold the tokens asked for; hardly any data set has fewer tokens a row on average
 LEAST_TOKENS_A_ROW = 8
@@ -23,12 +25,12 @@ def calibration_ids(
 
     `data.source` is anything that training takes, or a .txt file. Raises ValueError for text that fills no row.
     """
-    if Path(data.source).suffix.lower() == ".txt":
-        try:
-            text = Path(data.source).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the calibration text {data.source} could not be read: {error}") from error
-        ids = tokenizer(text)["input_ids"]
+    if data.kind == "text" or Path(data.source).suffix.lower() == ".txt":
+        ids = []
+        for text in read_documents(Source.of(data, data.source, validation), data.text_field):
+            ids += tokenizer(text)["input_ids"]
+            if len(ids) >= rows * row_tokens:
+                break
     else:
         most = rows * row_tokens // LEAST_TOKENS_A_ROW + 1
         data = dataclasses.replace(data, max_rows=min(most, data.max_rows or most))
