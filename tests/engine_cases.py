@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import operator
 
 import torch
 
@@ -105,7 +106,9 @@ def failing(name, call, ranks=(0, 1)):
     from toolkit import distributed
     from toolkit.rollout import decode
 
-    original, calls = getattr(decode, name), []
+    *owners, name_there = name.split(".")
+    owner = operator.attrgetter(*owners)(decode) if owners else decode
+    original, calls = getattr(owner, name_there), []
 
     def work(*args, **kwargs):
         calls.append(name)
@@ -113,11 +116,11 @@ def failing(name, call, ranks=(0, 1)):
             raise MemoryError(f"made to fail in {name}")
         return original(*args, **kwargs)
 
-    setattr(decode, name, work)
+    setattr(owner, name_there, work)
     try:
         yield
     finally:
-        setattr(decode, name, original)
+        setattr(owner, name_there, original)
 
 
 def _observed(choose, overrides, result):

@@ -61,7 +61,7 @@ def test_sharded_text_is_gathered_text(tiny, ranks2, prompts):
 @pytest.mark.parametrize(
     ("gather", "name", "call"),
     [("always", "choose_tokens", 4), ("never", "choose_tokens", 4), ("never", "row_tokens", 1),
-     ("never", "_prompt_pass", 2)],
+     ("never", "Passes.prompt", 2)],
 )  # fmt: skip
 def test_a_rank_that_fails_ends_generation_on_all(tiny, ranks2, gather, name, call):
     """After a pass, before the first one, and where the others make one; and the next call knows nothing of it."""
