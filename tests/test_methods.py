@@ -17,6 +17,8 @@ from toolkit.run import chosen
 
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 400, "n_positions": 128},
+    "openllama2": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                   "intermediate_size": 64, "vocab_size": 400},
     "opt": {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
             "vocab_size": 400, "word_embed_proj_dim": 32},
 }  # fmt: skip
@@ -34,6 +36,8 @@ def tiny_run(tiny, family, run):
     tokenizer = f"{tiny}/student"
     for role in ("teacher", "student") if config.has_teacher else ("student",):
         small |= {f"{role}.random_weights": True, f"{role}.shape": SHAPES[family], f"{role}.tokenizer": tokenizer}
+    if config.has_teacher:
+        small["teacher.num_layers"] = 1  # two alike would have nothing to teach
     small |= {
         "name": f"{family} {run.replace('/', ' ')}", "train.epochs": None, "train.steps": 2, "train.batch_rows": 4,
         "train.micro_rows": 2, "optimizer.warmup_steps": 0, "validation.rouge_rows": 2, "validation.every_steps": 1,
