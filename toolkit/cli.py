@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 PROG = "python -m toolkit"
 #: command -> (module with `add_arguments(parser)` and `run(options)`, what it does)
 COMMANDS = {
+    "cache-teacher": ("toolkit.teacher_cache.command", "store a teacher's answers to a recipe's data"),
     "evaluate": ("toolkit.evaluation.evaluate", "score models: ROUGE-L, BLEU, chrF, exact match, KL to a teacher"),
 }
 
