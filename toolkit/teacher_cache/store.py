@@ -101,8 +101,8 @@ class TeacherCache:
         return hashlib.sha256(json.dumps([self.identity["form"], content], sort_keys=True).encode()).hexdigest()
 
     def check_belongs(self, found: Mapping[str, Any]) -> None:
-        """`found`: identity of a run, as far as it is known, under the manifest's names. Of a teacher that is not loaded
-        some files may not be here; those that are have to be the cache's.
+        """`found`: identity of a run, as far as it is known, under the manifest's names. Of a teacher that is not
+        loaded some files may not be here; those that are have to be the cache's.
 
         Raises ValueError with both identities unless each is the manifest's.
         """
@@ -208,8 +208,10 @@ def identity_of(
     }
     if teacher.random_weights:  # these have no file
         random = {"shape": teacher.shape, "num_layers": teacher.num_layers, "seed": seed}
-        return found | {"teacher_sha256": dict(teacher_sha256), "teacher_random": random}
-    return found | ({"teacher_sha256": dict(teacher_sha256), "teacher_random": None} if teacher_sha256 else {})
+        return found | {"teacher_sha256": dict(sorted(teacher_sha256.items())), "teacher_random": random}
+    return found | (
+        {"teacher_sha256": dict(sorted(teacher_sha256.items())), "teacher_random": None} if teacher_sha256 else {}
+    )
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
