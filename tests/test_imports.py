@@ -45,11 +45,15 @@ ALLOWED = {
         "toolkit.distributed",
         "toolkit.rollout.engine",
     },
-    "toolkit.evaluation": ENGINES,
+    "toolkit.evaluation": ENGINES | {"toolkit.teacher_cache"},
     "toolkit.checkpoint": ENGINES,
     "toolkit.teacher_text": ENGINES,
+    "toolkit.teacher_cache": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint"},
+    "toolkit.teacher_cache.command": PURE
+    | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
+    | {"toolkit.run"},
     "toolkit.methods": {"toolkit.config", "toolkit.data.config"},
-    "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint"},
+    "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint", "toolkit.teacher_cache"},
 }
 
 
@@ -100,7 +104,7 @@ def test_only_run_imports_the_loop():
 
 def test_only_entry_points_import_run():
     importers = {module for module, names in modules() if "toolkit.run" in names}
-    assert importers <= {"toolkit.cli", "toolkit.__main__"}
+    assert importers <= {"toolkit.cli", "toolkit.__main__", "toolkit.teacher_cache.command"}
 
 
 def test_the_package_imports_no_tests_and_no_recipes():

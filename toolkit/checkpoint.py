@@ -41,14 +41,14 @@ LOCK_WAIT_S = 40.0
 NAME = re.compile(r"step-(\d{8})")
 DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.uint8: "U8",
+    torch.int32: "I32", torch.uint16: "U16", torch.uint8: "U8",
 }  # fmt: skip
 REPLAY, RNG = "replay", "rng"
 #: settings that may change from one start of a run to the next: places, layout, limits, how often to save.
 #: Where they name a model or data, what is there is compared by its contents.
 FREE = re.compile(
-    r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|tokenizer|ds_config|"
-    r"pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir|packing)|text\.source|"
+    r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|cache|tokenizer|"
+    r"ds_config|pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir|packing)|text\.source|"
     r"train\.micro_rows|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
     r"validation\.batch_rows|loss\.memory_budget_mib"
 )
@@ -74,7 +74,7 @@ class Checkpoints:
             tensors = [(piece.key, piece.tensor) for piece in pieces(engine)]
             tensors += [(f"{REPLAY}/{name}", torch.from_numpy(a)) for name, a in replay.state_dict().items()]
             tensors += [(f"{RNG}/{name}", value) for name, value in rng_state().items()]
-            entry = distributed.together(lambda: _write_checked(unfinished / own, tensors))
+            entry = distributed.together(lambda: write_checked(unfinished / own, tensors))
             files = dict(distributed.gather_objects((own, entry)))
             scalars = optimizer_scalars(engine)
             distributed.together(
@@ -201,18 +201,8 @@ class Checkpoint:
             raise ValueError(
                 f"{self.folder / MANIFEST} does not list files, bytes and hashes: it is damaged"
             ) from error
-        for name in wanted.keys() | {STATE, rank_file(0)}:
-            file = self.folder / name
-            size, wanted_size = file.stat().st_size if file.is_file() else None, wanted.get(name, (None,))[0]
-            if size is None or size != wanted_size:
-                raise ValueError(f"{file} has {size} bytes, its manifest says {wanted_size}: it is damaged")
-        for name in sorted(wanted)[share::shares]:
-            found = sha256(self.folder / name)
-            if found != wanted[name][1]:
-                raise ValueError(
-                    f"{self.folder / name} has SHA-256 {found[:16]}..., its manifest says "
-                    f"{str(wanted[name][1])[:16]}...: it is damaged"
-                )
+        needed = dict.fromkeys((STATE, rank_file(0)), (None, None))
+        check_files(self.folder, needed | wanted, share, shares)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -296,13 +286,7 @@ class Checkpoint:
         return self._files[name]
 
     def _json(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder / name} cannot be read: {error}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{self.folder / name} holds a {type(found).__name__}, not an object")
-        return found
+        return read_json(self.folder / name)
 
 
 def rank_file(rank: int) -> str:
@@ -395,6 +379,9 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
             f"the tokens of {config.data.source} had SHA-256 {old['data_sha256'][:16]}..., have "
             f"{found['data_sha256'][:16]}...: rows, tokenizer or template are others"
         )
+    caches = old.get("teacher_cache"), found.get("teacher_cache")
+    if caches[0] != caches[1]:
+        refused.append(f"the teacher cache had SHA-256 {str(caches[0])[:16]}, has {str(caches[1])[:16]}")
     for part, label in (("teacher", "the teacher's"), ("base", "the frozen student's")):
         files, files_now = old.get(f"{part}_sha256", {}), found[f"{part}_sha256"]
         for name in sorted(files.keys() | files_now.keys()):
@@ -417,7 +404,7 @@ def _empty_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_checked(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
+def write_checked(path: Path, tensors: list[tuple[str, Tensor]]) -> dict[str, Any]:
     """Writes, and reads back; the manifest's entry."""
     digest = write_safetensors(path, tensors)
     if sha256(path) != digest:
@@ -436,6 +423,34 @@ def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Any], sta
         final.rename(doomed)
     unfinished.rename(final)
     to_disk(final.parent, *final.parent.parents[:2])  # the run's folder may be new as well
+
+
+def check_files(folder: Path, wanted: Mapping[str, tuple[Any, Any]], share: int = 0, shares: int = 1) -> None:
+    """Raises ValueError, naming file and both values, unless each file has its (bytes, SHA-256). Sizes are compared for
+    all files, hashes for every `shares`-th. No communication."""
+    for name, (wanted_size, _) in wanted.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None or size != wanted_size:
+            raise ValueError(f"{file} has {size} bytes, its manifest says {wanted_size}: it is damaged")
+    for name in sorted(wanted)[share::shares]:
+        found = sha256(folder / name)
+        if found != wanted[name][1]:
+            raise ValueError(
+                f"{folder / name} has SHA-256 {found[:16]}..., its manifest says {str(wanted[name][1])[:16]}...: it is "
+                "damaged"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not there, or holds anything but an object."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object")
+    return found
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

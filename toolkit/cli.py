@@ -15,6 +15,7 @@ COMMANDS = {
         "toolkit.models.pruning.command",
         "cut a student out of its teacher: layers, hidden units, heads, MLP",
     ),
+    "cache-teacher": ("toolkit.teacher_cache.command", "store a teacher's answers to a recipe's data"),
     "evaluate": ("toolkit.evaluation.evaluate", "score models: ROUGE-L, BLEU, chrF, exact match, KL to a teacher"),
 }
 

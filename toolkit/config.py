@@ -117,6 +117,9 @@ class ModelConfig:
     pass_rows: rows in one forward pass of the teacher; None is a rank's whole window, so that its all-gathers are
     paid once per optimizer step. Lower it when the teacher's activations do not fit.
     gradient_checkpointing: recompute activations in the student's backward pass.
+    cache: of the teacher: folder that `python -m toolkit cache-teacher` made of this run's data. Steps on the data read
+    it, generated text asks the teacher. Where none is generated (schedule.policy "off") no teacher is loaded, and with
+    an empty path the cache alone says whose answers it holds.
     lora: adapters that are trained in the student's place.
     """
 
@@ -131,6 +134,7 @@ class ModelConfig:
     pass_rows: int | None = None
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    cache: str = ""
     lora: LoraConfig = LoraConfig()
 
     def validate(self, section: str) -> None:
@@ -158,6 +162,10 @@ class ModelConfig:
             )
         for name in ("num_layers", "pass_rows"):
             _at_least(f"{section}.{name}", getattr(self, name), 1)
+        if self.cache and section != "teacher":
+            raise ValueError(
+                f"{section}.cache = {self.cache!r}, but only a teacher's answers are kept; set teacher.cache"
+            )
         self.lora.validate(f"{section}.lora")
         if self.lora.rank and section != "student":
             raise ValueError(
@@ -440,7 +448,7 @@ class RunConfig:
             raise ValueError(f"seed = {self.seed} lies outside [0, 2**64)")
         if self.has_teacher:
             self.teacher.validate("teacher")
-        elif self.data.responses == "teacher":
+        elif self.data.responses == "teacher" and not self.teacher.cache:
             raise ValueError('data.responses = "teacher", but teacher.path is empty; name a teacher, or use "data"')
         self.student.validate("student")
         for section in (self.data, self.text, self.loss, self.train, self.optimizer, self.schedule, self.rollout,
@@ -467,7 +475,9 @@ class RunConfig:
                         f'{name} = {value!r} asks for generated answers, but data.kind = "text" has no prompts; set it '
                         f"to {needed!r}"
                     )
-        if self.validation.best == "kl" and not self.has_teacher:
+        if self.teacher.cache:
+            self._check_cache()
+        if self.validation.best == "kl" and not self.has_teacher and not self.teacher.cache:
             raise ValueError('validation.best = "kl" without a teacher; name teacher.path, or use "ce" or "rouge_l"')
         if self.data.streaming and self.train.epochs is not None:
             raise ValueError(
@@ -480,6 +490,25 @@ class RunConfig:
             )
         if self.train.epochs is None:
             self._check_warmup()
+
+    def _check_cache(self) -> None:
+        """What holds for every cache; what its form allows is known once it is open."""
+        from toolkit.divergences.top_k import WITH_TOP_K
+
+        loss, allowed = self.loss, (*WITH_TOP_K, NO_DIVERGENCE)
+        for name, value, fits, needed in (
+            ("loss.divergence", loss.divergence, loss.divergence in allowed, f"one of {', '.join(allowed)}"),
+            ("loss.alpha_per_sequence", loss.alpha_per_sequence, not loss.alpha_per_sequence, "false"),
+            ("data.streaming", self.data.streaming, not self.data.streaming, "false: a stream's texts are not known"),
+            ("data.responses", self.data.responses, self.data.responses == "data", '"data", whose texts are known'),
+            ("loss.cross_entropy_weight", loss.cross_entropy_weight,
+             loss.temperature == 1 or not loss.cross_entropy_weight, "0 where loss.temperature is not 1"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(
+                    f"{name} = {value!r} with teacher.cache = {self.teacher.cache!r}: from stored answers it has to be "
+                    f'{needed}; or set teacher.cache to ""'
+                )
 
     def _check_warmup(self) -> None:
         if self.optimizer.warmup_steps >= self.train.steps:
@@ -503,7 +532,10 @@ class RunConfig:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher is loaded. One is always needed but for loss.divergence = "none"."""
+        """Whether a teacher is loaded. One is always needed but for loss.divergence = "none", and where a cache answers
+        for every step."""
+        if self.teacher.cache and (self.schedule.policy == "off" or self.loss.divergence == NO_DIVERGENCE):
+            return False
         return self.loss.divergence != NO_DIVERGENCE or bool(self.teacher.path) or self.teacher.random_weights
 
     @property

@@ -21,6 +21,7 @@ from toolkit.monitor import Monitor, PhaseTimer, peak_device_gib, peak_rss_gib
 from toolkit.rollout.engine import Rollout, SeededSampling, sequence_seed
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule, Source
+from toolkit.teacher_cache import CachedTeacher
 
 
 @dataclass
@@ -28,7 +29,7 @@ class DistillationLoop:
     config: RunConfig
     vocabulary: Vocabulary
     dataset: PromptDataset | TextStream
-    teacher: Teacher | NoTeacher  # of training; the validator has its own
+    teacher: Teacher | NoTeacher | CachedTeacher  # of training; the validator has its own
     student: Student
     schedule: Schedule
     replay: ReplayBuffer
@@ -39,6 +40,7 @@ class DistillationLoop:
     checkpoints: Checkpoints
     signals: StopSignals
     guard: StepGuard
+    cached: CachedTeacher | None = None  # in the teacher's place where a step trains on the data
     text: PromptDataset | TextStream | None = None  # plain text learned beside the distillation
     run_state: Callable[[], dict[str, Any]] = dict  # what the run itself wants kept in a checkpoint
     watch: Callable[[str, int], None] = lambda phase, step: None  # told of each step as it begins
@@ -99,11 +101,12 @@ class DistillationLoop:
         token_weights += [self.config.text.weight * shares / text_targets for _ in text]
         learning_rate = self.student.set_learning_rate(step)
 
+        teacher = self.cached if self.cached and source is Source.DATASET else self.teacher
         with self.timer.phase("teacher"):
-            signals = [*self.teacher.signals(window), *(None for _ in text)]
+            signals = [*teacher.signals(window), *(None for _ in text)]
         objective = Objective.of(self.config.loss, source is not Source.DATASET, step / self.config.train.steps)
         sums, objection = [], None
-        with self.teacher.head() as head:
+        with teacher.head() as head:
             for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):
                 with self.timer.phase("student"):
                     found = self.student.loss(batch, signal, head, objective, token_weight)
@@ -141,6 +144,7 @@ class DistillationLoop:
             "top1_agreement": agreements / targets,
             "phi": self.schedule.phi,
             "source": source.value,
+            "teacher": teacher.kind,
             "rollout_mode": self.rollout.last.mode if source is Source.GENERATE else None,
             "staleness_steps": self._staleness(step, source),
             **({"text_ce": text_ce / text_targets, "text_tokens": int(text_tokens)} if text else {}),

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_
 from toolkit.config import NO_DIVERGENCE, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text, references
 from toolkit.data.config import unknown
+from toolkit.divergences import Divergence
 from toolkit.evaluation import Validator, answer, rouge_l, row_seeds
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.loop import DistillationLoop
@@ -44,6 +45,7 @@ from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
 from toolkit.rollout.vllm import VllmRollout
+from toolkit.teacher_cache import CachedTeacher, TeacherCache, identity_of
 from toolkit.teacher_text import teacher_text, text_folder
 
 TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
@@ -86,20 +88,13 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     started_s = time.monotonic()
     watchdog.progress("loading")
     run_dir, is_main = config.run_dir, distributed.rank() == 0
-    cache_dir = default_cache_dir(config.cache_dir)
-    dtype = choose_dtype(config.precision, distributed.device())
-
-    teacher_path = ""
-    if config.has_teacher:
-        teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
-    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
-    tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
-    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
+    cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data = load_inputs(config)
     if config.train.epochs is not None:
         config = distributed.together(lambda: config.for_rows(len(data.train)))
     text, text_sha256 = distributed.main_rank_first(lambda: _load_text(config, tokenizer, cache_dir))
     base_path = student_path if config.student.lora.rank else ""
     parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype, base_path)
+    cache = _open_cache(config, parts, data, tokenizer, vocabulary) if config.teacher.cache else None
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
     if resumed is not None and (summary := _finished(config, resumed)):
@@ -107,9 +102,11 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
+    measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
     student = build_student(config, student_path, dtype, vocabulary)
     if config.packs:
         check_packing(teacher, student, vocabulary)
+    is_fine_tuning = config.loss.divergence == NO_DIVERGENCE
     schedule = Schedule(config.schedule, config.seed, config.train.steps)
     settings = config.rollout
     validation = config.validation
@@ -134,6 +131,11 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         run_dir, config.train.steps, distributed.rank(), deepspeed_monitor, start_step=done, keep_bytes=keep_bytes
     ) as monitor:
         monitor.note(_introduction(config, data, dtype, run_dir))
+        if cache is not None:
+            monitor.note(
+                f"teacher cache {cache.folder}: {cache.form} of {cache.manifest['positions']} positions, computed in "
+                f"{cache.identity['precision']}; {'a' if config.has_teacher else 'no'} teacher is loaded beside it"
+            )
         for note in notes:
             monitor.note(note)
         train = data.train
@@ -148,7 +150,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
             vocabulary=vocabulary,
             dataset=_in_order(train, config.seed),
             text=_in_order(text, config.seed),
-            teacher=NoTeacher() if config.loss.divergence == NO_DIVERGENCE else teacher,
+            teacher=NoTeacher() if is_fine_tuning else teacher,
+            cached=CachedTeacher(cache, config.loss.temperature) if cache and not is_fine_tuning else None,
             student=student,
             schedule=schedule,
             replay=ReplayBuffer(
@@ -159,7 +162,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
                 data.validation[: validation.rows],
                 validation.batch_rows,
                 vocabulary.pad_id,
-                teacher,
+                measured,
                 (lambda: _rouge_l(data, _sampled(config, data, student_rollout, tokenizer)))
                 if validation.best == "rouge_l"
                 else None,
@@ -233,6 +236,31 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     return summary
 
 
+class Inputs(NamedTuple):
+    """What a run reads before it builds anything. teacher_path: "" where no teacher is named."""
+
+    cache_dir: Path
+    dtype: torch.dtype
+    teacher_path: str
+    student_path: str
+    tokenizer: Any
+    vocabulary: Vocabulary
+    data: Data
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Collective; raises ValueError on every rank for a model, tokenizer or data that cannot be used."""
+    cache_dir = default_cache_dir(config.cache_dir)
+    teacher_path = ""
+    if config.has_teacher or (config.teacher.cache and config.teacher.path):
+        teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
+    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
+    tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
+    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
+    dtype = choose_dtype(config.precision, distributed.device())
+    return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
+
+
 def chosen(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str]) -> tuple[RunConfig, list[str]]:
     """The recipe, or the one of its runs that the first argument names, and the other arguments.
 
@@ -274,8 +302,10 @@ def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:
 
 def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
     """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
-    teacher = load_tokenizer(config.teacher, teacher_path) if config.has_teacher else None
-    has_own = config.student.tokenizer or student_path or teacher is None
+    has_own = bool(config.student.tokenizer or student_path)
+    asks_teacher = config.has_teacher or (config.teacher.cache and not has_own)
+    teacher = load_tokenizer(config.teacher, teacher_path) if asks_teacher else None
+    has_own = has_own or teacher is None
     student = load_tokenizer(config.student, student_path) if has_own else teacher
     starts = decoder_start_id(config.student, student_path)
     theirs = decoder_start_id(config.teacher, teacher_path) if config.has_teacher else starts
@@ -306,6 +336,40 @@ def _load_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any,
             f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
         )
     return text, sha256
+
+
+def refuse_encoders(vocabulary: Vocabulary) -> None:
+    """A cache is built and read for models without an encoder."""
+    if vocabulary.decoder_start_id is not None:
+        raise ValueError(
+            f"teacher.cache with an encoder-decoder model (its decoder starts with id {vocabulary.decoder_start_id}): "
+            'answers are kept for models without an encoder only; set teacher.cache to ""'
+        )
+
+
+def _open_cache(
+    config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: Any, vocabulary: Vocabulary
+) -> TeacherCache:
+    """The cache, checked to be whole and this run's; what it is becomes part of the run's identity `parts`."""
+
+    def opened() -> TeacherCache:
+        refuse_encoders(vocabulary)
+        cache, loss = TeacherCache(Path(config.teacher.cache).expanduser()), config.loss
+        cache.check_belongs(identity_of(
+            config.teacher, config.seed, parts["teacher_sha256"], data.sha256, tokenizer, vocabulary, loss.temperature
+        ))  # fmt: skip
+        if loss.divergence != NO_DIVERGENCE:
+            for alpha in (loss.alpha, loss.alpha if loss.alpha_end is None else loss.alpha_end):
+                cache.form.check_divergence(Divergence(loss.divergence, alpha=alpha))
+        cache.check(distributed.rank(), distributed.world())
+        cache.read_index()
+        return cache
+
+    cache = distributed.together(opened)
+    if not config.has_teacher:
+        parts |= {name: cache.identity[name] for name in ("teacher_path", "teacher_sha256")}
+    parts["teacher_cache"] = cache.sha256
+    return cache
 
 
 def _in_order(rows: Any, seed: int) -> PromptDataset | TextStream | None:

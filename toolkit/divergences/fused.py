@@ -306,7 +306,7 @@ class _Tiles:
             total_nS = torch.zeros(n, self.hidden_NS.shape[1], dtype=self.dtype, device=self.hidden_NS.device)
         top_k, merged = None, None
         if problem.top_k is not None:
-            top_k = TopKTeacher(*(x[tile] for x in problem.top_k))
+            top_k = problem.top_k.rows(tile)
             raw_nK = torch.empty(top_k.ids_NK.shape, dtype=self.dtype, device=state.device)
         whole = self.plan.whole(self.v)
         if problem.code == CODES["akl"] and not whole:

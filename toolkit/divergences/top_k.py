@@ -24,11 +24,16 @@ WITH_TOP_K = ("fkl", "rkl", "skl", "srkl")
 
 class TopKTeacher(NamedTuple):
     """ids_NK: token ids, different from each other in a row. log_probs_NK: their log-probabilities in nats, at the
-    temperature of the loss. tail_mass_N: the probability of all other tokens together."""
+    temperature of the loss. tail_mass_N: the probability of all other tokens together. offset_N: nats that are added to
+    the divergence; a constant, as the entropy that random draws of a distribution have too little of."""
 
     ids_NK: Tensor
     log_probs_NK: Tensor
     tail_mass_N: Tensor
+    offset_N: Tensor | None = None
+
+    def rows(self, part: slice) -> TopKTeacher:
+        return TopKTeacher(*(None if x is None else x[part] for x in self))
 
 
 class Merged(NamedTuple):
@@ -45,14 +50,15 @@ def check_top_k(spec: Divergence, teacher: TopKTeacher, n_tokens: int, v: int, t
     """Raises ValueError for what the operation cannot use."""
     if spec.name not in WITH_TOP_K:
         raise ValueError(f"{spec.name!r} needs the teacher's whole distribution; with top-k: {', '.join(WITH_TOP_K)}")
-    ids_NK, log_probs_NK, tail_mass_N = teacher
+    ids_NK, log_probs_NK, tail_mass_N, offset_N = teacher
     if ids_NK.dim() != 2 or ids_NK.shape != log_probs_NK.shape or len(ids_NK) != n_tokens:
         raise ValueError(
             f"top-k ids are {tuple(ids_NK.shape)}, log-probabilities {tuple(log_probs_NK.shape)}: both must be "
             f"[{n_tokens}, K], a row for each of the student's hidden states"
         )
-    if tail_mass_N.shape != (n_tokens,):
-        raise ValueError(f"tail_mass_N is {tuple(tail_mass_N.shape)}, but there are {n_tokens} tokens: give one each")
+    for name, given in (("tail_mass_N", tail_mass_N), ("offset_N", offset_N)):
+        if given is not None and given.shape != (n_tokens,):
+            raise ValueError(f"{name} is {tuple(given.shape)}, but there are {n_tokens} tokens: give one each")
     if ids_NK.numel() and (ids_NK.min() < 0 or ids_NK.max() >= v):
         low, high = ids_NK.min().item(), ids_NK.max().item()
         raise ValueError(
@@ -91,7 +97,7 @@ def merge_top_k(task: RowTask, spec: Divergence, state: Tensor, raw_nK: Tensor, 
     alpha = None if task.alpha_n is None else task.alpha_n.unsqueeze(-1)
     f, sum_g, h, r = terms(spec, log_p, log_q.clone(), q, alpha, torch.empty_like(q), torch.empty_like(q))
     g = gradient(q, h, r, sum_g.unsqueeze(-1)) / temperature
-    state[Row.SUM_0] = f
+    state[Row.SUM_0] = f if teacher.offset_N is None else f + teacher.offset_N.to(f.dtype)
     # The kernel's q is the student's distribution within the tail.
     state[Row.SUM_1] = -temperature * (g[:, -1] + weight * q[:, -1])
 

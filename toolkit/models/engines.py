@@ -143,6 +143,8 @@ def whole_teacher(model: PreTrainedModel, vocabulary: Vocabulary) -> Teacher:
 class Teacher:
     """The frozen model that is imitated. It answers with hidden states at response positions, Ht numbers a token."""
 
+    kind = "live"
+
     def __init__(self, engine: Any, pass_rows: int | None = None, micro_rows: int = 1):
         # Of settings, not of the batches at hand: packed micro-batches have other numbers of rows on other ranks.
         self.engine, self.batches_per_pass = engine, max(1, (pass_rows or 10**9) // micro_rows)
@@ -176,6 +178,8 @@ class Teacher:
 
 class NoTeacher:
     """In the place of a teacher where a run trains on the cross entropy with its data alone."""
+
+    kind = None
 
     def signals(self, window: list[TokenBatch]) -> list[Signal]:
         return [None] * len(window)
