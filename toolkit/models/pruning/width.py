@@ -51,16 +51,16 @@ def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
         raise ValueError(
             f"heads = {student.heads} is not a multiple of kv_heads = {student.kv_heads}; change one of them"
         )
+    if family.heads_fill_hidden and student.kv_heads != student.heads:
+        raise ValueError(
+            f"kv_heads = {student.kv_heads}, but this architecture has as many key-value heads as heads "
+            f"({student.heads}); leave kv_heads out"
+        )
     group, group_kept = teacher.heads // teacher.kv_heads, student.heads // student.kv_heads
     if group_kept > group:
         raise ValueError(
             f"heads = {student.heads} with kv_heads = {student.kv_heads} asks for {group_kept} query heads for each "
             f"key-value head, and the teacher has {group}; raise kv_heads or lower heads"
-        )
-    if family.heads_fill_hidden and student.kv_heads != student.heads:
-        raise ValueError(
-            f"kv_heads = {student.kv_heads}, but this architecture has as many key-value heads as heads "
-            f"({student.heads}); leave kv_heads out"
         )
     if family.heads_fill_hidden and student.hidden != student.heads * teacher.head_dim:
         raise ValueError(
