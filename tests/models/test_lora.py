@@ -36,7 +36,8 @@ class LowRank(nn.Module):
 @pytest.fixture(scope="module")
 def start(tiny, ranks2):
     """A peft folder whose B is not zero, so that A learns from the first step: from a short run."""
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="lora start", optimizer__lr=2, seed=3, **LORA))
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name="lora start", optimizer__name="adamw", optimizer__lr=0.05, seed=3, **LORA))  # fmt: skip
     return tiny / "runs" / "lora start" / "student" / "adapter"
 
 
@@ -61,7 +62,7 @@ def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, start, stage):
     layers = {name: part for name, part in student.named_modules() if name.rpartition(".")[2] in TARGETS}
     for layer_name, layer in layers.items():
         a_RI, b_OR = (saved[f"base_model.model.{layer_name}.lora_{part}.weight"].double() for part in "AB")
-        assert a_RI.abs().max() > 0.01 and b_OR.abs().max() > 0.01
+        assert a_RI.abs().max() > 0.01 and b_OR.abs().max() > 0.05
         parametrize.register_parametrization(layer, "weight", LowRank(a_RI, b_OR, 6 / 3))
     train_dense(tiny, student, steps, "skl")
     exported, base = weights(tiny, name), load_file(tiny / "student" / "model.safetensors")
@@ -124,7 +125,7 @@ def test_gpt2_with_every_linear_layer(tiny, ranks2, tmp_path):
     assert (on_base - merged).abs().max() < 0.1 * (on_base - before).abs().max()  # merged weights are rounded to bf16
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 3), ("bf16", 3), ("fp32", 2), ("bf16", 2)])
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 3), ("fp32", 2)])
 def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precision, stage):
     """With dropout, whose masks have to go on, and recomputation, which has to draw them twice."""
     changes = {
