@@ -154,7 +154,8 @@ def train(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]
     if not (run / "summary.json").is_file():
         settings = {
             "name": name, "output_dir": run.parent, "teacher.path": options.teacher, "student.path": options.out / name,
-            "student.drop_layers": [], "train.steps": options.steps, "optimizer.warmup_steps": min(5, options.steps - 1),
+            "student.drop_layers": [], "train.steps": options.steps,
+            "optimizer.warmup_steps": min(5, options.steps - 1),
             "validation.every_steps": options.every, "validation.rows": options.rows, "validation.rouge_rows": 0,
             "validation.samples": 0,
         }  # fmt: skip

@@ -602,3 +602,78 @@ def loss_step(folder, memory_budget_mib):
     finally:
         fused._Tiles._project = project
     return largest.numel, batch.num_targets * vocabulary.size, len(tiles), gathers
+
+
+def run_with_last_words(overrides, prompts, ids):
+    """(logits of the token ids by the gathered student, greedy texts by generation mode) at the end of a run."""
+    from toolkit.rollout.engine import SeededSampling, whole_model
+
+    original, found = DistillationLoop.run, {}
+
+    def run(self):
+        result = original(self)
+        with whole_model(self.student.engine) as model, torch.no_grad():
+            found["logits"] = model(ids).logits
+        kept = self.rollout.gather
+        for mode in ("always", "never"):
+            self.rollout.gather = mode
+            sampling = SeededSampling(12, temperature=0.0, seeds=range(len(prompts)))
+            found[mode] = [example.response.tolist() for example in self.rollout.complete(prompts, sampling)]
+            found[mode, "ran"] = self.rollout.last.mode
+        self.rollout.gather = kept
+        return result
+
+    DistillationLoop.run = run
+    try:
+        _main(overrides)
+    finally:
+        DistillationLoop.run = original
+    return found
+
+
+def held_after_a_step(overrides):
+    """What this rank holds of a student after one step: elements by kind, dtypes, and the adapters it began with."""
+    from pathlib import Path
+
+    import deepspeed
+    import numpy as np
+
+    from toolkit.batch import Example, TokenBatch
+    from toolkit.models import Objective, build_student, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.run import choose_dtype
+
+    config = RunConfig().with_overrides(overrides)
+    path = materialize(config.student, Path(config.cache_dir))
+    tokenizer = load_tokenizer(config.student, path)
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    student = build_student(config, path, choose_dtype(config.precision, torch.device("cpu")), vocabulary)
+    engine, named = student.engine, dict(student.model.named_parameters())
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(trained.values()), modifier_rank=None):
+        start = {name: p.detach().float().clone() for name, p in trained.items()}
+    drawn = torch.rand(())
+    batch = TokenBatch.from_examples([Example(np.arange(5, 25), 4)], 0)
+    for _ in range(engine.gradient_accumulation_steps()):
+        found = student.loss(batch, None, None, Objective.of(config.loss))
+        engine.backward(found.loss)
+        engine.step()
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        masters, gradients = optimizer.fp32_partitioned_groups_flat, optimizer.grad_partitions_flat_buffer.numel()
+    else:
+        masters, gradients = optimizer.single_partition_of_fp32_groups, None
+    states = [
+        value.numel() for state in optimizer.optimizer.state.values() for value in state.values() if value.dim() == 1
+    ]
+    return {
+        "start": start, "drawn": drawn, "dtypes": {p.dtype for p in named.values()},
+        "master_dtypes": {flat.dtype for flat in masters},
+        "trained": sum(getattr(p, "ds_numel", p.numel()) for p in trained.values()),
+        "frozen": sum(getattr(p, "ds_numel", p.numel()) for name, p in named.items() if name not in trained),
+        "frozen_here": sum(
+            p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel()
+            for name, p in named.items() if name not in trained
+        ),
+        "masters": sum(flat.numel() for flat in masters), "states": sum(states), "gradients": gradients,
+        "frozen_with_gradient": [name for name, p in named.items() if name not in trained and p.grad is not None],
+    }  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from toolkit import distributed
 from toolkit.config import LoraConfig
 from toolkit.data.config import unknown
 
@@ -99,12 +100,16 @@ def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Pat
 def _load(model: PreTrainedModel, path: str) -> None:
     """Fill the adapters, which are not partitioned yet, from a peft folder."""
     file = Path(path).expanduser() / WEIGHTS
-    try:
-        saved = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"no adapter could be read from {file}: {error}; student.lora.adapter is a peft folder"
-        ) from error
+
+    def read() -> dict[str, Tensor]:
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"no adapter at {file}: {error}; student.lora.adapter is a folder that peft saved"
+            ) from error
+
+    saved = distributed.together(read)
     own = {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter
         for name, parameter in model.named_parameters()
