@@ -90,7 +90,7 @@ def settings_of(name: str, options: argparse.Namespace) -> dict:
         "train.steps": steps, "train.batch_rows": options.batch_rows,
         "train.micro_rows": min(4, options.batch_rows), "rollout.max_new_tokens": options.new_tokens,
         "optimizer.lr": options.lr, "optimizer.min_lr": options.lr, "optimizer.warmup_steps": min(5, steps - 1),
-        "validation.every_steps": options.every, "validation.rows": options.rows, "validation.rouge_rows": 0,
+        "validation.every_steps": steps if name == START else options.every, "validation.rows": options.rows, "validation.rouge_rows": 0,
         "validation.samples": 0, "checkpoint.every_steps": 0,
     }  # fmt: skip
 
@@ -239,7 +239,7 @@ def study_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
     add("--plot", type=Path, help="also draw the picture into this file; needs matplotlib")
     add("--layers", type=int, default=15, help="of the student; the teacher has 30")
     add("--start-steps", type=int, default=100, help="of fine-tuning before all methods")
-    add("--steps", type=int, default=48, help="of each method")
+    add("--steps", type=int, default=40, help="of each method")
     add("--every", type=int, default=8, help="steps between two validations")
     add("--batch-rows", type=int, default=4)
     add("--lr", type=float, default=3e-4)
