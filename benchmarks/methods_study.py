@@ -90,8 +90,8 @@ def settings_of(name: str, options: argparse.Namespace) -> dict:
         "train.steps": steps, "train.batch_rows": options.batch_rows,
         "train.micro_rows": min(4, options.batch_rows), "rollout.max_new_tokens": options.new_tokens,
         "optimizer.lr": options.lr, "optimizer.min_lr": options.lr, "optimizer.warmup_steps": min(5, steps - 1),
-        "validation.every_steps": steps if name == START else options.every, "validation.rows": options.rows, "validation.rouge_rows": 0,
-        "validation.samples": 0, "checkpoint.every_steps": 0,
+        "validation.every_steps": steps if name == START else options.every, "validation.rows": options.rows,
+        "validation.rouge_rows": 0, "validation.samples": 0, "checkpoint.every_steps": 0,
     }  # fmt: skip
 
 
