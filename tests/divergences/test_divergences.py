@@ -18,8 +18,8 @@ from toolkit.divergences import (
     token_cross_entropy,
     token_divergence,
 )
-from toolkit.divergences import tiles as tiles_module
 from toolkit.divergences import products as products_module
+from toolkit.divergences import tiles as tiles_module
 from toolkit.divergences.backends import has_cpp, has_triton
 
 NAMES = ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl", "abkd", "akl", "taid"]
@@ -331,6 +331,16 @@ def test_tiles_of_rows_and_of_columns_change_nothing(name, backend, monkeypatch)
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_backward_more_than_once_adds_the_same_gradient_again():
+    h, w, ht, wt = inputs()
+    loss = fused_linear_divergence(Divergence("skl"), h, w, ht, wt).loss
+    once = [x.clone() for x in torch.autograd.grad(loss, (h, w), retain_graph=True)]
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        for x, gradient in zip((h, w), once, strict=True):
+            torch.testing.assert_close(x.grad, times * gradient)
 
 
 def test_frozen_head_frozen_hidden_and_frozen_both():

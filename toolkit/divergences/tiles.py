@@ -111,9 +111,7 @@ class Tiles:
             self.gradient_tile = new_tile(rows, columns, operand, device)
         self.teacher = self.teacher_tile = None
         if problem.teacher is not None:
-            self.teacher = Projection(
-                teacher_head, problem.teacher_hidden_NT.dtype, self.dtype, self.plan.block_bytes
-            )
+            self.teacher = Projection(teacher_head, problem.teacher_hidden_NT.dtype, self.dtype, self.plan.block_bytes)
             self.teacher_tile = new_tile(rows, columns, sides[1][2], device)
         if backend == "torch":
             self.kernel = TorchRows(rows, columns, self.plan.rows_bytes, self.dtype, device).run
