@@ -549,7 +549,7 @@ def loss_step(folder, memory_budget_mib):
     from tests.allocations import LargestTensor
     from tests.tiny import tiny_overrides
     from toolkit.batch import Example, TokenBatch
-    from toolkit.divergences import fused
+    from toolkit.divergences.tiles import Tiles
     from toolkit.models import (
         Objective,
         build_student,
@@ -585,13 +585,13 @@ def loss_step(folder, memory_budget_mib):
 
     for name, head in heads.items():
         head.partition = counted(name, head.partition)
-    tiles, project = [], fused._Tiles._project
+    tiles, project = [], Tiles._project
 
     def counting(self, tile, columns):
         tiles.append((tile, columns))
         return project(self, tile, columns)
 
-    fused._Tiles._project = counting
+    Tiles._project = counting
     try:
         with LargestTensor() as largest:
             hidden_NT = teacher.signals([batch])[0]
@@ -600,7 +600,7 @@ def loss_step(folder, memory_budget_mib):
                 student.engine.backward(found.loss)
             student.engine.step()
     finally:
-        fused._Tiles._project = project
+        Tiles._project = project
     return largest.numel, batch.num_targets * vocabulary.size, len(tiles), gathers
 
 

@@ -231,7 +231,7 @@ def test_no_logits_of_a_batch_and_no_gather_within_the_tiles(tiny, ranks2):
     """Nothing as large as targets x vocabulary is ever made, and each head is gathered as often for many tiles as for
     one: the teacher's once, the student's for forward and for backward."""
     for one, many in zip(*(ranks2.run(engine_cases.loss_step, tiny, budget) for budget in (64, 1)), strict=True):
-        assert one[2] == 1 and many[2] > 5
+        assert one[2] == 1 and many[2] > 2
         assert one[3] == many[3] and many[3]["teacher"] == 1 and many[3]["student"] <= 2
         assert 0 < many[0] < many[1]
 
