@@ -443,31 +443,67 @@ def run_poisoned(overrides, poison, steps, ranks=(1,)):
 def run_with_failing_writes(overrides, steps):
     """A run whose last rank cannot write more than 4 KiB at these steps: a limit that the kernel enforces, as it does
     that of a full disk."""
-    import resource
-    import signal
-
     from toolkit import checkpoint, distributed
 
     write = checkpoint.write_safetensors
 
     def limited(path, tensors):
         fails = int(path.parent.name[5:13]) in steps and distributed.rank() == distributed.world() - 1
-        if not fails:
+        with no_room_for_files() if fails else contextlib.nullcontext():
             return write(path, tensors)
-        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        try:
-            return write(path, tensors)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, ignored)
 
     checkpoint.write_safetensors = limited
     try:
         return run_saying(overrides)
     finally:
         checkpoint.write_safetensors = write
+
+
+@contextlib.contextmanager
+def no_room_for_files(most_bytes=4096):
+    """No file of this process may grow above this: the kernel refuses the write, as it does on a full disk."""
+    import resource
+    import signal
+
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def run_with_failing_exports(overrides, names):
+    """(exit code, stdout, stderr) of a run in which there is no room for the exports into the folders of these names."""
+    from toolkit import run
+
+    export = run.export_student
+
+    def limited(student, tokenizer, folder):
+        with no_room_for_files() if folder.name in names else contextlib.nullcontext():
+            return export(student, tokenizer, folder)
+
+    run.export_student = limited
+    try:
+        return run_saying(overrides)
+    finally:
+        run.export_student = export
+
+
+def error_of_one_rank(kind, failing_rank):
+    """What `together` raises here where its work raises `kind` on this one rank."""
+    from toolkit import distributed
+
+    def work():
+        if distributed.rank() == failing_rank:
+            raise kind("no room")
+
+    try:
+        distributed.together(work)
+    except Exception as error:
+        return type(error), str(error)
 
 
 def run_poisoned_until(overrides, poison, steps, stop_after, number):
