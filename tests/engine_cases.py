@@ -476,7 +476,7 @@ def no_room_for_files(most_bytes=4096):
 
 
 def run_with_failing_exports(overrides, names):
-    """(exit code, stdout, stderr) of a run in which there is no room for the exports into the folders of these names."""
+    """(exit code, stdout, stderr) of a run in which there is no room for the exports into folders of these names."""
     from toolkit import run
 
     export = run.export_student

@@ -250,7 +250,8 @@ class Sign:
 
 class Watchdog:
     """Ends a job that stands still. A thread of each rank tells the others, through the process group's store, what the
-    rank does; where its own phase lasts longer than `limit_s`, it says which rank is behind, where, and exits.
+    rank does; where it begins no phase and no pass of a model for longer than `limit_s`, it says which rank is behind,
+    where, and exits.
 
     The job is over `limit_s` + 5 looks (of 10 s at most) after the last progress, from before the ranks have joined on.
     """
@@ -278,6 +279,15 @@ class Watchdog:
         self.sign.phase, self.sign.changes = phase, self.sign.changes + 1
         self.sign.step = self.sign.step if step is None else step
         self.changed_s = time.monotonic()
+
+    def count_passes(self, model: torch.nn.Module) -> None:
+        """Each pass of `model` is progress as well: generation and evaluation make many in one phase. Every pass enters
+        its input embeddings. It is no new phase: ranks make as many passes as their texts are long."""
+
+        def enter(*_: Any) -> None:
+            self.changed_s = time.monotonic()
+
+        model.get_input_embeddings().register_forward_pre_hook(enter)
 
     def _watch(self) -> None:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
