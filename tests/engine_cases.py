@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import operator
+import os
 
 import torch
 
@@ -218,6 +219,7 @@ def server_texts(folder, student, url, prompts, **sampling):
 
 def server_errors(folder, student, url, faults):
     """What a start, a push and two texts raise here for each fault of the server, "None" for nothing."""
+    import dataclasses
     import time
 
     from toolkit import distributed
@@ -225,16 +227,18 @@ def server_errors(folder, student, url, faults):
     from toolkit.rollout.vllm import Server
 
     def work(rollout, tokenizer):
-        said = []
+        said, patient = [], rollout.settings
+        hasty = dataclasses.replace(patient, server_timeout_s=2)  # than the fault that answers late
         for fault in faults:
             torch.distributed.barrier()
             if distributed.rank() == 0:
                 Server(url).ask("POST", "/fault", time.monotonic() + 60, fault)
             torch.distributed.barrier()
-            rollout.pushed = False
+            rollout.pushed, rollout.settings = False, patient
             try:
                 rollout.start()
                 rollout.sync_weights(3)
+                rollout.settings = hasty if "delay_s" in fault else patient
                 prompts = [[5, 6, 7]] * (2 if distributed.rank() else 0)  # only the second rank asks for text
                 rollout.complete(prompts, SeededSampling(30, seeds=range(len(prompts))))
                 said.append("None")
@@ -242,7 +246,7 @@ def server_errors(folder, student, url, faults):
                 said.append(str(error))
         return said
 
-    return with_server(folder, student, url, work, timeout_s=4)
+    return with_server(folder, student, url, work)
 
 
 def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):
@@ -375,8 +379,6 @@ def loaded(path, dtype, model=None):
 
 def run_until(overrides, stop_after, number, ranks=(0,)):
     """(exit code, stdout, stderr) of a run in which these ranks get a real signal while step `stop_after` runs."""
-    import os
-
     from toolkit import distributed
 
     original = DistillationLoop.choose_examples
@@ -399,6 +401,49 @@ def run_saying(overrides):
     with contextlib.redirect_stdout(out):
         code, err = run_expecting_exit(overrides)
     return code, out.getvalue(), err
+
+
+def run_telling(overrides, file):
+    """The exit code of a run whose rank 0 writes what it says to `file`, at once."""
+    from toolkit import distributed
+
+    with file.open("w", buffering=1) if distributed.rank() == 0 else io.StringIO() as out:
+        with contextlib.redirect_stdout(out):
+            return run_expecting_exit(overrides)[0]
+
+
+def run_watching_teacher_text(overrides, file_rows):
+    """(how often the watchdog was told of the phase teacher_text, whether it was told of progress within each call that
+    generated in it) of a run that keeps the teacher's text in files of so many rows."""
+    from toolkit import run, teacher_text
+    from toolkit.rollout.engine import GatheredRollout
+
+    watchdogs, calls, phases, complete = [], [], [], GatheredRollout.complete
+
+    class Watched(run.Watchdog):
+        def __enter__(self):
+            watchdogs.append(self)
+            return super().__enter__()
+
+        def progress(self, phase, step=None):
+            phases.append(phase)
+            super().progress(phase, step)
+
+    def watched(self, *args):
+        before_s = watchdogs[0].changed_s
+        texts = complete(self, *args)
+        if phases[-1] == "teacher_text":
+            calls.append(watchdogs[0].changed_s > before_s)
+        return texts
+
+    kept = run.Watchdog, teacher_text.FILE_ROWS
+    run.Watchdog, teacher_text.FILE_ROWS, GatheredRollout.complete = Watched, file_rows, watched
+    try:
+        _main(overrides)
+    finally:
+        run.Watchdog, teacher_text.FILE_ROWS = kept
+        GatheredRollout.complete = complete
+    return phases.count("teacher_text") - 1, calls
 
 
 POISONS = {
@@ -506,10 +551,26 @@ def error_of_one_rank(kind, failing_rank):
         return type(error), str(error)
 
 
+def run_until_with_failing_writes(overrides, stop_after, number, steps):
+    """As `run_until`, with signals to rank 0 and checkpoints of these steps that cannot be written."""
+    from toolkit import distributed
+
+    original = DistillationLoop.choose_examples
+
+    def choose(self, step):
+        if step + 1 == stop_after and distributed.rank() == 0:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    DistillationLoop.choose_examples = choose
+    try:
+        return run_with_failing_writes(overrides, steps)
+    finally:
+        DistillationLoop.choose_examples = original
+
+
 def run_poisoned_until(overrides, poison, steps, stop_after, number):
     """As `run_poisoned`, with a signal to rank 0 while step `stop_after` runs."""
-    import os
-
     from toolkit import distributed
 
     original = DistillationLoop.choose_examples
