@@ -407,9 +407,9 @@ def run_telling(overrides, file):
     """The exit code of a run whose rank 0 writes what it says to `file`, at once."""
     from toolkit import distributed
 
-    with file.open("w", buffering=1) if distributed.rank() == 0 else io.StringIO() as out:
-        with contextlib.redirect_stdout(out):
-            return run_expecting_exit(overrides)[0]
+    opened = file.open("w", buffering=1) if distributed.rank() == 0 else io.StringIO()
+    with opened, contextlib.redirect_stdout(opened):
+        return run_expecting_exit(overrides)[0]
 
 
 def run_watching_teacher_text(overrides, file_rows):

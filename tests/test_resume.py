@@ -331,7 +331,7 @@ def test_where_an_alpha_depends_on_the_micro_batch_its_size_may_not_change():
     for per_sequence in (False, True):
         config = RunConfig().with_overrides([f"loss.alpha_per_sequence={per_sequence}"])
         saved = {"config": config.to_dict(), "identity": parts}
-        expected = pytest.raises(ValueError, match="train.micro_rows was 4, is 2")
+        expected = pytest.raises(ValueError, match=r"train\.micro_rows was 4, is 2")
         with expected if per_sequence else contextlib.nullcontext():
             assert compare(saved, config.with_overrides(["train.micro_rows=2"]), parts) == [
                 "train.micro_rows was 4, is 2"
