@@ -179,9 +179,7 @@ def test_wrong_input(tiny, data, tmp_path, ranks2, message, more, named):
     assert [code for code, *_ in results] == [2, 2] and said.count("error: ") == 1 and message in said, said
 
 
-@pytest.mark.parametrize("change", [
-    "data.prefix=please: ", "data.template=plain", "tokenizer={tmp_path}/tokenizer", "data.input_field=null",
-])  # fmt: skip
+@pytest.mark.parametrize("change", ["data.prefix=please", "tokenizer={tmp_path}/tokenizer"])
 def test_answers_to_other_prompts_are_not_mixed(tiny, data, tmp_path, ranks1, change):
     other = AutoTokenizer.from_pretrained(tiny / "student")
     other.add_tokens(["What is"])
@@ -190,7 +188,7 @@ def test_answers_to_other_prompts_are_not_mixed(tiny, data, tmp_path, ranks1, ch
     assert ranks1.run(evaluation_cases.command, given)[0][0] == 0
     before = (tmp_path / "out" / "rows.jsonl").read_bytes()
     code, _, said, _ = ranks1.run(evaluation_cases.command, [*given, change.format(tmp_path=tmp_path)])[0]
-    assert code == 2 and " was " in said and "--out" in said
+    assert code == 2 and "sha256 of the tokenised prompts was" in said and "--out" in said
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
 
 
