@@ -15,6 +15,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load, load_file
 
 from tests import engine_cases
@@ -435,6 +436,55 @@ def test_pickled_weights_that_run_code_do_not(tiny, ranks2, tmp_path):
     torch.save({"model.embed_tokens.weight": Evil(tmp_path / "was run")}, tmp_path / "evil" / "pytorch_model.bin")
     code, *_ = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, teacher__path=f"{tmp_path}/evil"))[0]
     assert code == 2 and not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "pkl", "bin", "npz"])
+def test_data_under_a_name_that_is_no_data_runs_no_code(tiny, ranks2, tmp_path, suffix):
+    file = tmp_path / f"rows.{suffix}"
+    torch.save(Evil(tmp_path / "was run"), file)
+    for kind in ("instructions", "text"):
+        code, _, said = ranks2.run(engine_cases.run_saying, tiny_overrides(
+            tiny, data__source=str(file), data__kind=kind))[0]  # fmt: skip
+        assert code == 2 and str(file) in said and not (tmp_path / "was run").exists()
+
+
+def test_weights_that_are_a_pickle_by_another_name_run_no_code(tiny, ranks2, tmp_path):
+    shutil.copytree(tiny / "student", tmp_path / "evil")
+    torch.save(Evil(tmp_path / "was run"), tmp_path / "evil" / "model.safetensors")
+    code, _, said = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, student__path=f"{tmp_path}/evil"))[0]
+    assert code == 2 and "model.safetensors is damaged" in said and not (tmp_path / "was run").exists()
+
+
+def test_settings_that_are_yaml_made_to_run_code_do_not(tiny, ranks2, tmp_path):
+    """Every setting is read as YAML, and an object of Python's is something that YAML can ask for."""
+    evil = f'!!python/object/apply:os.mkdir ["{tmp_path}/was run"]'
+    for setting in (f"name={evil}", f"data={{source: {evil}}}", f"student.shape={evil}"):
+        code, _, said = ranks2.run(engine_cases.run_saying, [*tiny_overrides(tiny), setting])[0]
+        assert code == 2 and "is not valid YAML" in said and not (tmp_path / "was run").exists()
+    with pytest.raises(FileNotFoundError):  # what it asks for does happen where YAML is not read safely
+        yaml.unsafe_load(f'!!python/object/apply:os.mkdir ["{tmp_path}/no/was run"]')
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_that_comes_with_a_model_is_run_only_where_it_is_trusted(tiny, ranks2, tmp_path, part):
+    """As a hub repository has it: a module beside the weights, which config.json names."""
+    folder = tmp_path / "evil"
+    shutil.copytree(tiny / "student", folder)
+    (folder / "own.py").write_text(
+        f"import os\nos.mkdir({str(tmp_path / 'was run')!r})\nraise ValueError('run here')\n"
+    )
+    name = {"model": "config.json", "tokenizer": "tokenizer_config.json"}[part]
+    config = json.loads((folder / name).read_text())
+    if part == "model":
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    else:
+        config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / name).write_text(json.dumps(config))
+    overrides = tiny_overrides(tiny, student__path=str(folder))
+    code, _, said = ranks2.run(engine_cases.run_saying, overrides)[0]
+    assert code == 2 and str(folder) in said and not (tmp_path / "was run").exists(), said
+    code, _, said = ranks2.run(engine_cases.run_saying, [*overrides, "student.trust_remote_code=true"])[0]
+    assert code == 2 and (tmp_path / "was run").exists()
 
 
 def test_all_generators_come_back():

@@ -1,6 +1,9 @@
 """A rank that hangs, stops or falls behind ends the job: real processes, which the watchdog ends."""
 
+import dataclasses
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -9,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import engine_cases
 from tests.tiny import tiny_overrides
-from toolkit.faults import EXIT_LATER, EXIT_STUCK, Sign, verdict
+from toolkit.faults import EXIT_LATER, EXIT_STUCK, SAME_REQUEST_S, Sign, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 6
@@ -18,13 +22,24 @@ SLACK_S = 60  # for a busy machine; what has to hold is that the job does end, a
 SCRIPT = """
 import sys, time, os, signal
 sys.path.insert(0, {root!r})
+import torch
 from toolkit.config import RunConfig
 from toolkit.loop import DistillationLoop
 from toolkit.run import main
 original, fault = DistillationLoop.choose_examples, os.environ["FAULT"]
-def choose(self, step):
-    if step == 2 and os.environ["RANK"] == "1":
+step_of = DistillationLoop.step
+def step(self, index):
+    if fault == "a step less" and index == 2 and os.environ["RANK"] == "1":
         print("FAULT", flush=True)
+        return self.last_record
+    self.last_record = step_of(self, index)
+    return self.last_record
+DistillationLoop.step = step
+def choose(self, step):
+    if step == 2 and os.environ["RANK"] == "1" and fault != "a step less":
+        print("FAULT", flush=True)
+        if fault == "another call":
+            torch.distributed.recv(torch.zeros(1), src=0)
         if fault == "hang":
             time.sleep(600)
         if fault == "stop":
@@ -43,11 +58,11 @@ def start(tiny):
     """Starts two ranks with a fault in the third step of rank 1; they are gone afterwards."""
     started = []
 
-    def run(fault):
+    def run(fault, **changes):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        overrides = tiny_overrides(tiny, name=fault, train__steps=6, faults__hang_s=LIMIT_S)
+        overrides = tiny_overrides(tiny, name=fault, train__steps=6, **{"faults.hang_s": LIMIT_S} | changes)
         for rank in range(2):
             env = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -91,6 +106,49 @@ def test_a_rank_stuck_in_c_code_ends_though_its_python_is_frozen(start):
     said = one.communicate(timeout=120)[1]
     assert one.returncode == 1 and "Timeout" in said, said
     assert time.monotonic() - began_s < LIMIT_S + 5 * LIMIT_S / 4 + SLACK_S
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_waits_in_another_call_is_told_with_both_places(start):
+    """Nobody can say which of two is right; both are told, with the lines that they wait in."""
+    (zero, one), _ = start("another call")
+    said = zero.communicate(timeout=120)[1]
+    assert one.wait(60) == zero.returncode == EXIT_STUCK
+    assert "The ranks wait in different calls: one of them is out of step." in said
+    assert re.search(r"rank 0: in phase data of step 3, waiting for other ranks, at toolkit/loop\.py:\d+ step", said)
+    assert re.search(r"rank 1: in phase data of step 3, waiting for other ranks, at .*recv", said), said
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_leaves_a_step_out_ends_the_job(start):
+    """The step's own reduction tells it, before an optimizer step is taken."""
+    ranks, _ = start("a step less")
+    for rank, process in enumerate(ranks):
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and f"rank at step {2 + rank}, mean of ranks 2.5" in said, said
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("grace_s", "times", "message"), [
+    (600, 2, "SIGTERM again: rank {rank} exits at once"),
+    (3, 1, "no step ended within faults.grace_s = 3 s of the signal, rank {rank} exits"),
+])  # fmt: skip
+def test_ranks_that_cannot_end_their_step_end_by_signal_and_go_on_later(start, tiny, ranks2, grace_s, times, message):
+    changes = {
+        "name": f"stopped {times}", "faults.hang_s": 600, "faults.grace_s": grace_s, "checkpoint.every_steps": 1,
+        "resume": "auto",
+    }  # fmt: skip
+    ranks, _ = start("hang", **changes)
+    for number in range(times):
+        if number:
+            time.sleep(SAME_REQUEST_S + 1)  # sooner it would be the same request, sent by two
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+    for rank, process in enumerate(ranks):
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == EXIT_LATER and message.format(rank=rank) in said, said
+    code, out, _ = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, train__steps=6, **changes))[0]
+    assert code == 0 and "step-00000002, written by 2 ranks" in out
 
 
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes of C code: no handler of Python runs
@@ -142,4 +200,6 @@ def test_verdicts():
         {0: waits, 1: waits, 2: behind}, set(), 9
     )
     assert "All ranks stand in the same place" in verdict({0: waits, 1: waits}, set(), 9)
+    elsewhere = dataclasses.replace(waits, where="at toolkit/loop.py:9 save")
+    assert "wait in different calls" in verdict({0: waits, 1: elsewhere}, set(), 9)
     assert "rank 1 does not answer" in verdict({0: waits, 1: held}, {1}, 9)
