@@ -62,7 +62,8 @@ def start(tiny):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        overrides = tiny_overrides(tiny, name=fault, train__steps=6, **{"faults.hang_s": LIMIT_S} | changes)
+        settings = {"name": fault, "train.steps": 6, "faults.hang_s": LIMIT_S} | changes
+        overrides = tiny_overrides(tiny, **settings)
         for rank in range(2):
             env = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -125,7 +126,8 @@ def test_a_rank_that_leaves_a_step_out_ends_the_job(start):
     ranks, _ = start("a step less")
     for rank, process in enumerate(ranks):
         said = process.communicate(timeout=120)[1]
-        assert process.returncode == 1 and f"rank at step {2 + rank}, mean of ranks 2.5" in said, said
+        assert process.returncode == 1
+        assert f"this rank is at step {2 + rank}, the mean of all ranks is 2.5" in said
 
 
 @pytest.mark.multiprocess

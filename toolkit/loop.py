@@ -140,7 +140,8 @@ class DistillationLoop:
                         divergence, cross_entropy, agreements, text_ce, rss_gib, stop, steps = (
                             distributed.sum_over_ranks(known)
                         )
-                        assert steps == step * distributed.world(), f"rank at step {step}, mean of ranks {steps}"
+                        mean = steps / distributed.world()
+                        assert mean == step, f"this rank is at step {step}, the mean of all ranks is {mean}"
                         loss = (divergence + self.config.loss.cross_entropy_weight * cross_entropy) / targets
                         loss += self.config.text.weight * text_ce / text_targets if text else 0.0
                         objection = self.guard.objection(loss)
