@@ -133,9 +133,11 @@ def test_wrong_keys_and_types_are_named(override, told):
     ("data.kind=text", "schedule.policy = 'adaptive' asks for generated answers"),
     ("data.streaming=true", "data.streaming is for plain text"),
     ("text.weight=0", "text.weight = 0"),
+    ("loss.alpha_per_sequence=true data.packing=true", "with data.packing = True and data.kind = 'instructions'"),
+    ("loss.alpha_per_sequence=true data.kind=text schedule.policy=off", "and data.kind = 'text'"),
 ])  # fmt: skip
 def test_validate_names_the_setting_that_cannot_work(override, told):
-    config = BASE.with_overrides([override])
+    config = BASE.with_overrides(override.split() if " data." in override else [override])
     with pytest.raises(ValueError) as error:
         config.validate()
     assert told in str(error.value)

@@ -183,7 +183,8 @@ class LossConfig:
     student_text_divergence: in place of it where the student's own text is trained on ("": the same one).
     alpha_end: alpha moves to it over the run, in a straight line (TAID: from 0.4 to 1); None: it stays.
     alpha_per_sequence: skl and srkl with an alpha of each text's own, at most `alpha`: smaller where the models differ
-    more than in the rest of the micro-batch (DistiLLM-2). Costs one more product with each head.
+    less than in the rest of the micro-batch (DistiLLM-2). So it depends on train.micro_rows and on the number of ranks.
+    Not with data.packing, where a row holds several texts. Costs one more product with each head.
     head_mass: akl's. temperature divides both models' logits.
     cross_entropy_weight: share of the text's own next token beside the divergence.
     memory_budget_mib: bound on the logit tiles; None is the operation's default.
@@ -376,7 +377,8 @@ class ValidationConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     """every_steps: between two checkpoints; the end of training and a signal make one in any case (0: only they do).
-    keep: newest ones that stay. on_failure: what a save that fails, a full disk for instance, does to the run."""
+    keep: newest ones that stay. on_failure: what a save that fails, a full disk for instance, does to the run; so with
+    the export of the best student (validation.best)."""
 
     every_steps: int = 100
     keep: int = 2
@@ -393,8 +395,9 @@ class CheckpointConfig:
 class FaultsConfig:
     """max_skipped_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
     spike_factor: also skip a step whose loss is above this many medians of the last `spike_window` losses
-    (None: off). hang_s: a rank that shows no progress for this long is reported and the job ended; longer than the
-    longest phase, evaluation included. grace_s: a signal ends the run after this long even where no step ended.
+    (None: off). hang_s: a rank that shows no progress for this long is reported and the job ended; longer than
+    any pass of a model, loading, a save or an export. grace_s: a signal ends the run after this long even where no
+    step ended.
     """
 
     max_skipped_steps: int = 3
@@ -478,6 +481,12 @@ class RunConfig:
                         f'{name} = {value!r} asks for generated answers, but data.kind = "text" has no prompts; set it '
                         f"to {needed!r}"
                     )
+        if self.loss.alpha_per_sequence and (self.data.packing or self.data.kind == "text"):
+            raise ValueError(
+                f"loss.alpha_per_sequence = true with data.packing = {self.data.packing} and data.kind = "
+                f"{self.data.kind!r}: a row would hold several texts and have one alpha; set it to false, or use "
+                'data.packing=false and data.kind="instructions"'
+            )
         if self.teacher.cache:
             self._check_cache()
         if self.validation.best == "kl" and not self.has_teacher and not self.teacher.cache:
@@ -557,6 +566,12 @@ class RunConfig:
                     f"{self.train.micro_rows} x {world}; change one of them"
                 )
         return (self.train.batch_rows + self.text_rows) // per_step
+
+    @property
+    def generates(self) -> bool:
+        """Whether prompts are answered in this run."""
+        asked = self.validation.rouge_rows or self.validation.samples
+        return self.schedule.policy != "off" or self.data.responses == "teacher" or bool(asked)
 
     @property
     def text_rows(self) -> int:

@@ -44,7 +44,7 @@ class DataConfig:
     the response, all before it the prompt, by the tokenizer's chat template. Then the three fields above are not read.
     responses: "data" trains on the rows' own; "teacher" on what the teacher answers to their prompts, generated once
     with the rollout section's settings and kept in the cache (sequence-level distillation, arXiv 1606.07947).
-    prefix: goes before every prompt's text, as T5's "summarize: ".
+    prefix: goes before every prompt's text, as T5's "summarize: "; not with messages_field.
     max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens, so that the
     template's end stays; before an encoder, which reads it as a whole, it loses its last ones, and its EOS stays.
     packing: several examples in one row, of max_length at most, that do not see each other.
@@ -103,6 +103,11 @@ class DataConfig:
             raise ValueError(
                 f"data.messages_field = {self.messages_field!r} with data.template = {self.template!r}; turns go "
                 'through the tokenizer\'s own template: set data.template to "chat"'
+            )
+        if self.messages_field is not None and self.prefix:
+            raise ValueError(
+                f"data.prefix = {self.prefix!r} goes before a row's prompt, but with data.messages_field = "
+                f'{self.messages_field!r} a row is a conversation; set data.prefix to "", or write it into the turns'
             )
         if self.kind != "text" and self.streaming:
             raise ValueError(
