@@ -31,6 +31,17 @@ def test_jsonl_fields_are_renamed_and_blank_lines_passed_over(write_jsonl):
     assert load_rows(config, source) == (want, 0)
 
 
+def test_a_field_within_a_field(write_jsonl):
+    source = write_jsonl([{"translation": {"en": "two", "de": "zwei"}, "a.b": "plain"}])
+    names = {"prompt_field": "translation.en", "response_field": "translation.de", "input_field": "a.b"}
+    assert load_rows(DataConfig(source=source, **names), source)[0] == [
+        {"prompt": "two", "input": "plain", "response": "zwei"}
+    ]
+    message = stopped(source, **names | {"response_field": "translation.fr"})
+    assert f"{source}:1, 'translation': no field 'fr', the row has 'en', 'de'; set data.response_field" in message
+    assert "no field 'nowhere.en', the row has 'translation', 'a.b'" in stopped(source, prompt_field="nowhere.en")
+
+
 def test_jsonl_may_begin_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "bom.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8-sig")

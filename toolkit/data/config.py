@@ -38,6 +38,7 @@ class DataConfig:
     subset, split, validation_split: which part of a hub data set; files and "python_docs" do not use them.
     validation_source: as `source`. None takes `validation_fraction` of the source's rows by a hash of their
     prompt, so equal prompts stay on one side ("python_docs" has a validation split of its own, by module).
+    prompt_field, response_field: "a.b" is the field b of the object in field a, as in {"translation": {"en": ...}}.
     input_field: a second prompt field, as Alpaca's and Dolly's "input"; rows may leave it empty.
     response_field: a list in it is several references: the first is learned, all are kept for evaluation.
     messages_field: conversations, [{"role", "content"}, ...] or ShareGPT's from and value; the assistant's last turn is

@@ -130,8 +130,11 @@ def as_object(row: object, where: str) -> dict:
 
 
 def field_of(row: dict, field: str, setting: str, where: str) -> object:
-    """Raises ValueError, with the fields there are, where there is no `field`."""
+    """`a.b` is the field b of the object in a. Raises ValueError, with the fields there are, where there is none."""
     if field not in row:
+        outer, _, inner = field.partition(".")
+        if inner and isinstance(row.get(outer), dict):
+            return field_of(row[outer], inner, setting, f"{where}, {outer!r}")
         raise ValueError(
             f"{where}: no field {field!r}, the row has {', '.join(map(repr, row)) or 'none'}; "
             f"set {setting} to one of these"
