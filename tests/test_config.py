@@ -151,6 +151,18 @@ def test_validate_lets_what_works_pass(overrides):
     BASE.with_overrides(overrides).validate()
 
 
+def test_a_token_budget_leaves_the_number_of_micro_batches_open():
+    config = BASE.with_overrides(["train.batch_rows=6", "train.micro_tokens=600"])
+    config.validate()
+    assert config.accumulation(3) == 1
+    with pytest.raises(ValueError, match=r"train.batch_rows = 6 is not a multiple of the 4 ranks"):
+        config.accumulation(4)
+    with pytest.raises(ValueError, match=r"train.micro_tokens = 600 is less than one row of data.max_length = 700"):
+        config.with_overrides(["data.max_length=700"]).validate()
+    with pytest.raises(ValueError, match=r"less than one row of text.max_length = 800"):
+        config.with_overrides(["text.source=x.txt", "text.max_length=800"]).validate()
+
+
 def test_accumulation_divides_or_says_why_not():
     config = BASE.with_overrides(["train.batch_rows=24", "train.micro_rows=4"])
     assert [config.accumulation(world) for world in (1, 2, 3, 6)] == [6, 3, 2, 1]

@@ -82,6 +82,17 @@ def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precisio
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
 
 
+def test_a_stopped_run_with_a_token_budget_ends_bitwise_like_one_that_was_not(tiny, ranks2):
+    changes = {"train.micro_tokens": 104, "data.packing": True}
+    ranks2.run(engine_cases.run_tiny, settings(tiny, "budget", **changes))
+    assert len({record["micro_batches"] for record in outcome(tiny, "budget")[1]}) > 1
+    stopped = settings(tiny, "budget stopped", **changes)
+    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
+        assert code == EXIT_LATER
+    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert_equal(outcome(tiny, "budget stopped"), outcome(tiny, "budget"))
+
+
 def test_a_run_stopped_between_two_windows_of_text_knows_how_many_are_left(tiny, ranks2):
     changes = {"rollout.windows": 2, "schedule.phi_initial": 0.9}
     ranks2.run(engine_cases.run_tiny, settings(tiny, "windows whole", **changes))

@@ -49,7 +49,7 @@ REPLAY, RNG = "replay", "rng"
 FREE = re.compile(
     r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|cache|tokenizer|"
     r"ds_config|pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir|packing)|text\.source|"
-    r"train\.micro_rows|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
+    r"train\.micro_(rows|tokens)|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
     r"validation\.batch_rows|loss\.memory_budget_mib"
 )
 

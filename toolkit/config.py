@@ -253,15 +253,17 @@ class OptimizerConfig:
 class TrainConfig:
     """steps: optimizer steps; epochs, where given, takes their place: passes over the training rows. batch_rows:
     sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be a multiple
-    of micro_rows x ranks."""
+    of micro_rows x ranks. micro_tokens: in its place, as few micro-batches as hold at most so many tokens each, padding
+    included; their number changes from step to step, and micro_rows is not read."""
 
     steps: int = 100
     epochs: float | None = None
     batch_rows: int = 8
     micro_rows: int = 4
+    micro_tokens: int | None = None
 
     def validate(self) -> None:
-        for name in ("steps", "batch_rows", "micro_rows"):
+        for name in ("steps", "batch_rows", "micro_rows", "micro_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         if self.epochs is not None:
             _above_zero("train.epochs", self.epochs)
@@ -502,6 +504,13 @@ class RunConfig:
             )
         if self.train.epochs is None:
             self._check_warmup()
+        sections = [("data", self.data)] + ([("text", self.text)] if self.text.source else [])
+        for name, section in sections if self.train.micro_tokens else ():
+            if self.train.micro_tokens < section.max_length:
+                raise ValueError(
+                    f"train.micro_tokens = {self.train.micro_tokens} is less than one row of {name}.max_length = "
+                    f"{section.max_length} tokens; raise the first or lower the second"
+                )
 
     def _check_cache(self) -> None:
         """What holds for every cache; what its form allows is known once it is open."""
@@ -556,8 +565,13 @@ class RunConfig:
         return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of one optimizer step on one rank, those of text.source included; raises ValueError where a
-        batch does not divide."""
+        """Micro-batches of one optimizer step on one rank, those of text.source included; 1 where train.micro_tokens
+        leaves their number open. Raises ValueError where a batch does not divide."""
+        if self.train.micro_tokens is not None:
+            for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
+                if rows % world:
+                    raise ValueError(f"{name} = {rows} is not a multiple of the {world} ranks; change one of them")
+            return 1
         per_step = self.train.micro_rows * world
         for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
             if rows % per_step:

@@ -96,6 +96,14 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def max_over_ranks(value: int) -> int:
+    """The largest of the ranks' numbers, on every rank. Collective."""
+    largest = torch.tensor(value, dtype=torch.int64, device=device())
+    if world() > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def anywhere(value: bool) -> bool:
     """Whether it is true on any rank; alike on all of them. Collective."""
     return sum_over_ranks([value])[0] > 0

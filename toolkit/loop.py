@@ -115,8 +115,9 @@ class DistillationLoop:
         targets, tokens, text_targets, text_tokens = distributed.sum_over_ranks(
             [sum(getattr(batch, n) for batch in part) for part in (window, text) for n in ("num_targets", "num_tokens")]
         )
-        # deepspeed divides by micro-batches and averages over ranks; this undoes both and divides by tokens, once.
-        shares = (len(window) + len(text)) * distributed.world()
+        # deepspeed divides by a number of micro-batches, the config's, and averages over ranks; this undoes both and
+        # divides by tokens, once.
+        shares = self.student.engine.gradient_accumulation_steps() * distributed.world()
         token_weights = [shares / targets] * len(window)
         token_weights += [self.config.text.weight * shares / text_targets for _ in text]
         learning_rate = self.student.set_learning_rate(step)
@@ -129,6 +130,8 @@ class DistillationLoop:
         with teacher.head() as head:
             for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):
                 with self.timer.phase("student"):
+                    # told and not counted by deepspeed: with a token budget every step may have another number of them
+                    self.student.engine.set_gradient_accumulation_boundary(len(sums) + 1 == len(token_weights))
                     found = self.student.loss(batch, signal, head, objective, token_weight)
                     sums.append(
                         torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double()
@@ -170,6 +173,7 @@ class DistillationLoop:
             "staleness_steps": self._staleness(step, source),
             **({"text_ce": text_ce / text_targets, "text_tokens": int(text_tokens)} if text else {}),
             "tokens": int(tokens + text_tokens),
+            "micro_batches": len(token_weights),
             "response_tokens": int(targets),
             "learning_rate": learning_rate,
             "grad_norm": float(self.student.engine.get_global_grad_norm() or 0.0),
@@ -229,8 +233,12 @@ class DistillationLoop:
     def _window(self, examples: list[Example], pack_to: int | None = None) -> list[TokenBatch]:
         if not examples:
             return []
-        start_id, pad_id = self.vocabulary.decoder_start_id, self.vocabulary.pad_id
-        window = make_window(examples, self.config.train.micro_rows, pad_id, pack_to=pack_to, decoder_start_id=start_id)
+        train = self.config.train
+        window = make_window(
+            examples, train.micro_rows, self.vocabulary.pad_id, pack_to=pack_to,
+            decoder_start_id=self.vocabulary.decoder_start_id, micro_tokens=train.micro_tokens,
+            agree=distributed.max_over_ranks,
+        )  # fmt: skip
         return [batch.to(distributed.device()) for batch in window]
 
     def validate(self, step: int) -> Validation:

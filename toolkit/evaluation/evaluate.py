@@ -98,10 +98,8 @@ class Request:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Request:
         base = protocol(options.protocol)
-        preset = SETS.get(options.data, {"source": options.data})
-        config = with_overrides(
-            dataclasses.replace(base, data=dataclasses.replace(base.data, **preset)), options.settings
-        )
+        asked = dataclasses.replace(base, data=dataclasses.replace(base.data, source=options.data))
+        config = with_overrides(asked, options.settings)
         config.validate()
         metrics = _unique("--metric", options.metric.split(","))
         for name in metrics:
