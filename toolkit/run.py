@@ -36,6 +36,7 @@ from toolkit.models import (
     choose_dtype,
     decoder_start_id,
     default_cache_dir,
+    free,
     load_tokenizer,
     materialize,
     shared_decoder_start,
@@ -131,7 +132,7 @@ def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
         with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
             return _run(config, signals, watchdog)
     finally:
-        gc.collect()  # engines are in cycles with their hooks: without this their memory would wait for a next run's
+        gc.collect()  # engines are in cycles with their hooks
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -245,6 +246,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         with timer.phase("export"):
             export_student(student, tokenizer, run_dir / "student")
         timer.take()
+    free(teacher, student)
 
     wall_time_s = run_state()["wall_time_s"]
     phases = {name: timer.totals.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
