@@ -1,4 +1,5 @@
-"""The runs of the paper's tables with an estimate of their time on 8 A100 GPUs, as a table for docs/reproduction.md.
+"""The runs of the paper's tables with an estimate of their hours on 8 A100 GPUs, as a table for docs/reproduction.md.
+A row is a method, a column a student: `./run.sh gpt2 0.1b/kd` is row kd, column gpt2 0.1b.
 
     python benchmarks/paper_cost.py
 
@@ -40,15 +41,25 @@ def hours(config: RunConfig, student: float, teacher: float) -> float:
 
 
 def main() -> None:
-    rows = []
+    cells: dict[str, dict[str, str]] = {}
+    students = []
     for family in ("gpt2", "opt", "openllama2"):
         table = import_module(f"recipes.{family}").RECIPES
         teacher = parameters(table["teacher"])
         for run, config in table.items():
-            size = parameters(table.get(f"{run.partition('/')[0]}/init", config))
-            command = f"`./run.sh {family} {run}`"
-            rows.append([command, f"{config.train.epochs:g}", f"{hours(config, size, teacher):.1f}"])
-    print(format_table(["command", "epochs", "hours on 8 x A100"], rows))
+            label, _, method = run.rpartition("/")
+            size = parameters(table[f"{label}/init"] if label else config)
+            found = f"{hours(config, size, teacher):.2f}"
+            for student in [f"{family} {label}"] if label else [f"{family} {one}" for one in labels(table)]:
+                cells.setdefault(method, {})[student] = found
+                students += [student] * (student not in students)
+    rows = [[f"`{method}`", *(found.get(one, "-") for one in students)] for method, found in cells.items()]
+    print(format_table(["method", *students], rows))
+
+
+def labels(table: dict[str, RunConfig]) -> list[str]:
+    """The students of a family, whose teacher stands in each of their columns."""
+    return list(dict.fromkeys(run.partition("/")[0] for run in table if "/" in run))
 
 
 def parameters(config: RunConfig) -> float:

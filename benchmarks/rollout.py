@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 
 from toolkit import distributed
 from toolkit.config import ModelConfig
-from toolkit.models import load_model
+from toolkit.models import choose_dtype, load_model
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.monitor import format_table
 from toolkit.rollout.engine import GatheredRollout, SeededSampling
@@ -75,22 +75,25 @@ def main():
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--end_every", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="as in a run")
+    parser.add_argument("--without_continuous", action="store_true", help="continuous batching is the slowest of all")
     parser.add_argument("--local_rank", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
     distributed.start()
+    dtype = choose_dtype(options.precision, distributed.device())
     ds_config = {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10000},
         "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
+        "zero_allow_untested_optimizer": True, "bf16": {"enabled": dtype == torch.bfloat16},
     }  # fmt: skip
-    sharded = load_model(ModelConfig(path=options.model), options.model, ds_config, torch.float32)
+    sharded = load_model(ModelConfig(path=options.model), options.model, ds_config, dtype)
     wrapped = Wrapped(sharded)
     engine, *_ = deepspeed.initialize(
         model=wrapped, optimizer=torch.optim.SGD(wrapped.parameters(), lr=0.0), config=ds_config
     )
     sharded.config.use_cache = True
-    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().to(distributed.device())
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval().to(distributed.device())
     size = dense.config.vocab_size
     ends = [dense.config.eos_token_id, *range(options.end_every, size, options.end_every)]
     rng = np.random.default_rng(distributed.rank())
@@ -117,6 +120,8 @@ def main():
         "continuous batching, dense copy": continuous,
         "generate, ZeRO-3 hooks": hooked,
     }
+    if options.without_continuous:
+        del paths["continuous batching, dense copy"]
     rates = {name: [] for name in paths}
     with torch.no_grad():
         for repeat in range(options.repeats):  # in turn: other work on the machine meets all paths alike
@@ -130,6 +135,7 @@ def main():
     if distributed.rank() == 0:
         middle = {name: float(np.median(values)) for name, values in rates.items()}
         rows = [[name, rate, middle["toolkit rollout"] / rate] for name, rate in middle.items()]
+        print(f"{str(dtype).removeprefix('torch.')}, the middle of {options.repeats} repeats")
         print(format_table(["path", "tokens/s, both ranks", "toolkit is faster by"], rows))
     distributed.stop()
 

@@ -4,6 +4,7 @@ and TRL 1.16's GKD trainer at lambda 0, 0.5 and 1, where it is installed (benchm
 
     deepspeed --num_accelerators 2 benchmarks/step.py                         # random models, seconds
     deepspeed --num_accelerators 2 benchmarks/step.py --model-size smollm2 --steps 40 train.batch_rows=16
+    deepspeed --num_accelerators 2 benchmarks/step.py --model-size smollm2 --only "off" "TRL GKD, lambda 0"
     deepspeed --num_gpus 8 benchmarks/step.py --teacher FOLDER --student FOLDER data.source=FILE
 
 Every row trains the same two models on the same token ids, with the same batch, micro-batch, lengths and precision; the
@@ -56,6 +57,8 @@ SCHEDULES = {
     "on_policy": ["schedule.policy=on_policy", "rollout.train_on_fresh=true"],
 }
 LAMBDAS = {"off": 0.0, "mixed 0.5": 0.5, "on_policy": 1.0}  # of TRL, beside the schedule with equal shares
+TRL_ROWS = {f"TRL GKD, lambda {lmbda:g}": lmbda for lmbda in LAMBDAS.values()}
+TRL_ON_POLICY = "TRL GKD, lambda 1"
 PHASES = ("teacher", "rollout", "student", "optimizer", "other")
 
 
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--turns", type=int, default=1, help="each row is measured so often, all rows in turn")
     parser.add_argument("--phi", type=float, default=0.2, help="of DistiLLM")
+    parser.add_argument("--only", nargs="+", choices=[*SCHEDULES, *TRL_ROWS], default=[*SCHEDULES, *TRL_ROWS])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--local_rank", type=int)
     options, options.settings = parser.parse_known_args()
@@ -223,11 +227,11 @@ def main() -> None:
     has_trl = importlib.util.find_spec("trl") is not None
     found: dict[str, list[dict]] = {}
     for turn in range(options.turns):
-        for name in SCHEDULES:
-            found.setdefault(name, []).append(toolkit_row(config, name, options, turn))
-            gc.collect()
-        for lmbda in LAMBDAS.values() if has_trl else ():
-            found.setdefault(f"TRL GKD, lambda {lmbda:g}", []).append(trl_row(config, lmbda, options, paths))
+        for name in options.only:
+            if name in SCHEDULES:
+                found.setdefault(name, []).append(toolkit_row(config, name, options, turn))
+            elif has_trl:
+                found.setdefault(name, []).append(trl_row(config, TRL_ROWS[name], options, paths))
             gc.collect()
     if is_main:
         report(found, options, has_trl)
@@ -241,29 +245,29 @@ def report(found: dict[str, list[dict]], options: argparse.Namespace, has_trl: b
     def middle(name: str, key: str) -> float:
         return sorted(row[key] for row in found[name])[len(found[name]) // 2]
 
+    def ratio(key: str, name: str, other: str) -> float | None:
+        return middle(name, key) / middle(other, key) if {name, other} <= {*found} else None
+
     rows = []
     for name, turns in found.items():
         phases = [sum(turn["phases"].get(phase, 0.0) for turn in turns) / len(turns) for phase in PHASES]
         texts = turns[-1]["sources"]
         said = "-" if texts is None else " + ".join(str(texts[source]) for source in ("dataset", "replay", "generate"))
         rows.append([
-            name, middle(name, "seconds"), middle(name, "seconds") / middle("off", "seconds"),
+            name, middle(name, "seconds"), ratio("seconds", name, "off"),
             middle(name, "tokens_per_s"), *(phases if turns[-1]["phases"] else [None] * len(PHASES)), said,
         ])  # fmt: skip
     print()
     heads = ["trainer", "s/step", "x off", "tokens/s", *(f"{phase} s" for phase in PHASES), "data + replay + generated"]
     print(format_table(heads, rows))
-    print(f"\nDistiLLM / off: {middle('DistiLLM', 'seconds') / middle('off', 'seconds'):.2f} (goal: at most 1.25)")
-    print(f"on_policy / off: {middle('on_policy', 'seconds') / middle('off', 'seconds'):.2f}")
     if not has_trl:
         print("TRL is not installed: pip install --no-deps -r benchmarks/requirements.txt")
-        return
+    goals = [("seconds", "DistiLLM", "off", "at most 1.25"), ("seconds", "DistiLLM", TRL_ON_POLICY, "at most 0.33")]
     for schedule, lmbda in LAMBDAS.items():
-        goal = "goal: at least 2" if lmbda == 0 else "goal: at least 3"
-        ratio = middle(schedule, "tokens_per_s") / middle(f"TRL GKD, lambda {lmbda:g}", "tokens_per_s")
-        print(f"tokens/s, {schedule} / TRL at lambda {lmbda:g}: {ratio:.2f} ({goal})")
-    ratio = middle("DistiLLM", "seconds") / middle("TRL GKD, lambda 1", "seconds")
-    print(f"s/step, DistiLLM / TRL at lambda 1: {ratio:.2f} (goal: at most 0.33)")
+        goals.append(("tokens_per_s", schedule, f"TRL GKD, lambda {lmbda:g}", f"at least {3 if lmbda else 2}"))
+    for key, name, other, goal in goals:
+        if (found_ratio := ratio(key, name, other)) is not None:
+            print(f"{key} of {name} / {other}: {found_ratio:.2f} (goal: {goal})")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,6 @@ def command(arguments):
 
 
 def rouge_l(texts, references):
-    from toolkit.evaluation import rouge_l
+    from toolkit.evaluation import score
 
-    return rouge_l(texts, references)
+    return score("rouge_l", texts, references)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA, BASICS = "toolkit.data", {"toolkit.batch", "toolkit.config"}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
-DECODING = {"toolkit.rollout.decode", "toolkit.rollout.sampling", "toolkit.rollout.seq2seq"}
+DECODING = {"toolkit.rollout.decode", "toolkit.rollout.packed", "toolkit.rollout.sampling", "toolkit.rollout.seq2seq"}
 ENGINES = (
     PURE
     | DECODING
@@ -36,6 +36,7 @@ ALLOWED = {
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
     "toolkit.rollout.sampling": {"toolkit.rollout.schedule", "toolkit.config"},
     "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
+    "toolkit.rollout.packed": set(),
     "toolkit.rollout.seq2seq": {"toolkit.models", "toolkit.rollout.sampling", "toolkit.rollout.decode"},
     "toolkit.rollout.engine": ENGINES,
     "toolkit.rollout.vllm": {

@@ -33,7 +33,8 @@ GATHER_MODES = ("auto", "always", "never")
 ROLLOUT_ENGINES = ("local", "vllm")
 NO_DIVERGENCE = "none"
 WITH_SEQUENCE_ALPHA = ("skl", "srkl")
-BEST_BY = ("", "kl", "ce", "rouge_l")
+SCORES = ("rouge_l", "bleu", "chrf", "exact_match")  # of answers: toolkit.evaluation.metrics
+BEST_BY = ("", "kl", "ce", *SCORES)
 
 
 @dataclass(frozen=True)
@@ -360,8 +361,8 @@ class ValidationConfig:
     rouge_rows: rows answered by sampling and scored with ROUGE-L, before and after (0: none). sampling_temperature
     is theirs. samples: answers printed beside each other at the end, greedy.
     best: after each validation that is the best so far, the one before training included, the student is exported to
-    the folder `best`: by the lowest "kl" or "ce" (cross-entropy with the data), by the highest "rouge_l", which answers
-    `rouge_rows` rows at each validation, or never ("").
+    the folder `best`: by the lowest "kl" or "ce" (cross-entropy with the data), by the highest "rouge_l", "bleu",
+    "chrf" or "exact_match", for which `rouge_rows` rows are answered and scored at each validation, or never ("").
     """
 
     every_steps: int = 50
@@ -378,8 +379,10 @@ class ValidationConfig:
         _at_least("validation.sampling_temperature", self.sampling_temperature, 0)
         if self.best not in BEST_BY:
             raise unknown("validation.best", self.best, BEST_BY)
-        if self.best == "rouge_l" and not self.rouge_rows:
-            raise ValueError("validation.best = rouge_l with validation.rouge_rows = 0; say how many rows to answer")
+        if self.best in SCORES and not self.rouge_rows:
+            raise ValueError(
+                f"validation.best = {self.best} with validation.rouge_rows = 0; say how many rows to answer"
+            )
 
 
 @dataclass(frozen=True)
@@ -490,7 +493,7 @@ class RunConfig:
         if self.teacher.cache:
             self._check_cache()
         if self.validation.best == "kl" and not self.has_teacher and not self.teacher.cache:
-            raise ValueError('validation.best = "kl" without a teacher; name teacher.path, or use "ce" or "rouge_l"')
+            raise ValueError('validation.best = "kl" without a teacher; name teacher.path, or use "ce" or a score')
         if self.data.streaming and self.train.epochs is not None:
             raise ValueError(
                 f"train.epochs = {self.train.epochs} counts passes over the rows, but data.streaming = true reads rows "

@@ -20,11 +20,11 @@ import yaml
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
-from toolkit.config import NO_DIVERGENCE, RunConfig, SamplingSettings
+from toolkit.config import NO_DIVERGENCE, SCORES, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text, references
 from toolkit.data.config import unknown
 from toolkit.divergences import Divergence
-from toolkit.evaluation import Validator, answer, rouge_l, row_seeds
+from toolkit.evaluation import Validator, answer, row_seeds, score
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.loop import DistillationLoop
 from toolkit.models import (
@@ -216,8 +216,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
                 validation.batch_rows,
                 vocabulary.pad_id,
                 measured,
-                (lambda: _rouge_l(data, _sampled(config, data, student_rollout, tokenizer)))
-                if validation.best == "rouge_l"
+                (lambda: _scores(data, _sampled(config, data, student_rollout, tokenizer), validation.best))
+                if validation.best in SCORES
                 else None,
                 vocabulary.decoder_start_id,
             ),
@@ -529,13 +529,16 @@ def _answers(
     return [one.text for one in found]
 
 
-def _rouge_l(data: Data, texts: list[str]) -> float:
-    return rouge_l(texts, [references(row) for row in data.validation_rows[: len(texts)]])
+def _scores(data: Data, texts: list[str], name: str) -> dict[str, float]:
+    return {name: score(name, texts, [references(row) for row in data.validation_rows[: len(texts)]])}
 
 
 def _rouge_scores(data: Data, **answers: tuple[list[str], list[str]]) -> dict[str, float] | None:
     rows = len(answers["final"][0])
-    return {name: _rouge_l(data, sampled) for name, (sampled, _) in answers.items()} | {"rows": rows} if rows else None
+    if not rows:
+        return None
+    found = {name: _scores(data, sampled, "rouge_l")["rouge_l"] for name, (sampled, _) in answers.items()}
+    return found | {"rows": rows}
 
 
 def _introduction(config: RunConfig, data: Data, dtype: torch.dtype, run_dir: Path) -> str:

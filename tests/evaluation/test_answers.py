@@ -8,7 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from tests import evaluation_cases
 from toolkit.data.python_docs import python_docs_rows
-from toolkit.evaluation import rouge_l
+from toolkit.evaluation import score
 
 
 def real_answers(count=200):
@@ -27,12 +27,12 @@ def test_rouge_l_is_the_scorers_row_by_row():
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     rows = [scorer.score(r, a)["rougeL"].fmeasure for a, r in zip(answers, references, strict=True)]
     assert 0.3 < sum(rows) / 200 < 0.9 and len(set(rows)) > 100
-    assert rouge_l(answers, [[one] for one in references]) == pytest.approx(sum(rows) / 200 * 100)
-    assert rouge_l(["it copies files"], [["it copy file"]]) == pytest.approx(100)  # stemmed
+    assert score("rouge_l", answers, [[one] for one in references]) == pytest.approx(sum(rows) / 200 * 100)
+    assert score("rouge_l", ["it copies files"], [["it copy file"]]) == pytest.approx(100)  # stemmed
 
 
 @pytest.mark.multiprocess
 def test_ranks_deal_the_rows_and_agree(ranks2):
     answers, references = real_answers(21)
-    wanted = rouge_l(answers, [[one] for one in references])
+    wanted = score("rouge_l", answers, [[one] for one in references])
     assert ranks2.run(evaluation_cases.rouge_l, answers, [[one] for one in references]) == pytest.approx([wanted] * 2)

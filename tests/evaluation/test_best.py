@@ -28,7 +28,7 @@ def outcome(tiny, name):
 
 
 @pytest.mark.parametrize(("by", "key", "choose"), [
-    ("kl", "kl_nats", min), ("ce", "ce_nats", min), ("rouge_l", "rouge_l", max),
+    ("kl", "kl_nats", min), ("ce", "ce_nats", min), ("rouge_l", "rouge_l", max), ("chrf", "chrf", max),
 ])  # fmt: skip
 def test_the_best_is_exported_and_survives_a_stop(tiny, ranks2, by, key, choose):
     ranks2.run(engine_cases.run_tiny, settings(tiny, f"best {by}", by))

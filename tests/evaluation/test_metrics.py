@@ -75,8 +75,8 @@ def test_the_best_is_the_lowest_loss_or_the_highest_score():
         return found
 
     nan = float("nan")
-    seen = [Validation(nan, 4.0, 0, 1.0), Validation(2.0, 5.0, 0, 3.0), Validation(1.0, 4.0, 0, nan),
-            Validation(1.0, 3.5, 0, 2.0)]  # fmt: skip
+    found = ((nan, 4.0, 1.0), (2.0, 5.0, 3.0), (1.0, 4.0, nan), (1.0, 3.5, 2.0))
+    seen = [Validation(kl, ce, 0, {"rouge_l": score}) for kl, ce, score in found]
     assert best("kl", *seen) == (2, 1.0)  # the first of equals
     assert best("ce", *seen) == (3, 3.5)
     assert best("rouge_l", *seen) == (1, 3.0)

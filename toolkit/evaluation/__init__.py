@@ -1,6 +1,6 @@
 """How good a model is: distance to a teacher on held-out rows, and scores of what it says."""
 
-from toolkit.evaluation.answers import Answer, answer, rouge_l, row_seeds, score_rows
+from toolkit.evaluation.answers import Answer, answer, row_seeds, score, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
 from toolkit.evaluation.validation import Best, Validation, Validator
 
@@ -12,8 +12,8 @@ __all__ = [
     "Validator",
     "answer",
     "metric",
-    "rouge_l",
     "row_seeds",
+    "score",
     "score_rows",
     "spread",
 ]

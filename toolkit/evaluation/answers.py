@@ -55,10 +55,10 @@ def score_rows(texts: Sequence[str], references: References, metrics: Sequence[s
     )
 
 
-def rouge_l(texts: Sequence[str], references: References) -> float:
-    """Mean ROUGE-L x 100 of answers, each against the best of its references. Collective."""
-    scores = score_rows(texts, references, ["rouge_l"])
-    return metric("rouge_l").total(texts, references, [score["rouge_l"] for score in scores])
+def score(name: str, texts: Sequence[str], references: References) -> float:
+    """Of all answers together, by the metric `name`, x 100. Collective."""
+    rows = [scores[name] for scores in score_rows(texts, references, [name])]
+    return metric(name).total(texts, references, rows)
 
 
 def _dealt(work: Callable[[range], list[Result]], count: int) -> list[Result]:

@@ -28,10 +28,12 @@ from toolkit.evaluation.validation import Validator
 from toolkit.models import (
     Vocabulary,
     choose_dtype,
+    decoder_start_id,
     default_cache_dir,
     load_model,
     load_tokenizer,
     materialize,
+    shared_decoder_start,
     shared_vocabulary,
     whole_student,
     whole_teacher,
@@ -136,6 +138,7 @@ class _Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sha256: str
+    decoder_start_id: int | None  # None: without an encoder
 
     @classmethod
     def load(cls, name: str, request: Request) -> _Loaded:
@@ -146,10 +149,13 @@ class _Loaded:
         dtype = choose_dtype(config.precision, distributed.device())
         model = distributed.main_rank_first(lambda: load_model(given, path, None, dtype))
         files = json.dumps(sorted(file_hashes(path).items()))
-        return cls(model.to(distributed.device()), tokenizer, hashlib.sha256(files.encode()).hexdigest())
+        sha256 = hashlib.sha256(files.encode()).hexdigest()
+        return cls(model.to(distributed.device()), tokenizer, sha256, decoder_start_id(given, path))
 
     def vocabulary(self, teacher: _Loaded | None) -> Vocabulary:
-        return shared_vocabulary((teacher or self).tokenizer, self.tokenizer)
+        theirs = teacher or self
+        start = shared_decoder_start(theirs.decoder_start_id, self.decoder_start_id)
+        return shared_vocabulary(theirs.tokenizer, self.tokenizer)._replace(decoder_start_id=start)
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ class Evaluation:
         before, now = ({"sha256 of the model": sha256} for sha256 in (entry["sha256"], loaded.sha256))
         distributed.together(lambda: refuse_changes(f"{self.records.rows} ({name})", before, now))
         vocabulary = distributed.together(lambda: loaded.vocabulary(self.teacher))
-        examples = distributed.together(lambda: self._examples(loaded.tokenizer, entry))
+        examples = distributed.together(lambda: self._examples(loaded, entry))
         student = distributed.together(lambda: whole_student(loaded.model, vocabulary))
         if request.generated:
             distributed.together(lambda: _check_room(loaded.model, examples, request.config.new_tokens))
@@ -178,13 +184,17 @@ class Evaluation:
             entry.setdefault("metrics", {}).update(_on_main(lambda: self._totals(name)))
         if self.teacher is not None:
             teacher = distributed.together(lambda: whole_teacher(self.teacher.model, vocabulary))
-            found = Validator(examples, request.config.kl_batch_rows, vocabulary.pad_id, teacher).measure(student)
+            found = Validator(
+                examples, request.config.kl_batch_rows, vocabulary.pad_id, teacher,
+                decoder_start_id=vocabulary.decoder_start_id,
+            ).measure(student)  # fmt: skip
             score = {"mean": found.kl_nats, "deviation": None, "teacher_sha256": self.teacher.sha256}
             entry.setdefault("metrics", {})[KL] = score
         self._save()
 
-    def _examples(self, tokenizer: PreTrainedTokenizerBase, entry: dict[str, Any]) -> list[Example]:
-        found = tokenize_rows(self.rows, tokenizer, self.request.config.data)
+    def _examples(self, loaded: _Loaded, entry: dict[str, Any]) -> list[Example]:
+        for_encoder = loaded.decoder_start_id is not None
+        found = tokenize_rows(self.rows, loaded.tokenizer, self.request.config.data, for_encoder)
         if len(found.rows) < len(self.rows):
             raise ValueError(
                 f"{len(self.rows) - len(found.rows)} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and "

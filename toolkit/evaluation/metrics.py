@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
+from toolkit.config import SCORES
 from toolkit.data.config import unknown
 
 Texts = Sequence[str]
@@ -74,6 +75,7 @@ METRICS = {
     ),
     "exact_match": Metric("exact match", _exact_match, _mean),
 }
+assert tuple(METRICS) == SCORES
 
 
 def metric(name: str) -> Metric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,18 +17,19 @@ from toolkit.teacher_cache import CachedTeacher
 
 class Validation(NamedTuple):
     """Means per response token: forward KL of teacher to student, cross-entropy with the data, and the share of tokens
-    where both models' first choices agree; without a teacher only the second is known. rouge_l: x 100, None where no
-    rows were answered. Where no teacher is loaded and its answers are in a cache, the KL is that of the cache: of a
-    top k a lower bound (all other tokens count as one), of draws an unbiased estimate, and the teacher's first choice
-    is then the one drawn most."""
+    where both models' first choices agree; without a teacher only the second is known. scores: of answers, by metric,
+    x 100; none where no rows were answered. Where no teacher is loaded and its answers are in a cache, the KL is that
+    of the cache: of a top k a lower bound (all other tokens count as one), of draws an unbiased estimate, and the
+    teacher's first choice is then the one drawn most."""
 
     kl_nats: float | None
     ce_nats: float
     top1_agreement: float | None
-    rouge_l: float | None = None
+    scores: Mapping[str, float] = {}
 
     def metrics(self) -> dict[str, float | None]:
-        return self._asdict() | {"perplexity": math.exp(min(self.ce_nats, 700.0))}
+        loss = {"kl_nats": self.kl_nats, "ce_nats": self.ce_nats, "top1_agreement": self.top1_agreement}
+        return loss | {"perplexity": math.exp(min(self.ce_nats, 700.0))} | self.scores
 
 
 class Best(NamedTuple):
@@ -39,9 +40,9 @@ class Best(NamedTuple):
 
     @classmethod
     def of(cls, so_far: Best | None, found: Validation, by: str, step: int) -> Best | None:
-        """`so_far`, or `found` where it is better by "kl", "ce" or "rouge_l". What is not a number is never best."""
-        value = {"kl": found.kl_nats, "ce": found.ce_nats, "rouge_l": found.rouge_l}[by]
-        sign = 1 if by == "rouge_l" else -1
+        """`so_far`, or `found` where it is better by "kl", "ce" or a score. What is not a number is never best."""
+        value = {"kl": found.kl_nats, "ce": found.ce_nats, **found.scores}[by]
+        sign = 1 if by in found.scores else -1
         if math.isnan(value) or (so_far is not None and sign * value <= sign * so_far.value):
             return so_far
         return cls(step, value)
@@ -49,13 +50,13 @@ class Best(NamedTuple):
 
 class Validator:
     """Measures on `examples`, dealt over the ranks, against `teacher`. Every rank makes as many passes, whatever its
-    share. rouge_l: answers held-out prompts and scores the answers; None leaves it out. decoder_start_id: as
+    share. scores: answers held-out prompts and scores the answers; None leaves it out. decoder_start_id: as
     TokenBatch has it."""
 
     def __init__(self, examples: list[Example], batch_rows: int, pad_id: int,
-                 teacher: Teacher | NoTeacher | CachedTeacher, rouge_l: Callable[[], float] | None = None,
+                 teacher: Teacher | NoTeacher | CachedTeacher, scores: Callable[[], Mapping[str, float]] | None = None,
                  decoder_start_id: int | None = None):  # fmt: skip
-        self.teacher, self.rouge_l = teacher, rouge_l
+        self.teacher, self.scores = teacher, scores
         rank, world = distributed.rank(), distributed.world()
         own = examples[rank::world]
         passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
@@ -84,7 +85,7 @@ class Validator:
         finally:
             student.engine.train()
         kl, cross_entropy, agreements, tokens = distributed.sum_over_ranks(sums)
-        score = self.rouge_l() if self.rouge_l else None
+        scores = self.scores() if self.scores else {}
         if isinstance(self.teacher, NoTeacher):
-            return Validation(None, cross_entropy / tokens, None, score)
-        return Validation(kl / tokens, cross_entropy / tokens, agreements / tokens, score)
+            return Validation(None, cross_entropy / tokens, None, scores)
+        return Validation(kl / tokens, cross_entropy / tokens, agreements / tokens, scores)
