@@ -18,12 +18,12 @@ def run_tiny(overrides):
     return _main(overrides)
 
 
-def run_expecting_exit(overrides):
+def run_expecting_exit(overrides, recipe=None):
     """(exit code, what was said on stderr) of a run that has to fail."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            _main(overrides)
+            _main(overrides, recipe)
     except SystemExit as exit_:
         return exit_.code, said.getvalue()
     return 0, said.getvalue()
@@ -377,7 +377,7 @@ def loaded(path, dtype, model=None):
         return local, {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
 
 
-def run_until(overrides, stop_after, number, ranks=(0,)):
+def run_until(overrides, stop_after, number, ranks=(0,), recipe=None):
     """(exit code, stdout, stderr) of a run in which these ranks get a real signal while step `stop_after` runs."""
     from toolkit import distributed
 
@@ -390,16 +390,16 @@ def run_until(overrides, stop_after, number, ranks=(0,)):
 
     DistillationLoop.choose_examples = choose
     try:
-        return run_saying(overrides)
+        return run_saying(overrides, recipe)
     finally:
         DistillationLoop.choose_examples = original
 
 
-def run_saying(overrides):
+def run_saying(overrides, recipe=None):
     """(exit code, stdout, stderr) of a run."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code, err = run_expecting_exit(overrides)
+        code, err = run_expecting_exit(overrides, recipe)
     return code, out.getvalue(), err
 
 

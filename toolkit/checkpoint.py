@@ -351,7 +351,7 @@ def load_rng_state(state: Mapping[str, Tensor]) -> None:
 
 def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype, base_path: str = "") -> dict[str, Any]:
     """What a run is made of beside its settings: the teacher's files, every token of the data (as its hash), the
-    precision, and at `base_path` the files of a student whose weights are frozen: checkpoints hold its adapters alone.
+    precision, and at `base_path` the files of the student that it starts from.
 
     The files are hashed, dealt over the ranks. Collective.
     """
@@ -390,8 +390,10 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
     caches = old.get("teacher_cache"), found.get("teacher_cache")
     if caches[0] != caches[1]:
         refused.append(f"the teacher cache had SHA-256 {str(caches[0])[:16]}, has {str(caches[1])[:16]}")
-    for part, label in (("teacher", "the teacher's"), ("base", "the frozen student's")):
+    for part, label in (("teacher", "the teacher's"), ("base", "the student's before training:")):
         files, files_now = old.get(f"{part}_sha256", {}), found[f"{part}_sha256"]
+        if part == "base" and not files:
+            continue  # an older checkpoint of a student without adapters, or one that began at random
         for name in sorted(files.keys() | files_now.keys()):
             if files.get(name) != files_now.get(name):
                 refused.append(

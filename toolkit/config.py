@@ -7,6 +7,7 @@ files in ds_configs/; everything else, batch, precision, optimizer and clipping 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -251,13 +252,15 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps; epochs, where given, takes their place: passes over the training rows. batch_rows:
-    sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be a multiple
-    of micro_rows x ranks. micro_tokens: in its place, as few micro-batches as hold at most so many tokens each, padding
-    included; their number changes from step to step, and micro_rows is not read."""
+    """How long training is, by the one of these that was set last. steps: optimizer steps. epochs: passes over the
+    training rows. tokens: of plain text (data.kind "text"), whose rows are all data.max_length long.
+    batch_rows: sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be
+    a multiple of micro_rows x ranks. micro_tokens: in its place, as few micro-batches as hold at most so many tokens
+    each, padding included; their number changes from step to step, and micro_rows is not read."""
 
     steps: int = 100
     epochs: float | None = None
+    tokens: float | None = None
     batch_rows: int = 8
     micro_rows: int = 4
     micro_tokens: int | None = None
@@ -265,8 +268,17 @@ class TrainConfig:
     def validate(self) -> None:
         for name in ("steps", "batch_rows", "micro_rows", "micro_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        if self.epochs is not None:
-            _above_zero("train.epochs", self.epochs)
+        for name in ("epochs", "tokens"):
+            if (value := getattr(self, name)) is not None:
+                _above_zero(f"train.{name}", value)
+        if self.epochs is not None and self.tokens is not None:
+            raise ValueError(f"train.epochs = {self.epochs} and train.tokens = {self.tokens}; set one of them to null")
+
+    def after(self, name: str) -> dict[str, None]:
+        """What no longer counts once `name` is set."""
+        return {
+            "steps": {"epochs": None, "tokens": None}, "epochs": {"tokens": None}, "tokens": {"epochs": None}
+        }.get(name, {})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -502,8 +514,13 @@ class RunConfig:
             raise ValueError(
                 f'data.responses = {self.data.responses!r} answers prompts, but data.kind = "text" has none; use "data"'
             )
+        if self.train.tokens is not None and self.data.kind != "text":
+            raise ValueError(
+                f"train.tokens = {self.train.tokens:g} counts tokens of plain text, but data.kind = "
+                f"{self.data.kind!r}; set train.steps or train.epochs"
+            )
         if self.train.epochs is None:
-            self._check_warmup()
+            self.for_rows(None)._check_warmup()
         sections = [("data", self.data)] + ([("text", self.text)] if self.text.source else [])
         for name, section in sections if self.train.micro_tokens else ():
             if self.train.micro_tokens < section.max_length:
@@ -538,11 +555,14 @@ class RunConfig:
                 f"{self.train.steps}; shorten the warm-up"
             )
 
-    def for_rows(self, rows: int) -> RunConfig:
-        """With train.steps for this many training rows, where train.epochs decides."""
-        if self.train.epochs is None:
+    def for_rows(self, rows: int | None) -> RunConfig:
+        """With train.steps for this many training rows (None: a stream), where train.epochs or train.tokens decides."""
+        if self.train.tokens is not None:
+            steps = math.ceil(self.train.tokens / (self.train.batch_rows * self.data.max_length))
+        elif self.train.epochs is not None:
+            steps = max(1, round(self.train.epochs * rows / self.train.batch_rows))
+        else:
             return self
-        steps = max(1, round(self.train.epochs * rows / self.train.batch_rows))
         config = dataclasses.replace(self, train=dataclasses.replace(self.train, steps=steps))
         config._check_warmup()
         return config
@@ -663,7 +683,9 @@ def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
         if isinstance(old, dict):
             return dataclasses.replace(section, **{keys[0]: {**old, ".".join(keys[1:]): value}})
         raise ValueError(f"{full_key}: {keys[0]} is a single setting and has no key {'.'.join(keys[1:])!r}")
-    return dataclasses.replace(section, **{keys[0]: _typed(value, hint, full_key)})
+    typed = _typed(value, hint, full_key)
+    replaced = section.after(keys[0]) if isinstance(section, TrainConfig) and typed is not None else {}
+    return dataclasses.replace(section, **replaced | {keys[0]: typed})
 
 
 def hint_names(hint: type) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import os
 import shutil
 import sys
 import time
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+import yaml
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
@@ -34,6 +38,7 @@ from toolkit.models import (
     choose_dtype,
     decoder_start_id,
     default_cache_dir,
+    free,
     load_tokenizer,
     materialize,
     shared_decoder_start,
@@ -47,6 +52,7 @@ from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
 from toolkit.rollout.vllm import VllmRollout
+from toolkit.stages import INIT, Stages, stages_table
 from toolkit.teacher_cache import CachedTeacher, TeacherCache, identity_of
 from toolkit.teacher_text import teacher_text, text_folder
 
@@ -57,25 +63,67 @@ GENERATING = "while the teacher generated; what it wrote is kept"
 UNEXPORTED = "after the last step, before the student was exported"
 
 
-def main(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
-    several runs the first argument names one.
+Recipe = RunConfig | Mapping[str, RunConfig] | Stages
 
-    Returns the summary. Wrong input ends every rank with exit code 2 and one message; a run that a signal stopped ends
-    with EXIT_LATER, and the same command goes on with it.
+
+def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
+    several runs the first argument names one; of one with stages it may, and all are run where it does not.
+
+    Returns the summary (of stages, one for each). Wrong input ends every rank with exit code 2 and one message; a run
+    that a signal stopped ends with EXIT_LATER, and the same command goes on with it.
     """
     given = sys.argv[1:] if arguments is None else arguments
     overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
     quiet_libraries()
     with distributed.one_message():
+        if {"-h", "--help"} & set(overrides):
+            return _help(recipe)
         try:
             with Watchdog(_hang_s(recipe, overrides)) as watchdog:
                 distributed.start()
-                return run(distributed.together(lambda: _checked(*chosen(recipe, overrides))), watchdog)
+                is_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
+                if isinstance(recipe, Stages) and not is_one:
+                    return run_stages(recipe, overrides, watchdog)
+                return run(distributed.together(lambda: _checked(chosen(recipe, overrides))), watchdog)
         except GoOnLater as stopped:
             if distributed.rank() == 0:
                 distributed.say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
             sys.exit(EXIT_LATER)
+
+
+def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict[str, dict[str, Any]]:
+    """Cut the student, then each run from the student of the one before it; `init` as the first argument only cuts.
+
+    A stage whose result is there is skipped, one that was stopped goes on. Each frees its engines before the next one
+    begins. Raises as `run` does.
+    """
+    only_cut = arguments[:1] == [INIT]
+
+    def checked() -> tuple[Stages, dict[str, RunConfig]]:
+        stages = recipe.with_overrides(arguments[only_cut:])
+        runs = stages.chained()
+        for config in runs.values():
+            _checked(config)
+        return stages, runs
+
+    def say(text: str) -> None:
+        if distributed.rank() == 0:
+            distributed.say(text)
+
+    stages, runs = distributed.together(checked)
+    count, summaries = len(stages.names), {}
+    if stages.is_cut:
+        watchdog.progress(INIT)
+        if all(config.resume == "never" for config in runs.values()):
+            distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
+        found = summaries[INIT] = distributed.main_rank_first(stages.cut)
+        say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
+    for name, config in ({} if only_cut else runs).items():
+        say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
+        summaries[name] = run(config, watchdog)
+    say("\n" + stages_table(summaries))
+    return summaries
 
 
 def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
@@ -83,8 +131,13 @@ def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
 
     Raises ValueError for wrong input, GoOnLater where a signal stopped it.
     """
-    with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
-        return _run(config, signals, watchdog)
+    try:
+        with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
+            return _run(config, signals, watchdog)
+    finally:
+        gc.collect()  # engines are in cycles with their hooks
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[str, Any]:
@@ -92,15 +145,15 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     watchdog.progress("loading")
     run_dir, is_main = config.run_dir, distributed.rank() == 0
     cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data = load_inputs(config)
-    if config.train.epochs is not None:
-        config = distributed.together(lambda: config.for_rows(len(data.train)))
+    rows = None if isinstance(data.train, TextStream) else len(data.train)
+    config = distributed.together(lambda: config.for_rows(rows))
     text, text_sha256 = distributed.main_rank_first(lambda: _load_text(config, tokenizer, cache_dir))
-    base_path = student_path if config.student.lora.rank else ""
+    base_path = "" if config.student.random_weights else student_path
     parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype, base_path)
     cache = _open_cache(config, parts, data, tokenizer, vocabulary) if config.teacher.cache else None
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
-    if resumed is not None and (summary := _finished(config, resumed)):
+    if summary := _finished(config, resumed, parts):
         return summary
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
 
@@ -201,6 +254,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         with timer.phase("export"):
             export_student(student, tokenizer, run_dir / "student")
         timer.take()
+    free(teacher, student)
 
     wall_time_s = run_state()["wall_time_s"]
     phases = {name: timer.totals.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
@@ -224,6 +278,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         "phi_final": schedule.phi,
         "phi_history": schedule.history,
         "data": data.counts,
+        "identity": parts,
         "student": str(run_dir / "student"),
     }
     samples = [
@@ -270,26 +325,53 @@ def load_inputs(config: RunConfig) -> Inputs:
     return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
 
 
-def chosen(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str]) -> tuple[RunConfig, list[str]]:
-    """The recipe, or the one of its runs that the first argument names, and the other arguments.
+def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
+    """The recipe, or the one of its runs or stages that the first argument names, with the other arguments applied.
 
     Raises ValueError where it names none.
     """
     if isinstance(recipe, RunConfig):
-        return recipe, arguments
+        return recipe.with_overrides(arguments)
     name, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("", arguments)
+    kind, known = ("stage", recipe.runs) if isinstance(recipe, Stages) else ("run", recipe)
     if not name:
-        raise ValueError(f"this recipe has several runs; name one first: {', '.join(recipe)}")
-    if name not in recipe:
-        raise unknown("run", name, recipe)
-    return recipe[name], rest
+        raise ValueError(f"this recipe has several {kind}s; name one first: {', '.join(known)}")
+    if name not in known:
+        raise unknown(kind, name, known)
+    if isinstance(recipe, Stages):
+        return recipe.with_overrides(rest).alone(name)
+    return recipe[name].with_overrides(rest)
 
 
-def _hang_s(recipe: RunConfig | Mapping[str, RunConfig], overrides: list[str]) -> float:
+def _help(recipe: Recipe) -> dict[str, Any]:
+    """Prints what the recipe says of itself, its runs, and its settings."""
+    parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
+    settings = {"": recipe} if isinstance(recipe, RunConfig) else {}
+    if isinstance(recipe, Stages):
+        parts.append(
+            f"Stages, one after another: {', '.join(recipe.names)}. The name of one before the settings runs it alone. "
+            "\nsection.key=value is for all of them, STAGE.section.key=value for one."
+        )
+        parts.append("Settings of init, to be changed with init.key=value:")
+        parts.append(yaml.safe_dump(dataclasses.asdict(recipe.init), sort_keys=False))
+        settings = recipe.runs
+    elif not settings:
+        parts.append(f"Runs, one of which is named before the settings: {', '.join(recipe)}")
+    for name, config in settings.items():
+        parts.append(f"Settings{f' of {name}' if name else ''}, to be changed with section.key=value:")
+        parts.append(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if os.environ.get("RANK", "0") == "0":
+        distributed.say("\n\n".join(parts))
+    return {}
+
+
+def _hang_s(recipe: Recipe, arguments: list[str]) -> float:
     """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
     try:
-        config, rest = chosen(recipe, overrides)
-        return config.with_overrides(rest).faults.hang_s
+        if not isinstance(recipe, Stages):
+            return chosen(recipe, arguments).faults.hang_s
+        overrides = [text for text in arguments if "=" in text]
+        return max(config.faults.hang_s for config in recipe.with_overrides(overrides).runs.values())
     except ValueError:
         return RunConfig().faults.hang_s
 
@@ -300,8 +382,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:
-    config = recipe.with_overrides(overrides)
+def _checked(config: RunConfig) -> RunConfig:
     config.validate()
     config.accumulation(distributed.world())
     for section in (config.teacher, config.student) if config.has_teacher else (config.student,):
@@ -418,14 +499,23 @@ def _find_start(
     return found, notes + [f"changed since then: {change}" for change in changes]
 
 
-def _finished(config: RunConfig, resumed: Checkpoint) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do."""
-    file = config.run_dir / "summary.json"
-    if resumed.state["loop"]["done"] < config.train.steps or not distributed.everywhere(file.is_file()):
+def _finished(config: RunConfig, resumed: Checkpoint | None, parts: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, though its checkpoints may have been deleted."""
+    run_dir = config.run_dir
+    files = [run_dir / name for name in ("summary.json", "config.yaml", "student/config.json")]
+    if config.resume == "never" or not distributed.everywhere(all(file.is_file() for file in files)):
+        return None
+    summary = distributed.together(lambda: json.loads(files[0].read_text()))
+    if resumed is None:
+        if "identity" not in summary:
+            return None
+        saved = {"identity": summary["identity"], "config": yaml.safe_load(files[1].read_text())}
+        distributed.together(lambda: compare(saved, config, parts))
+    elif resumed.state["loop"]["done"] < config.train.steps:
         return None
     if distributed.rank() == 0:
-        distributed.say(f"{file} says that this run is finished; resume=never starts it over")
-    return distributed.together(lambda: json.loads(file.read_text()))
+        distributed.say(f"{files[0]} says that this run is finished; resume=never starts it over")
+    return summary
 
 
 def _stop_if_asked(signals: StopSignals, where: str) -> None:

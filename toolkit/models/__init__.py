@@ -7,6 +7,7 @@ from toolkit.models.engines import (
     Teacher,
     build_student,
     build_teacher,
+    free,
     whole_student,
     whole_teacher,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "choose_dtype",
     "decoder_start_id",
     "default_cache_dir",
+    "free",
     "load_model",
     "load_tokenizer",
     "materialize",

@@ -6,6 +6,7 @@ Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -108,6 +110,17 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
     torch.manual_seed(int(philox(config.seed, 0, distributed.rank()).random_raw()))  # dropout is each rank's own
     return Student(engine, config.optimizer, config.train.steps)
+
+
+def free(*models: Teacher | Student | NoTeacher) -> None:
+    """Undo what would hold the engines' memory after their last use: with deepspeed 0.19 that are gradient buckets, the
+    modules of its last forward pass, and caches of methods. The garbage collector finds the rest."""
+    for engine in (model.engine for model in models if not isinstance(model, NoTeacher)):
+        engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if isinstance(found, functools._lru_cache_wrapper) and found.__module__.startswith("deepspeed."):
+            found.cache_clear()
 
 
 class WholeModel:

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "settings",
         nargs="*",
         metavar="key=value",
-        help="settings of the run; of a recipe with several runs, its name first",
+        help="settings of the run; of a recipe with several runs or stages, its name first",
     )
 
 
@@ -112,8 +112,7 @@ def _run(
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    recipe, overrides = chosen(_recipe(options.recipe), options.settings)
-    config = recipe.with_overrides(overrides).with_overrides(["teacher.cache="])
+    config = chosen(_recipe(options.recipe), options.settings).with_overrides(["teacher.cache="])
     if options.shard_tokens < 1:
         raise ValueError(f"--shard-tokens {options.shard_tokens}; it has to be at least 1")
     if config.data.responses != "data":
