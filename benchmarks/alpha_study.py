@@ -172,7 +172,7 @@ def draw(found: dict, file: Path) -> None:
         if ends:
             right.plot(*zip(*ends, strict=True), marker="o", color=f"C{index}", label=divergence)
     left.set(xlabel="alpha", ylabel="deviation of the gradient's coefficients", yscale="log")
-    right.set(xlabel="alpha", ylabel="validation KL after the run (nats a token)")
+    right.set(xlabel="alpha", ylabel="KL after the run (nats a token)")
     for axes in (left, right):
         axes.legend(frameon=False)
     figure.tight_layout()

@@ -1,7 +1,8 @@
-"""DistiLLM at scale: OpenLLaMA-7B-v2 teaches a 1.3B student, 8 GPUs of 80 GB:   deepspeed recipes/llama_7b_to_1b.py
+"""OpenLLaMA-7B-v2 becomes a 1.3B student, 8 GPUs of 80 GB:   deepspeed recipes/llama_7b_to_1b.py
 
-The student starts at random until an initialised one is given: student.path=FOLDER student.random_weights=false
-Without the hub: teacher.random_weights=true teacher.num_layers=1 student.num_layers=1 teacher.tokenizer=FILE.model
+init cuts the student out of the teacher, recovery brings it back to language on 10 B tokens of plain text, distil is
+DistiLLM on instructions. With 100 M: recovery.train.tokens=100e6 recovery.train.batch_rows=64, 763 steps.
+Without the hub: teacher.random_weights=true teacher.num_layers=2 init.layers=1 teacher.tokenizer=FILE.model
 """
 
 import sys
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.config import (
     DataConfig,
+    InitConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -20,21 +22,34 @@ from toolkit.config import (
 )
 from toolkit.rollout.schedule import ScheduleConfig
 from toolkit.run import main
+from toolkit.stages import Stages
 
-LLAMA = dict(model_type="llama", vocab_size=32000, max_position_embeddings=2048, rms_norm_eps=1e-6)
-SHAPE_7B = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008)
-SHAPE_1B = dict(hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, intermediate_size=5504)
-
-RECIPE = RunConfig(
+SHAPE_7B = dict(
+    model_type="llama", vocab_size=32000, max_position_embeddings=2048, rms_norm_eps=1e-6, hidden_size=4096,
+    num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008,
+)  # fmt: skip
+SHARED = dict(
     name="llama_7b_to_1b",
     # The shape is read only where random_weights=true.
     teacher=ModelConfig(
-        path="openlm-research/open_llama_7b_v2", shape=LLAMA | SHAPE_7B, ds_config="ds_configs/teacher_zero3.json"
+        path="openlm-research/open_llama_7b_v2", shape=SHAPE_7B, ds_config="ds_configs/teacher_zero3.json"
     ),
-    student=ModelConfig(  # without a path it has the teacher's tokenizer
-        random_weights=True, shape=LLAMA | SHAPE_1B, ds_config="ds_configs/student_zero3.json",
-        gradient_checkpointing=True,
+    student=ModelConfig(ds_config="ds_configs/student_zero3.json", gradient_checkpointing=True),
+)
+RECOVERY = RunConfig(
+    **SHARED,
+    data=DataConfig(
+        kind="text", source="HuggingFaceFW/fineweb-edu", subset="sample-10BT", streaming=True, max_length=2048,
+        validation_fraction=0.005,
     ),
+    loss=LossConfig(divergence="fkl", cross_entropy_weight=1.0),
+    train=TrainConfig(tokens=10e9, batch_rows=512, micro_rows=8),  # 9,537 steps of 1 M tokens
+    optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.95)),
+    schedule=ScheduleConfig(policy="off"),
+    validation=ValidationConfig(every_steps=250),
+)  # fmt: skip
+DISTIL = RunConfig(
+    **SHARED,
     data=DataConfig(
         source="databricks/databricks-dolly-15k", prompt_field="instruction", input_field="context",
         response_field="response", template="alpaca", max_length=512, max_prompt_length=256, validation_fraction=0.033,
@@ -42,11 +57,14 @@ RECIPE = RunConfig(
     ),
     loss=LossConfig(divergence="srkl", alpha=0.1),
     train=TrainConfig(steps=2270, batch_rows=64, micro_rows=8),  # 10 epochs of 14,500 rows
-    # The paper's 5e-4 at 7B is LoRA's. 2e-4 is GPT-3's for 1.3B random weights; initialised ones want about 5e-5.
-    optimizer=OptimizerConfig(lr=2e-4, warmup_steps=100, weight_decay=1e-2, max_grad_norm=1.0),
+    optimizer=OptimizerConfig(lr=5e-5, warmup_steps=100, weight_decay=1e-2, max_grad_norm=1.0),
     schedule=ScheduleConfig(policy="adaptive", phi_initial=0.2, epsilon=0.2),
     validation=ValidationConfig(every_steps=227, rows=500, rouge_rows=500, samples=3),
 )  # fmt: skip
+RECIPE = Stages(
+    init=InitConfig(layers=24, hidden=2048, heads=16, kv_heads=16, mlp=5504),
+    runs={"recovery": RECOVERY, "distil": DISTIL},
+)
 
 if __name__ == "__main__":
     main(RECIPE)

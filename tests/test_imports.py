@@ -46,13 +46,14 @@ ALLOWED = {
         "toolkit.distributed",
         "toolkit.rollout.engine",
     },
-    "toolkit.evaluation": ENGINES | {"toolkit.teacher_cache"},
+    "toolkit.evaluation": ENGINES | {"toolkit.checkpoint", "toolkit.teacher_cache"},
     "toolkit.checkpoint": ENGINES,
     "toolkit.teacher_text": ENGINES,
     "toolkit.teacher_cache": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint"},
     "toolkit.teacher_cache.command": PURE
     | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
     | {"toolkit.run"},
+    "toolkit.stages": {"toolkit.config", "toolkit.data.config", "toolkit.models", "toolkit.monitor"},
     "toolkit.methods": {"toolkit.config", "toolkit.data.config"},
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint", "toolkit.teacher_cache"},
 }

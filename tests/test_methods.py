@@ -99,8 +99,8 @@ def flat(values, prefix=""):
 
 def test_a_recipe_of_several_runs_is_asked_by_name():
     table = {"a": RunConfig(name="a"), "b/c": RunConfig(name="b")}
-    assert chosen(table, ["b/c", "seed=3"]) == (table["b/c"], ["seed=3"])
-    assert chosen(table["a"], ["seed=3"]) == (table["a"], ["seed=3"])
+    assert chosen(table, ["b/c", "seed=3"]) == RunConfig(name="b", seed=3)
+    assert chosen(table["a"], ["seed=3"]) == RunConfig(name="a", seed=3)
     with pytest.raises(ValueError, match="name one first: a, b/c"):
         chosen(table, ["seed=3"])
     with pytest.raises(ValueError, match="did you mean 'b/c'"):

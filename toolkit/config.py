@@ -7,6 +7,7 @@ files in ds_configs/; everything else, batch, precision, optimizer and clipping 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -183,7 +184,8 @@ class LossConfig:
     student_text_divergence: in place of it where the student's own text is trained on ("": the same one).
     alpha_end: alpha moves to it over the run, in a straight line (TAID: from 0.4 to 1); None: it stays.
     alpha_per_sequence: skl and srkl with an alpha of each text's own, at most `alpha`: smaller where the models differ
-    more than in the rest of the micro-batch (DistiLLM-2). Costs one more product with each head.
+    less than in the rest of the micro-batch (DistiLLM-2). So it depends on train.micro_rows and on the number of ranks.
+    Not with data.packing, where a row holds several texts. Costs one more product with each head.
     head_mass: akl's. temperature divides both models' logits.
     cross_entropy_weight: share of the text's own next token beside the divergence.
     memory_budget_mib: bound on the logit tiles; None is the operation's default.
@@ -250,20 +252,33 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """steps: optimizer steps; epochs, where given, takes their place: passes over the training rows. batch_rows:
-    sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be a multiple
-    of micro_rows x ranks."""
+    """How long training is, by the one of these that was set last. steps: optimizer steps. epochs: passes over the
+    training rows. tokens: of plain text (data.kind "text"), whose rows are all data.max_length long.
+    batch_rows: sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be
+    a multiple of micro_rows x ranks. micro_tokens: in its place, as few micro-batches as hold at most so many tokens
+    each, padding included; their number changes from step to step, and micro_rows is not read."""
 
     steps: int = 100
     epochs: float | None = None
+    tokens: float | None = None
     batch_rows: int = 8
     micro_rows: int = 4
+    micro_tokens: int | None = None
 
     def validate(self) -> None:
-        for name in ("steps", "batch_rows", "micro_rows"):
+        for name in ("steps", "batch_rows", "micro_rows", "micro_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        if self.epochs is not None:
-            _above_zero("train.epochs", self.epochs)
+        for name in ("epochs", "tokens"):
+            if (value := getattr(self, name)) is not None:
+                _above_zero(f"train.{name}", value)
+        if self.epochs is not None and self.tokens is not None:
+            raise ValueError(f"train.epochs = {self.epochs} and train.tokens = {self.tokens}; set one of them to null")
+
+    def after(self, name: str) -> dict[str, None]:
+        """What no longer counts once `name` is set."""
+        return {
+            "steps": {"epochs": None, "tokens": None}, "epochs": {"tokens": None}, "tokens": {"epochs": None}
+        }.get(name, {})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -376,7 +391,8 @@ class ValidationConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     """every_steps: between two checkpoints; the end of training and a signal make one in any case (0: only they do).
-    keep: newest ones that stay. on_failure: what a save that fails, a full disk for instance, does to the run."""
+    keep: newest ones that stay. on_failure: what a save that fails, a full disk for instance, does to the run; so with
+    the export of the best student (validation.best)."""
 
     every_steps: int = 100
     keep: int = 2
@@ -393,8 +409,9 @@ class CheckpointConfig:
 class FaultsConfig:
     """max_skipped_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
     spike_factor: also skip a step whose loss is above this many medians of the last `spike_window` losses
-    (None: off). hang_s: a rank that shows no progress for this long is reported and the job ended; longer than the
-    longest phase, evaluation included. grace_s: a signal ends the run after this long even where no step ended.
+    (None: off). hang_s: a rank that shows no progress for this long is reported and the job ended; longer than
+    any pass of a model, loading, a save or an export. grace_s: a signal ends the run after this long even where no
+    step ended.
     """
 
     max_skipped_steps: int = 3
@@ -478,6 +495,12 @@ class RunConfig:
                         f'{name} = {value!r} asks for generated answers, but data.kind = "text" has no prompts; set it '
                         f"to {needed!r}"
                     )
+        if self.loss.alpha_per_sequence and (self.data.packing or self.data.kind == "text"):
+            raise ValueError(
+                f"loss.alpha_per_sequence = true with data.packing = {self.data.packing} and data.kind = "
+                f"{self.data.kind!r}: a row would hold several texts and have one alpha; set it to false, or use "
+                'data.packing=false and data.kind="instructions"'
+            )
         if self.teacher.cache:
             self._check_cache()
         if self.validation.best == "kl" and not self.has_teacher and not self.teacher.cache:
@@ -491,8 +514,20 @@ class RunConfig:
             raise ValueError(
                 f'data.responses = {self.data.responses!r} answers prompts, but data.kind = "text" has none; use "data"'
             )
+        if self.train.tokens is not None and self.data.kind != "text":
+            raise ValueError(
+                f"train.tokens = {self.train.tokens:g} counts tokens of plain text, but data.kind = "
+                f"{self.data.kind!r}; set train.steps or train.epochs"
+            )
         if self.train.epochs is None:
-            self._check_warmup()
+            self.for_rows(None)._check_warmup()
+        sections = [("data", self.data)] + ([("text", self.text)] if self.text.source else [])
+        for name, section in sections if self.train.micro_tokens else ():
+            if self.train.micro_tokens < section.max_length:
+                raise ValueError(
+                    f"train.micro_tokens = {self.train.micro_tokens} is less than one row of {name}.max_length = "
+                    f"{section.max_length} tokens; raise the first or lower the second"
+                )
 
     def _check_cache(self) -> None:
         """What holds for every cache; what its form allows is known once it is open."""
@@ -520,11 +555,14 @@ class RunConfig:
                 f"{self.train.steps}; shorten the warm-up"
             )
 
-    def for_rows(self, rows: int) -> RunConfig:
-        """With train.steps for this many training rows, where train.epochs decides."""
-        if self.train.epochs is None:
+    def for_rows(self, rows: int | None) -> RunConfig:
+        """With train.steps for this many training rows (None: a stream), where train.epochs or train.tokens decides."""
+        if self.train.tokens is not None:
+            steps = math.ceil(self.train.tokens / (self.train.batch_rows * self.data.max_length))
+        elif self.train.epochs is not None:
+            steps = max(1, round(self.train.epochs * rows / self.train.batch_rows))
+        else:
             return self
-        steps = max(1, round(self.train.epochs * rows / self.train.batch_rows))
         config = dataclasses.replace(self, train=dataclasses.replace(self.train, steps=steps))
         config._check_warmup()
         return config
@@ -547,8 +585,13 @@ class RunConfig:
         return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of one optimizer step on one rank, those of text.source included; raises ValueError where a
-        batch does not divide."""
+        """Micro-batches of one optimizer step on one rank, those of text.source included; 1 where train.micro_tokens
+        leaves their number open. Raises ValueError where a batch does not divide."""
+        if self.train.micro_tokens is not None:
+            for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
+                if rows % world:
+                    raise ValueError(f"{name} = {rows} is not a multiple of the {world} ranks; change one of them")
+            return 1
         per_step = self.train.micro_rows * world
         for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
             if rows % per_step:
@@ -557,6 +600,12 @@ class RunConfig:
                     f"{self.train.micro_rows} x {world}; change one of them"
                 )
         return (self.train.batch_rows + self.text_rows) // per_step
+
+    @property
+    def generates(self) -> bool:
+        """Whether prompts are answered in this run."""
+        asked = self.validation.rouge_rows or self.validation.samples
+        return self.schedule.policy != "off" or self.data.responses == "teacher" or bool(asked)
 
     @property
     def text_rows(self) -> int:
@@ -634,7 +683,9 @@ def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
         if isinstance(old, dict):
             return dataclasses.replace(section, **{keys[0]: {**old, ".".join(keys[1:]): value}})
         raise ValueError(f"{full_key}: {keys[0]} is a single setting and has no key {'.'.join(keys[1:])!r}")
-    return dataclasses.replace(section, **{keys[0]: _typed(value, hint, full_key)})
+    typed = _typed(value, hint, full_key)
+    replaced = section.after(keys[0]) if isinstance(section, TrainConfig) and typed is not None else {}
+    return dataclasses.replace(section, **replaced | {keys[0]: typed})
 
 
 def hint_names(hint: type) -> list[str]:

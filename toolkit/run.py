@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
+import os
 import shutil
 import sys
 import time
@@ -13,12 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+import yaml
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
 from toolkit.config import NO_DIVERGENCE, SCORES, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text, references
 from toolkit.data.config import unknown
+from toolkit.data.store import longest
 from toolkit.divergences import Divergence
 from toolkit.evaluation import Validator, answer, row_seeds, score
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
@@ -29,9 +34,11 @@ from toolkit.models import (
     build_student,
     build_teacher,
     check_packing,
+    check_positions,
     choose_dtype,
     decoder_start_id,
     default_cache_dir,
+    free,
     load_tokenizer,
     materialize,
     shared_decoder_start,
@@ -45,6 +52,7 @@ from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
 from toolkit.rollout.vllm import VllmRollout
+from toolkit.stages import INIT, Stages, stages_table
 from toolkit.teacher_cache import CachedTeacher, TeacherCache, identity_of
 from toolkit.teacher_text import teacher_text, text_folder
 
@@ -52,27 +60,70 @@ TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
 OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "export")
 CHECKPOINTS, BEST = "checkpoints", "best"
 GENERATING = "while the teacher generated; what it wrote is kept"
+UNEXPORTED = "after the last step, before the student was exported"
 
 
-def main(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str] | None = None) -> dict[str, Any]:
+Recipe = RunConfig | Mapping[str, RunConfig] | Stages
+
+
+def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
     """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
-    several runs the first argument names one.
+    several runs the first argument names one; of one with stages it may, and all are run where it does not.
 
-    Returns the summary. Wrong input ends every rank with exit code 2 and one message; a run that a signal stopped ends
-    with EXIT_LATER, and the same command goes on with it.
+    Returns the summary (of stages, one for each). Wrong input ends every rank with exit code 2 and one message; a run
+    that a signal stopped ends with EXIT_LATER, and the same command goes on with it.
     """
     given = sys.argv[1:] if arguments is None else arguments
     overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
     quiet_libraries()
     with distributed.one_message():
+        if {"-h", "--help"} & set(overrides):
+            return _help(recipe)
         try:
             with Watchdog(_hang_s(recipe, overrides)) as watchdog:
                 distributed.start()
-                return run(distributed.together(lambda: _checked(*chosen(recipe, overrides))), watchdog)
+                is_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
+                if isinstance(recipe, Stages) and not is_one:
+                    return run_stages(recipe, overrides, watchdog)
+                return run(distributed.together(lambda: _checked(chosen(recipe, overrides))), watchdog)
         except GoOnLater as stopped:
             if distributed.rank() == 0:
                 distributed.say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
             sys.exit(EXIT_LATER)
+
+
+def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict[str, dict[str, Any]]:
+    """Cut the student, then each run from the student of the one before it; `init` as the first argument only cuts.
+
+    A stage whose result is there is skipped, one that was stopped goes on. Each frees its engines before the next one
+    begins. Raises as `run` does.
+    """
+    only_cut = arguments[:1] == [INIT]
+
+    def checked() -> tuple[Stages, dict[str, RunConfig]]:
+        stages = recipe.with_overrides(arguments[only_cut:])
+        runs = stages.chained()
+        for config in runs.values():
+            _checked(config)
+        return stages, runs
+
+    def say(text: str) -> None:
+        if distributed.rank() == 0:
+            distributed.say(text)
+
+    stages, runs = distributed.together(checked)
+    count, summaries = len(stages.names), {}
+    if stages.is_cut:
+        watchdog.progress(INIT)
+        if all(config.resume == "never" for config in runs.values()):
+            distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
+        found = summaries[INIT] = distributed.main_rank_first(stages.cut)
+        say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
+    for name, config in ({} if only_cut else runs).items():
+        say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
+        summaries[name] = run(config, watchdog)
+    say("\n" + stages_table(summaries))
+    return summaries
 
 
 def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
@@ -80,8 +131,13 @@ def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
 
     Raises ValueError for wrong input, GoOnLater where a signal stopped it.
     """
-    with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
-        return _run(config, signals, watchdog)
+    try:
+        with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
+            return _run(config, signals, watchdog)
+    finally:
+        gc.collect()  # engines are in cycles with their hooks
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[str, Any]:
@@ -89,21 +145,23 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     watchdog.progress("loading")
     run_dir, is_main = config.run_dir, distributed.rank() == 0
     cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data = load_inputs(config)
-    if config.train.epochs is not None:
-        config = distributed.together(lambda: config.for_rows(len(data.train)))
+    rows = None if isinstance(data.train, TextStream) else len(data.train)
+    config = distributed.together(lambda: config.for_rows(rows))
     text, text_sha256 = distributed.main_rank_first(lambda: _load_text(config, tokenizer, cache_dir))
-    base_path = student_path if config.student.lora.rank else ""
+    base_path = "" if config.student.random_weights else student_path
     parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype, base_path)
     cache = _open_cache(config, parts, data, tokenizer, vocabulary) if config.teacher.cache else None
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
-    if resumed is not None and (summary := _finished(config, resumed)):
+    if summary := _finished(config, resumed, parts):
         return summary
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
     student = build_student(config, student_path, dtype, vocabulary)
+    for built in (teacher, student) if config.has_teacher else (student,):
+        watchdog.count_passes(built.model)
     if config.packs:
         check_packing(teacher, student, vocabulary)
     is_fine_tuning = config.loss.divergence == NO_DIVERGENCE
@@ -142,9 +200,12 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         if config.data.responses == "teacher":
             with timer.phase("teacher_text"):
                 folder = text_folder(cache_dir, parts, config)
-                train = teacher_text(
-                    train, teacher_rollout, config, folder, lambda: _stop_if_asked(signals, GENERATING)
-                )
+
+                def between_files() -> None:
+                    watchdog.progress("teacher_text")
+                    _stop_if_asked(signals, GENERATING)
+
+                train = teacher_text(train, teacher_rollout, config, folder, between_files)
         loop = DistillationLoop(
             config=config,
             vocabulary=vocabulary,
@@ -187,12 +248,13 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         initial, final = loop.run()
         with timer.phase("evaluation"):
             after = _ask(config, data, student_rollout, tokenizer)
-            _stop_if_asked(signals)
+            loop.stop_if_asked(UNEXPORTED)
             theirs = _ask(config, data, teacher_rollout, tokenizer) if teacher_rollout else None
-        _stop_if_asked(signals)
+        loop.stop_if_asked(UNEXPORTED)
         with timer.phase("export"):
             export_student(student, tokenizer, run_dir / "student")
         timer.take()
+    free(teacher, student)
 
     wall_time_s = run_state()["wall_time_s"]
     phases = {name: timer.totals.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
@@ -216,6 +278,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         "phi_final": schedule.phi,
         "phi_history": schedule.history,
         "data": data.counts,
+        "identity": parts,
         "student": str(run_dir / "student"),
     }
     samples = [
@@ -257,30 +320,58 @@ def load_inputs(config: RunConfig) -> Inputs:
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
+    distributed.together(lambda: _check_positions(config, data, teacher_path, student_path))
     dtype = choose_dtype(config.precision, distributed.device())
     return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
 
 
-def chosen(recipe: RunConfig | Mapping[str, RunConfig], arguments: list[str]) -> tuple[RunConfig, list[str]]:
-    """The recipe, or the one of its runs that the first argument names, and the other arguments.
+def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
+    """The recipe, or the one of its runs or stages that the first argument names, with the other arguments applied.
 
     Raises ValueError where it names none.
     """
     if isinstance(recipe, RunConfig):
-        return recipe, arguments
+        return recipe.with_overrides(arguments)
     name, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("", arguments)
+    kind, known = ("stage", recipe.runs) if isinstance(recipe, Stages) else ("run", recipe)
     if not name:
-        raise ValueError(f"this recipe has several runs; name one first: {', '.join(recipe)}")
-    if name not in recipe:
-        raise unknown("run", name, recipe)
-    return recipe[name], rest
+        raise ValueError(f"this recipe has several {kind}s; name one first: {', '.join(known)}")
+    if name not in known:
+        raise unknown(kind, name, known)
+    if isinstance(recipe, Stages):
+        return recipe.with_overrides(rest).alone(name)
+    return recipe[name].with_overrides(rest)
 
 
-def _hang_s(recipe: RunConfig | Mapping[str, RunConfig], overrides: list[str]) -> float:
+def _help(recipe: Recipe) -> dict[str, Any]:
+    """Prints what the recipe says of itself, its runs, and its settings."""
+    parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
+    settings = {"": recipe} if isinstance(recipe, RunConfig) else {}
+    if isinstance(recipe, Stages):
+        parts.append(
+            f"Stages, one after another: {', '.join(recipe.names)}. The name of one before the settings runs it alone. "
+            "\nsection.key=value is for all of them, STAGE.section.key=value for one."
+        )
+        parts.append("Settings of init, to be changed with init.key=value:")
+        parts.append(yaml.safe_dump(dataclasses.asdict(recipe.init), sort_keys=False))
+        settings = recipe.runs
+    elif not settings:
+        parts.append(f"Runs, one of which is named before the settings: {', '.join(recipe)}")
+    for name, config in settings.items():
+        parts.append(f"Settings{f' of {name}' if name else ''}, to be changed with section.key=value:")
+        parts.append(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if os.environ.get("RANK", "0") == "0":
+        distributed.say("\n\n".join(parts))
+    return {}
+
+
+def _hang_s(recipe: Recipe, arguments: list[str]) -> float:
     """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
     try:
-        config, rest = chosen(recipe, overrides)
-        return config.with_overrides(rest).faults.hang_s
+        if not isinstance(recipe, Stages):
+            return chosen(recipe, arguments).faults.hang_s
+        overrides = [text for text in arguments if "=" in text]
+        return max(config.faults.hang_s for config in recipe.with_overrides(overrides).runs.values())
     except ValueError:
         return RunConfig().faults.hang_s
 
@@ -291,8 +382,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _checked(recipe: RunConfig, overrides: list[str]) -> RunConfig:
-    config = recipe.with_overrides(overrides)
+def _checked(config: RunConfig) -> RunConfig:
     config.validate()
     config.accumulation(distributed.world())
     for section in (config.teacher, config.student) if config.has_teacher else (config.student,):
@@ -326,6 +416,22 @@ def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_
             f"{config.train.batch_rows} ({distributed.world()} ranks); use more data, fewer ranks or a smaller batch"
         )
     return data
+
+
+def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_path: str) -> None:
+    """Of the longest text that a run can meet: of the data, generated, or plain."""
+    parts = [part for part in (data.train, data.validation) if not isinstance(part, TextStream)]
+    rows, prompts = (max(lengths) for lengths in zip(*map(longest, parts), strict=True))
+    if len(parts) < 2:
+        rows = config.data.max_length
+    if config.text.source:
+        rows = max(rows, config.text.max_length)
+    padded = -(-rows // 8) * 8  # as batches are
+    if config.generates:
+        padded = max(padded, prompts + config.max_new_tokens)
+    if config.has_teacher:
+        check_positions("teacher", config.teacher, teacher_path, padded)
+    check_positions("student", config.student, student_path, padded)
 
 
 def _load_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
@@ -393,17 +499,26 @@ def _find_start(
     return found, notes + [f"changed since then: {change}" for change in changes]
 
 
-def _finished(config: RunConfig, resumed: Checkpoint) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do."""
-    file = config.run_dir / "summary.json"
-    if resumed.state["loop"]["done"] < config.train.steps or not distributed.everywhere(file.is_file()):
+def _finished(config: RunConfig, resumed: Checkpoint | None, parts: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, though its checkpoints may have been deleted."""
+    run_dir = config.run_dir
+    files = [run_dir / name for name in ("summary.json", "config.yaml", "student/config.json")]
+    if config.resume == "never" or not distributed.everywhere(all(file.is_file() for file in files)):
+        return None
+    summary = distributed.together(lambda: json.loads(files[0].read_text()))
+    if resumed is None:
+        if "identity" not in summary:
+            return None
+        saved = {"identity": summary["identity"], "config": yaml.safe_load(files[1].read_text())}
+        distributed.together(lambda: compare(saved, config, parts))
+    elif resumed.state["loop"]["done"] < config.train.steps:
         return None
     if distributed.rank() == 0:
-        distributed.say(f"{file} says that this run is finished; resume=never starts it over")
-    return distributed.together(lambda: json.loads(file.read_text()))
+        distributed.say(f"{files[0]} says that this run is finished; resume=never starts it over")
+    return summary
 
 
-def _stop_if_asked(signals: StopSignals, where: str = "after the last step, before the student was exported") -> None:
+def _stop_if_asked(signals: StopSignals, where: str) -> None:
     if signals.agreed():
         raise GoOnLater(f"stopped by a signal {where}")
 

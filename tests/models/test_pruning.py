@@ -1,6 +1,7 @@
 """Students cut out of their teachers: exact where nothing is lost, and what is lost is what matters least."""
 
 import argparse
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -38,6 +39,7 @@ from toolkit.models import materialize
 from toolkit.models.pruning import command, prune
 from toolkit.models.pruning.depth import best_block, greedy
 from toolkit.models.pruning.families import FAMILIES
+from toolkit.models.pruning.text import calibration_ids
 from toolkit.models.pruning.weights import LayerwiseModel, Weights, kl_to_teacher, run_choices
 from toolkit.models.pruning.width import Meter, Sizes, Width, spread
 from toolkit.models.pruning.write import write_part
@@ -544,3 +546,14 @@ def test_a_run_begins_with_a_pruned_student(tiny, tmp_path, ranks2):
     assert (model.config.hidden_size, model.config.intermediate_size) == (24, 40)
     (folder,) = (tmp_path / "cache").glob("*-pruned-*")
     assert json.loads((folder / "pruning.json").read_text())["calibration"]["source"] == f"{tiny}/rows.jsonl"
+
+
+def test_calibration_text_of_a_stream_is_its_beginning(tmp_path):
+    """A recipe streams what does not fit a disk, and a cut needs the first of it alone."""
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": f"Copy file {i} to the folder {i * i}."}) + "\n" for i in range(400)))
+    data = DataConfig(kind="text", source=str(file))
+    whole = calibration_ids(data, make_tokenizer(), rows=3, row_tokens=20)
+    assert whole.shape == (3, 20)
+    streamed = calibration_ids(dataclasses.replace(data, streaming=True), make_tokenizer(), rows=3, row_tokens=20)
+    assert torch.equal(streamed, whole)

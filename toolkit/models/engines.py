@@ -6,6 +6,7 @@ Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -89,7 +91,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     split_where_memory_runs_out(model)
     engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
-    return Teacher(engine, config.teacher.pass_rows, config.train.micro_rows)
+    return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // distributed.world())
 
 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
@@ -108,6 +110,17 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
     torch.manual_seed(int(philox(config.seed, 0, distributed.rank()).random_raw()))  # dropout is each rank's own
     return Student(engine, config.optimizer, config.train.steps)
+
+
+def free(*models: Teacher | Student | NoTeacher) -> None:
+    """Undo what would hold the engines' memory after their last use: with deepspeed 0.19 that are gradient buckets, the
+    modules of its last forward pass, and caches of methods. The garbage collector finds the rest."""
+    for engine in (model.engine for model in models if not isinstance(model, NoTeacher)):
+        engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if isinstance(found, functools._lru_cache_wrapper) and found.__module__.startswith("deepspeed."):
+            found.cache_clear()
 
 
 class WholeModel:
@@ -145,9 +158,8 @@ class Teacher:
 
     kind = "live"
 
-    def __init__(self, engine: Any, pass_rows: int | None = None, micro_rows: int = 1):
-        # Of settings, not of the batches at hand: packed micro-batches have other numbers of rows on other ranks.
-        self.engine, self.batches_per_pass = engine, max(1, (pass_rows or 10**9) // micro_rows)
+    def __init__(self, engine: Any, pass_rows: int | None = None, window_rows: int = 1):
+        self.engine, self.pass_rows, self.window_rows = engine, pass_rows, window_rows
 
     @property
     def model(self) -> PreTrainedModel:
@@ -157,9 +169,11 @@ class Teacher:
     def signals(self, window: list[TokenBatch]) -> list[Signal]:
         """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
         window, so every rank makes as many passes, and enters as many all-gathers."""
+        # Of settings, not of the batches at hand: micro-batches may have other numbers of rows on other ranks.
+        per_pass = max(1, (self.pass_rows or self.window_rows) * len(window) // self.window_rows)
         found: list[Signal] = []
-        for start in range(0, len(window), self.batches_per_pass):
-            part = window[start : start + self.batches_per_pass]
+        for start in range(0, len(window), per_pass):
+            part = window[start : start + per_pass]
             joined = TokenBatch.concatenate(part)
             hidden_NT = self.engine(joined)
             found += hidden_NT.split([batch.num_targets for batch in part])

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.data import DataConfig, load_rows, tokenize_rows
 from toolkit.data.sources import Source
-from toolkit.data.text import read_documents
+from toolkit.data.text import first_documents, read_documents
 
 #: rows are read until they hold the tokens asked for; hardly any data set has fewer tokens a row on average
 LEAST_TOKENS_A_ROW = 8
@@ -27,7 +27,12 @@ def calibration_ids(
     """
     if data.kind == "text" or Path(data.source).suffix.lower() == ".txt":
         ids = []
-        for text in read_documents(Source.of(data, data.source, validation), data.text_field):
+        source, documents = Source.of(data, data.source, validation), rows * row_tokens // LEAST_TOKENS_A_ROW + 1
+        for text in (
+            first_documents(source, data.text_field, documents)
+            if data.streaming
+            else read_documents(source, data.text_field)
+        ):
             ids += tokenizer(text)["input_ids"]
             if len(ids) >= rows * row_tokens:
                 break
