@@ -7,10 +7,11 @@
 Models, data and settings are those of methods_study.py, whose start it shares where --out is the same; the runs are on
 the data alone (schedule `off`).
 
-A coefficient is the derivative of the divergence by the student's probability q(y), at the next token y of the data:
-    skl    -(1 - a) p / (a p + (1 - a) q)                          arXiv 2402.03898, section 3.1
+A coefficient is the derivative of the divergence by the student's probability q(y) of a token y (arXiv 2402.03898):
+    skl    -(1 - a) p / (a p + (1 - a) q)
     srkl   log q - log m + 1 - a q / m,   m = a q + (1 - a) p
-It is taken at the student's start, at all response tokens of the validation file.
+It is taken at the student's start, at all response positions of the validation file, twice: y is the data's next token,
+or one drawn from the student.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main() -> None:
     train(settings_of(START, options), options)
     file = options.out / "coefficients.json"
     if not file.is_file():
-        file.write_text(json.dumps(spreads(*next_token_log_probabilities(options))))
+        file.write_text(json.dumps(spreads(log_probabilities(options))))
     coefficients = json.loads(file.read_text())
     for name in options.only:
         train(alpha_settings(name, options), options)
@@ -86,29 +87,32 @@ def trained(name: str, options: argparse.Namespace) -> dict | None:
 
 
 @torch.no_grad()
-def next_token_log_probabilities(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """log p and log q of the data's next tokens, by the teacher and by the student's start, in fp32."""
-    teacher = ModelConfig(path=TEACHER)
-    path = materialize(teacher, options.out / "cache")
-    tokenizer = load_tokenizer(teacher, path)
+def log_probabilities(options: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+    """log p and log q of one token at each response position, in fp32: the data's own, and one that q draws."""
+    path = materialize(ModelConfig(path=TEACHER), options.out / "cache")
+    tokenizer = load_tokenizer(ModelConfig(path=TEACHER), path)
     given = {key.removeprefix("data."): value for key, value in (FIELDS | LENGTHS).items()}
     data = DataConfig(source=str(options.validation), validation_source=str(options.validation), **given)
     examples = load_data(data, tokenizer).validation
-    batches = [
-        TokenBatch.from_examples(examples[start : start + 4], tokenizer.pad_token_id)
-        for start in range(0, len(examples), 4)
-    ]
-    found = []
-    for folder in (path, student_of(START, options)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        parts = []
-        for batch in batches:
-            hidden = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
-            logits_NV = model.get_output_embeddings()(hidden[batch.predicts_BT])[:, : len(tokenizer)]
-            targets_N = batch.targets_N
-            parts.append(logits_NV.log_softmax(-1).gather(-1, targets_N[:, None])[:, 0])
-        found.append(torch.cat(parts))
-    return found[0], found[1]
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (student_of(START, options), path)
+    )
+    generator = torch.Generator().manual_seed(10)
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {"data": ([], []), "student": ([], [])}
+    for start in range(0, len(examples), 4):
+        batch = TokenBatch.from_examples(examples[start : start + 4], tokenizer.pad_token_id)
+        log_q_NV, log_p_NV = (next_tokens(model, batch, len(tokenizer)) for model in (student, teacher))
+        drawn_N = torch.multinomial(log_q_NV.exp(), 1, generator=generator)[:, 0]
+        for name, tokens_N in (("data", batch.targets_N), ("student", drawn_N)):
+            for log_NV, parts in zip((log_p_NV, log_q_NV), found[name], strict=True):
+                parts.append(log_NV.gather(-1, tokens_N[:, None])[:, 0])
+    return {name: (torch.cat(p), torch.cat(q)) for name, (p, q) in found.items()}
+
+
+def next_tokens(model: torch.nn.Module, batch: TokenBatch, vocabulary: int) -> Tensor:
+    hidden_BTH = model.base_model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).last_hidden_state
+    return model.get_output_embeddings()(hidden_BTH[batch.predicts_BT])[:, :vocabulary].log_softmax(-1)
 
 
 def coefficients(divergence: str, alpha: float, log_p_N: Tensor, log_q_N: Tensor) -> Tensor:
@@ -121,28 +125,32 @@ def coefficients(divergence: str, alpha: float, log_p_N: Tensor, log_q_N: Tensor
     return log_ratio_N + 1 - alpha * log_ratio_N.exp()
 
 
-def spreads(log_p_N: Tensor, log_q_N: Tensor) -> dict[str, dict[str, float]]:
+def spreads(tokens: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, dict[str, float]]]:
+    """case -> whose token -> deviation of the coefficients, median, 99th percentile and largest of their sizes."""
     found = {}
     for name, (divergence, alpha) in CASES.items():
-        values_N = coefficients(divergence, alpha, log_p_N, log_q_N)
-        size_N = values_N.abs()
-        found[name] = {
-            "std": values_N.std().item(), "median": size_N.median().item(), "p99": size_N.quantile(0.99).item(),
-            "max": size_N.max().item(), "tokens": len(values_N),
-        }  # fmt: skip
+        found[name] = {}
+        for whose, (log_p_N, log_q_N) in tokens.items():
+            values_N = coefficients(divergence, alpha, log_p_N, log_q_N)
+            size_N = values_N.abs()
+            found[name][whose] = {
+                "std": values_N.std().item(), "median": size_N.median().item(), "p99": size_N.quantile(0.99).item(),
+                "max": size_N.max().item(), "tokens": len(values_N),
+            }  # fmt: skip
     return found
 
 
 def table(found: dict) -> str:
-    heads = ["loss", "alpha", "std", "median size", "99 % below", "largest", "KL after", "agreement", "cross-entropy"]
+    heads = ["loss", "alpha", "data: std", "99 % below", "largest", "student: std", "99 % below", "largest",
+             "KL after", "agreement"]  # fmt: skip
     rows = []
     for name, one in found.items():
         divergence, alpha = CASES[name]
         spread, end = one["coefficient"], one["validation"]
-        kl, agreement, ce = (end["kl_nats"], end["top1_agreement"], end["ce_nats"]) if end else (None,) * 3
         rows.append([
-            f"`{divergence}`", f"{alpha:g}", *(spread[key] for key in ("std", "median", "p99", "max")), kl,
-            f"{agreement:.1%}" if end else "-", ce,
+            f"`{divergence}`", f"{alpha:g}",
+            *(spread[whose][key] for whose in ("data", "student") for key in ("std", "p99", "max")),
+            f"{end['kl_nats']:.3f}" if end else "-", f"{end['top1_agreement']:.1%}" if end else "-",
         ])  # fmt: skip
     return format_table(heads, rows)
 
@@ -156,14 +164,15 @@ def draw(found: dict, file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for index, divergence in enumerate(("skl", "srkl")):
         cases = [found[f"{divergence}-{alpha:g}"] for alpha in ALPHAS]
-        for key, style in (("std", "-"), ("p99", "--")):
-            sizes = [case["coefficient"][key] for case in cases]
-            left.plot(ALPHAS, sizes, style, marker="o", color=f"C{index}", label=f"{divergence}, {key}")
+        for whose, style in (("data", "-"), ("student", "--")):
+            sizes = [case["coefficient"][whose]["std"] for case in cases]
+            left.plot(ALPHAS, sizes, style, marker="o", color=f"C{index}", label=f"{divergence}, token of the {whose}")
         ends = [(alpha, case["validation"]["kl_nats"]) for alpha, case in zip(ALPHAS, cases, strict=True)
                 if case["validation"]]  # fmt: skip
-        right.plot(*zip(*ends, strict=True), marker="o", color=f"C{index}", label=divergence)
-    left.set(xlabel="alpha", ylabel="gradient coefficient", yscale="log")
-    right.set(xlabel="alpha", ylabel="validation KL to the teacher after the run (nats a token)")
+        if ends:
+            right.plot(*zip(*ends, strict=True), marker="o", color=f"C{index}", label=divergence)
+    left.set(xlabel="alpha", ylabel="deviation of the gradient's coefficients", yscale="log")
+    right.set(xlabel="alpha", ylabel="KL after the run (nats a token)")
     for axes in (left, right):
         axes.legend(frameon=False)
     figure.tight_layout()

@@ -738,8 +738,9 @@ def main() -> None:
             accumulator = fp32_head_gradient_bytes(shape, bench.dtype)
             if device == "cpu" and bench.budget_mib is None:
                 above = {d: sizes.get((d, "ours")) for d in divergences if (d, "ours") in sizes}
-                above = {d: None if isinstance(x, str) else (x - accumulator) / MIB for d, x in above.items()}
-                goals.add(f"memory {shape}", CPU_MEMORY_MIB, above, at_most=True, unit="MiB")
+                above = {d: None if isinstance(x, str) else x / MIB for d, x in above.items()}
+                # An fp32 head gradient is allowed, but made only where several tiles add to it.
+                goals.add(f"memory {shape}", CPU_MEMORY_MIB + accumulator / MIB, above, at_most=True, unit="MiB")
         if "time" in parts:
             # Only here does a cell without memory end its process.
             skip = {cell: OOM for cell, size in sizes.items() if size == OOM and device == "cpu"}

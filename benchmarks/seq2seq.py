@@ -30,18 +30,18 @@ from toolkit.faults import EXIT_LATER  # noqa: E402
 from toolkit.methods import METHODS  # noqa: E402
 from toolkit.monitor import format_table  # noqa: E402
 
-TEACHER = {"d_model": 256, "d_ff": 1024, "d_kv": 64, "num_heads": 4, "num_layers": 3}
-STUDENT = {"d_model": 128, "d_ff": 512, "d_kv": 32, "num_heads": 4, "num_layers": 2}
+TEACHER = {"d_model": 192, "d_ff": 768, "d_kv": 48, "num_heads": 4, "num_layers": 2}
+STUDENT = {"d_model": 96, "d_ff": 384, "d_kv": 24, "num_heads": 4, "num_layers": 2}
 #: task -> (recipe, score, settings of both runs, steps of teacher and student)
 TASKS = {
     "translation": ("t5_translation", "bleu", {
-        "data.max_length": 128, "data.max_prompt_length": 64, "rollout.max_new_tokens": 48, "train.batch_rows": 64,
-        "train.micro_rows": 64, "validation.rouge_rows": 200, "validation.every_steps": 100,
-    }, (600, 600)),
+        "data.max_length": 128, "data.max_prompt_length": 64, "rollout.max_new_tokens": 48, "train.batch_rows": 32,
+        "train.micro_rows": 32, "validation.rouge_rows": 100, "validation.every_steps": 100,
+    }, (500, 400)),
     "summarization": ("t5_summarization", "rouge_l", {
-        "data.max_length": 448, "data.max_prompt_length": 320, "rollout.max_new_tokens": 64, "train.batch_rows": 16,
-        "train.micro_rows": 16, "validation.rouge_rows": 100, "validation.every_steps": 50,
-    }, (300, 300)),
+        "data.max_length": 320, "data.max_prompt_length": 256, "rollout.max_new_tokens": 64, "train.batch_rows": 8,
+        "train.micro_rows": 8, "validation.rouge_rows": 100, "validation.every_steps": 40,
+    }, (240, 200)),
 }  # fmt: skip
 
 
@@ -54,8 +54,8 @@ def main() -> None:
         train_tokenizer(options.train, options.fields, options.vocabulary).save_pretrained(tokenizer)
     settings = settings | {
         "data.source": options.train, "data.validation_source": options.valid, "data.prompt_field": options.fields[0],
-        "data.response_field": options.fields[1], "data.on_bad_row": "stop", "output_dir": out, "cache_dir": out,
-        "optimizer.lr": 1e-3, "optimizer.warmup_steps": 50, "validation.best": score, "validation.samples": 2,
+        "data.response_field": options.fields[1], "data.prefix": "", "output_dir": out, "cache_dir": out,
+        "optimizer.lr": 2e-3, "optimizer.warmup_steps": 50, "validation.best": score, "validation.samples": 2,
         "validation.sampling_temperature": 0, "checkpoint.every_steps": 100, "checkpoint.keep": 1,
         "teacher.ds_config": "ds_configs/teacher_cpu.json", "student.ds_config": "ds_configs/student_cpu.json",
         "student.path": "", "student.random_weights": True, "student.tokenizer": tokenizer,

@@ -1,7 +1,8 @@
 """mT5-XL teaches mT5-Base to translate English to German, 8 GPUs of 80 GB:   deepspeed recipes/t5_translation.py
 
-Multi30K, which is on the hub with a field for each language. The paper's IWSLT'17 has both in one field there: write it
-as lines {"en": ..., "de": ...}, then data.source=FILE.jsonl data.validation_source=FILE.jsonl. Both models are to be
+Multi30K, which is on the hub with a field for each language. IWSLT'17, the paper's, has both in one field:
+data.source=IWSLT/iwslt2017 data.validation_source=IWSLT/iwslt2017 data.subset=iwslt2017-en-de
+data.prompt_field=translation.en data.response_field=translation.de (or a file of such lines). Both models are to be
 fine-tuned first, see t5_summarization. Small: student.path=google/mt5-small.
 """
 

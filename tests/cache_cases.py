@@ -47,3 +47,23 @@ def stopped_command(arguments, after_rounds):
         return command(arguments)
     finally:
         build._write = write
+
+
+def command_that_cannot_rename(arguments, target):
+    """A command that cannot give a folder its last name, as where somebody made another folder of that name."""
+    from pathlib import Path
+
+    from tests.evaluation_cases import command
+
+    rename = Path.rename
+
+    def refusing(self, to):
+        if str(to) == target:
+            raise OSError("no place for it")
+        return rename(self, to)
+
+    Path.rename = refusing
+    try:
+        return command(arguments)
+    finally:
+        Path.rename = rename

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -9,6 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No test reads or fills the user's caches, of converted models for instance. What is compiled stays where it was.
+_cache = tempfile.TemporaryDirectory(prefix="distil-tests-")
+_cache_of_user, os.environ["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME", "~/.cache"), _cache.name
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(_cache_of_user, "torch_extensions").expanduser()))
 # Ranks are processes of their own: they need the package, and for deepspeed's build the ninja of this venv.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

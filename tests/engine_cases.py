@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import operator
+import os
 
 import torch
 
@@ -218,6 +219,7 @@ def server_texts(folder, student, url, prompts, **sampling):
 
 def server_errors(folder, student, url, faults):
     """What a start, a push and two texts raise here for each fault of the server, "None" for nothing."""
+    import dataclasses
     import time
 
     from toolkit import distributed
@@ -225,16 +227,18 @@ def server_errors(folder, student, url, faults):
     from toolkit.rollout.vllm import Server
 
     def work(rollout, tokenizer):
-        said = []
+        said, patient = [], rollout.settings
+        hasty = dataclasses.replace(patient, server_timeout_s=2)  # than the fault that answers late
         for fault in faults:
             torch.distributed.barrier()
             if distributed.rank() == 0:
                 Server(url).ask("POST", "/fault", time.monotonic() + 60, fault)
             torch.distributed.barrier()
-            rollout.pushed = False
+            rollout.pushed, rollout.settings = False, patient
             try:
                 rollout.start()
                 rollout.sync_weights(3)
+                rollout.settings = hasty if "delay_s" in fault else patient
                 prompts = [[5, 6, 7]] * (2 if distributed.rank() else 0)  # only the second rank asks for text
                 rollout.complete(prompts, SeededSampling(30, seeds=range(len(prompts))))
                 said.append("None")
@@ -242,7 +246,7 @@ def server_errors(folder, student, url, faults):
                 said.append(str(error))
         return said
 
-    return with_server(folder, student, url, work, timeout_s=4)
+    return with_server(folder, student, url, work)
 
 
 def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):
@@ -375,8 +379,6 @@ def loaded(path, dtype, model=None):
 
 def run_until(overrides, stop_after, number, ranks=(0,), recipe=None):
     """(exit code, stdout, stderr) of a run in which these ranks get a real signal while step `stop_after` runs."""
-    import os
-
     from toolkit import distributed
 
     original = DistillationLoop.choose_examples
@@ -399,6 +401,49 @@ def run_saying(overrides, recipe=None):
     with contextlib.redirect_stdout(out):
         code, err = run_expecting_exit(overrides, recipe)
     return code, out.getvalue(), err
+
+
+def run_telling(overrides, file):
+    """The exit code of a run whose rank 0 writes what it says to `file`, at once."""
+    from toolkit import distributed
+
+    opened = file.open("w", buffering=1) if distributed.rank() == 0 else io.StringIO()
+    with opened, contextlib.redirect_stdout(opened):
+        return run_expecting_exit(overrides)[0]
+
+
+def run_watching_teacher_text(overrides, file_rows):
+    """(how often the watchdog was told of the phase teacher_text, whether it was told of progress within each call that
+    generated in it) of a run that keeps the teacher's text in files of so many rows."""
+    from toolkit import run, teacher_text
+    from toolkit.rollout.engine import GatheredRollout
+
+    watchdogs, calls, phases, complete = [], [], [], GatheredRollout.complete
+
+    class Watched(run.Watchdog):
+        def __enter__(self):
+            watchdogs.append(self)
+            return super().__enter__()
+
+        def progress(self, phase, step=None):
+            phases.append(phase)
+            super().progress(phase, step)
+
+    def watched(self, *args):
+        before_s = watchdogs[0].changed_s
+        texts = complete(self, *args)
+        if phases[-1] == "teacher_text":
+            calls.append(watchdogs[0].changed_s > before_s)
+        return texts
+
+    kept = run.Watchdog, teacher_text.FILE_ROWS
+    run.Watchdog, teacher_text.FILE_ROWS, GatheredRollout.complete = Watched, file_rows, watched
+    try:
+        _main(overrides)
+    finally:
+        run.Watchdog, teacher_text.FILE_ROWS = kept
+        GatheredRollout.complete = complete
+    return phases.count("teacher_text") - 1, calls
 
 
 POISONS = {
@@ -443,25 +488,14 @@ def run_poisoned(overrides, poison, steps, ranks=(1,)):
 def run_with_failing_writes(overrides, steps):
     """A run whose last rank cannot write more than 4 KiB at these steps: a limit that the kernel enforces, as it does
     that of a full disk."""
-    import resource
-    import signal
-
     from toolkit import checkpoint, distributed
 
     write = checkpoint.write_safetensors
 
     def limited(path, tensors):
         fails = int(path.parent.name[5:13]) in steps and distributed.rank() == distributed.world() - 1
-        if not fails:
+        with no_room_for_files() if fails else contextlib.nullcontext():
             return write(path, tensors)
-        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        try:
-            return write(path, tensors)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, ignored)
 
     checkpoint.write_safetensors = limited
     try:
@@ -470,10 +504,73 @@ def run_with_failing_writes(overrides, steps):
         checkpoint.write_safetensors = write
 
 
+@contextlib.contextmanager
+def no_room_for_files(most_bytes=4096):
+    """No file of this process may grow above this: the kernel refuses the write, as it does on a full disk."""
+    import resource
+    import signal
+
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def run_with_failing_exports(overrides, names):
+    """(exit code, stdout, stderr) of a run in which there is no room for the exports into folders of these names."""
+    from toolkit import run
+
+    export = run.export_student
+
+    def limited(student, tokenizer, folder):
+        with no_room_for_files() if folder.name in names else contextlib.nullcontext():
+            return export(student, tokenizer, folder)
+
+    run.export_student = limited
+    try:
+        return run_saying(overrides)
+    finally:
+        run.export_student = export
+
+
+def error_of_one_rank(kind, failing_rank):
+    """What `together` raises here where its work raises `kind` on this one rank."""
+    from toolkit import distributed
+
+    def work():
+        if distributed.rank() == failing_rank:
+            raise kind("no room")
+
+    try:
+        distributed.together(work)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def run_until_with_failing_writes(overrides, stop_after, number, steps):
+    """As `run_until`, with signals to rank 0 and checkpoints of these steps that cannot be written."""
+    from toolkit import distributed
+
+    original = DistillationLoop.choose_examples
+
+    def choose(self, step):
+        if step + 1 == stop_after and distributed.rank() == 0:
+            os.kill(os.getpid(), number)
+        return original(self, step)
+
+    DistillationLoop.choose_examples = choose
+    try:
+        return run_with_failing_writes(overrides, steps)
+    finally:
+        DistillationLoop.choose_examples = original
+
+
 def run_poisoned_until(overrides, poison, steps, stop_after, number):
     """As `run_poisoned`, with a signal to rank 0 while step `stop_after` runs."""
-    import os
-
     from toolkit import distributed
 
     original = DistillationLoop.choose_examples
@@ -549,7 +646,7 @@ def loss_step(folder, memory_budget_mib):
     from tests.allocations import LargestTensor
     from tests.tiny import tiny_overrides
     from toolkit.batch import Example, TokenBatch
-    from toolkit.divergences import fused
+    from toolkit.divergences.tiles import Tiles
     from toolkit.models import (
         Objective,
         build_student,
@@ -585,13 +682,13 @@ def loss_step(folder, memory_budget_mib):
 
     for name, head in heads.items():
         head.partition = counted(name, head.partition)
-    tiles, project = [], fused._Tiles._project
+    tiles, project = [], Tiles._project
 
     def counting(self, tile, columns):
         tiles.append((tile, columns))
         return project(self, tile, columns)
 
-    fused._Tiles._project = counting
+    Tiles._project = counting
     try:
         with LargestTensor() as largest:
             hidden_NT = teacher.signals([batch])[0]
@@ -600,7 +697,7 @@ def loss_step(folder, memory_budget_mib):
                 student.engine.backward(found.loss)
             student.engine.step()
     finally:
-        fused._Tiles._project = project
+        Tiles._project = project
     return largest.numel, batch.num_targets * vocabulary.size, len(tiles), gathers
 
 

@@ -28,3 +28,15 @@ def rouge_l(texts, references):
     from toolkit.evaluation import score
 
     return score("rouge_l", texts, references)
+
+
+def impatient_command(arguments):
+    """`evaluate`, which waits for another job in the same place for a tenth of a second only."""
+    from toolkit.evaluation import evaluate
+
+    kept = evaluate.sole_use
+    evaluate.sole_use = lambda *args, **kwargs: kept(*args, wait_s=0.1, **kwargs)
+    try:
+        return command(arguments)
+    finally:
+        evaluate.sole_use = kept

@@ -59,12 +59,12 @@ class SlurmCluster:
                 "munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
                 f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
             )  # fmt: skip
-            self.wait_for(lambda: (munge / "socket").exists(), "munged's socket", 60)
+            self.wait_for(lambda: (munge / "socket").exists(), "munged's socket", 120)
             self._start("slurmctld", "-D")
             for number in range(1, self.nodes + 1):
                 self._start("slurmd", "-D", "-N", f"node{number}")
             self.wait_for(lambda: self.command("sinfo", "-hNo", "%T", check=False).split() == ["idle"] * self.nodes,
-                          "idle nodes", 60)  # fmt: skip
+                          "idle nodes", 120)  # fmt: skip
         except BaseException:
             self.close()
             raise

@@ -74,6 +74,36 @@ def test_broken_rows_are_skipped_and_counted_where_that_is_asked_for(tiny, ranks
     assert summary["data"]["train_skipped_bad"] == 2 and summary["data"]["train_rows"] == 40
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt"])
+def test_a_model_with_fewer_positions_than_a_text_has_tokens(refused, tiny, model_type):
+    sizes = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16},
+        "llama": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+                  "max_position_embeddings": 16},
+        "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64,
+                "word_embed_proj_dim": 32, "max_position_embeddings": 16},
+    }[model_type]  # fmt: skip
+    shape = {"model_type": model_type, "vocab_size": 400, **sizes}
+    changes = {
+        "student.path": "", "student.random_weights": True, "student.shape": shape,
+        "student.tokenizer": f"{tiny}/student",
+    }  # fmt: skip
+    refused("has 16 positions (max_position_embeddings), and texts take up to ", **changes)
+
+
+def test_a_stream_that_one_rank_cannot_read(refused, tmp_path):
+    """Each rank reads a file of its own."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, value in (("a", "some words of text"), ("b", 7)):
+        (texts / f"{name}.jsonl").write_text(json.dumps({"text": value}) + "\n")
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": "other words of text"}) + "\n")
+    refused("b.jsonl:1: 'text' is 7 (int), not text", **{
+        "data.kind": "text", "data.streaming": True, "data.source": str(texts), "data.max_length": 16,
+        "data.validation_source": f"{tmp_path}/held.jsonl",
+    })  # fmt: skip
+
+
 def test_a_model_folder_without_weights(refused, tiny, tmp_path):
     shutil.copytree(tiny / "student", tmp_path / "bare")
     (tmp_path / "bare" / "model.safetensors").unlink()

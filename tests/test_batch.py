@@ -97,6 +97,47 @@ def test_packing_keeps_every_text_whole_and_the_number_of_micro_batches(micro_si
     assert max(tokens) - min(tokens) <= max(len(e.tokens) for e in examples)
 
 
+def ragged(count, longest=60, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Example(rng.integers(0, 50, n), int(rng.integers(1, n))) for n in rng.integers(2, longest, count)]
+
+
+def area(batch):
+    return sum(ids.numel() for ids in (batch.input_ids_BT, batch.encoder_ids_BS) if ids is not None)
+
+
+@pytest.mark.parametrize("layout", [{}, {"pack_to": 64}, {"decoder_start_id": 0}])
+@pytest.mark.parametrize("micro_tokens", [80, 128, 300, 10_000])
+def test_a_token_budget_holds_however_many_micro_batches_the_other_ranks_need(layout, micro_tokens):
+    examples = ragged(24)
+    targets = sorted(tuple(e.response.tolist()) for e in examples)
+    own = make_window(examples, 0, PAD, micro_tokens=micro_tokens, **layout)
+    for count in (len(own), len(own) + 1, len(own) + 5, 24):
+        window = make_window(examples, 0, PAD, micro_tokens=micro_tokens, agree=lambda _, n=count: n, **layout)
+        assert len(window) == max(count, len(own)) and all(area(batch) <= micro_tokens for batch in window)
+        found = []
+        for batch in window:
+            rest = batch.targets_N.tolist()
+            if layout.get("pack_to"):
+                found += [tuple(np.array(ids[1:])[list(told[:-1])].tolist()) for ids, told in
+                          texts_of(batch._with_positions())]  # fmt: skip
+                continue
+            for count_of_row in batch.predicts_BT.sum(1).tolist():
+                found.append(tuple(rest[:count_of_row]))
+                rest = rest[count_of_row:]
+        assert sorted(found) == targets
+
+
+def test_a_token_budget_is_used_up_and_an_example_beyond_it_is_alone():
+    examples = [example([1], [2] * n) for n in (39, 15, 15, 7, 7, 7, 7, 3)]
+    window = make_window(examples, 0, PAD, micro_tokens=32)
+    assert [tuple(batch.input_ids_BT.shape) for batch in window] == [(1, 40), (2, 16), (4, 8), (1, 8)]
+    window = make_window(examples, 0, PAD, micro_tokens=32, pack_to=32)
+    assert window[0].input_ids_BT.shape == (1, 40) and len(window) < 5 and all(area(b) <= 32 for b in window[1:])
+    real = sum(len(e.tokens) for e in ragged(64))
+    assert len(make_window(ragged(64), 0, PAD, micro_tokens=600, pack_to=64)) == -(-real // 600)  # no more is possible
+
+
 def test_packing_leaves_less_padding_and_an_overlong_example_has_its_own_width():
     examples = [example([1], [2] * n) for n in (39, 19, 9, 9, 4, 3, 3, 3)]
 

@@ -133,9 +133,11 @@ def test_wrong_keys_and_types_are_named(override, told):
     ("data.kind=text", "schedule.policy = 'adaptive' asks for generated answers"),
     ("data.streaming=true", "data.streaming is for plain text"),
     ("text.weight=0", "text.weight = 0"),
+    ("loss.alpha_per_sequence=true data.packing=true", "with data.packing = True and data.kind = 'instructions'"),
+    ("loss.alpha_per_sequence=true data.kind=text schedule.policy=off", "and data.kind = 'text'"),
 ])  # fmt: skip
 def test_validate_names_the_setting_that_cannot_work(override, told):
-    config = BASE.with_overrides([override])
+    config = BASE.with_overrides(override.split() if " data." in override else [override])
     with pytest.raises(ValueError) as error:
         config.validate()
     assert told in str(error.value)
@@ -147,6 +149,18 @@ def test_validate_names_the_setting_that_cannot_work(override, told):
 ])  # fmt: skip
 def test_validate_lets_what_works_pass(overrides):
     BASE.with_overrides(overrides).validate()
+
+
+def test_a_token_budget_leaves_the_number_of_micro_batches_open():
+    config = BASE.with_overrides(["train.batch_rows=6", "train.micro_tokens=600"])
+    config.validate()
+    assert config.accumulation(3) == 1
+    with pytest.raises(ValueError, match=r"train.batch_rows = 6 is not a multiple of the 4 ranks"):
+        config.accumulation(4)
+    with pytest.raises(ValueError, match=r"train.micro_tokens = 600 is less than one row of data.max_length = 700"):
+        config.with_overrides(["data.max_length=700"]).validate()
+    with pytest.raises(ValueError, match=r"less than one row of text.max_length = 800"):
+        config.with_overrides(["text.source=x.txt", "text.max_length=800"]).validate()
 
 
 def test_accumulation_divides_or_says_why_not():

@@ -143,8 +143,7 @@ def roomy(tiny, ranks2):
 def test_a_rank_that_is_short_of_memory_halves_its_part_and_the_run_ends_the_same(tiny, ranks2, roomy, part, said):
     roomy_settings, whole, most_bytes = roomy
     limits = {part: 0.75 * most_bytes[part]}
-    (*zero, _), (*one, _) = ranks2.run(engine_cases.run_short_on_last_rank, roomy_settings(f"short {part}"), limits,
-                                            timeout_s=60)  # fmt: skip
+    (*zero, _), (*one, _) = ranks2.run(engine_cases.run_short_on_last_rank, roomy_settings(f"short {part}"), limits)
     assert zero == [0, ""]
     assert one[0] == 0 and one[1].count("out of memory") == 1 and f"rank 1: out of memory in {said}" in one[1]
     folder = tiny / "runs" / f"short {part}"

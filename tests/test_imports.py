@@ -46,7 +46,7 @@ ALLOWED = {
         "toolkit.distributed",
         "toolkit.rollout.engine",
     },
-    "toolkit.evaluation": ENGINES | {"toolkit.teacher_cache"},
+    "toolkit.evaluation": ENGINES | {"toolkit.checkpoint", "toolkit.teacher_cache"},
     "toolkit.checkpoint": ENGINES,
     "toolkit.teacher_text": ENGINES,
     "toolkit.teacher_cache": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint"},

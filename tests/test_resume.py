@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it had not been: weights and metrics bit for bit, on real ranks."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,15 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load, load_file
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
-from toolkit.checkpoint import Checkpoint, load_rng_state, rng_state, sole_use
+from toolkit.checkpoint import Checkpoint, compare, load_rng_state, rng_state, sole_use
+from toolkit.config import RunConfig
 from toolkit.faults import EXIT_LATER
 from toolkit.rollout.replay import _unpack
 
@@ -78,6 +82,17 @@ def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precisio
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
 
 
+def test_a_stopped_run_with_a_token_budget_ends_bitwise_like_one_that_was_not(tiny, ranks2):
+    changes = {"train.micro_tokens": 104, "data.packing": True}
+    ranks2.run(engine_cases.run_tiny, settings(tiny, "budget", **changes))
+    assert len({record["micro_batches"] for record in outcome(tiny, "budget")[1]}) > 1
+    stopped = settings(tiny, "budget stopped", **changes)
+    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
+        assert code == EXIT_LATER
+    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert_equal(outcome(tiny, "budget stopped"), outcome(tiny, "budget"))
+
+
 def test_a_run_stopped_between_two_windows_of_text_knows_how_many_are_left(tiny, ranks2):
     changes = {"rollout.windows": 2, "schedule.phi_initial": 0.9}
     ranks2.run(engine_cases.run_tiny, settings(tiny, "windows whole", **changes))
@@ -117,7 +132,10 @@ def test_a_stopped_run_with_plain_text_ends_bitwise_like_one_that_was_not(tiny, 
 def test_another_number_of_ranks_and_another_stage_follow(tiny, ranks1, ranks2, first, then):
     """Text is generated and kept, but not drawn from the buffer: what a rank draws is its own."""
     pools = {1: ranks1, 2: ranks2}
-    changes = {"schedule.policy": "mixed", "rollout.train_on_fresh": True, "rollout.capacity": 100}
+    # Adam turns the rounding of a gradient near zero into a share of the learning rate: 1e-5 needs a small one.
+    changes = {
+        "schedule.policy": "mixed", "rollout.train_on_fresh": True, "rollout.capacity": 100, "optimizer.lr": 1e-3,
+    }  # fmt: skip
     ranks2.run(engine_cases.run_tiny, settings(tiny, "at once", **changes))
     name = f"from {first} to {then}"
     for code, *_ in pools[first].run(
@@ -224,7 +242,7 @@ def test_ranks_that_see_different_folders_agree_on_one_checkpoint(stopped, ranks
     shutil.copytree(stopped[0], behind)
     shutil.rmtree(behind / "step-00000004")
     for folders in ((stopped[0], behind), (behind, stopped[0])):
-        assert ranks2.run(engine_cases.newest_checkpoint, folders, timeout_s=60) == ["step-00000002"] * 2
+        assert ranks2.run(engine_cases.newest_checkpoint, folders) == ["step-00000002"] * 2
 
 
 @pytest.fixture
@@ -232,11 +250,11 @@ def other_job(tmp_path):
     """Another process that uses the run folder `tmp_path / NAME`: started by a call, ends by .kill()."""
     started = []
 
-    def start(name, ends_after_s=60):
+    def start(name, lock="lock"):
         script = (
             "import sys, time\nfrom pathlib import Path\nfrom toolkit.checkpoint import sole_use\n"
-            f"with sole_use(Path({str(tmp_path / name)!r})):\n"
-            f"    print('held', flush=True)\n    time.sleep({ends_after_s})"
+            f"with sole_use(Path({str(tmp_path / name)!r}), name={lock!r}):\n"
+            "    print('held', flush=True)\n    time.sleep(600)"
         )
         started.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == "held\n"
@@ -260,11 +278,31 @@ def test_a_second_job_in_the_same_folder_is_refused_until_the_first_has_ended(ot
 
 
 def test_a_run_waits_for_a_job_that_is_ending(tiny, ranks2, other_job, tmp_path):
-    other_job("waits", ends_after_s=2)
-    code, out, _ = ranks2.run(
-        engine_cases.run_saying, settings(tiny, "waits", output_dir=str(tmp_path), train__steps=1)
-    )[0]  # fmt: skip
-    assert code == 0 and "waiting for its end" in out
+    job, told = other_job("waits"), tmp_path / "told"
+    with ends_once_it_is_waited_for(job, told):
+        overrides = settings(tiny, "waits", output_dir=str(tmp_path), train__steps=1)
+        assert ranks2.run(engine_cases.run_telling, overrides, told) == [0, 0]
+    assert "waiting for its end" in told.read_text()
+
+
+@contextlib.contextmanager
+def ends_once_it_is_waited_for(job, told):
+    """Kills `job` as soon as `told`, what a run says, has it that the job's end is waited for."""
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(0.05):
+            if told.is_file() and "waiting for its end" in told.read_text():
+                job.kill()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_where_every_checkpoint_is_damaged_nothing_is_started_over(stopped, ranks2):
@@ -303,6 +341,36 @@ def test_a_change_that_makes_another_run_is_refused_and_shown(stopped, ranks2, c
     assert code == 2 and message in said and "resume=never" in said
 
 
+def test_where_an_alpha_depends_on_the_micro_batch_its_size_may_not_change():
+    parts = {"precision": "float32", "data_sha256": "x", "teacher_sha256": {}, "base_sha256": {}}
+    for per_sequence in (False, True):
+        config = RunConfig().with_overrides([f"loss.alpha_per_sequence={per_sequence}"])
+        saved = {"config": config.to_dict(), "identity": parts}
+        expected = pytest.raises(ValueError, match=r"train\.micro_rows was 4, is 2")
+        with expected if per_sequence else contextlib.nullcontext():
+            assert compare(saved, config.with_overrides(["train.micro_rows=2"]), parts) == [
+                "train.micro_rows was 4, is 2"
+            ]
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_buffer_that_was_dealt_out_again_is_drawn_from(tiny, ranks1, ranks2, first, then):
+    pools = {1: ranks1, 2: ranks2}
+    name = f"drawn from {first} to {then}"
+    overrides = settings(tiny, name, schedule__phi_initial=1.0, train__steps=10, validation__every_steps=10)
+    for code, *_ in pools[first].run(engine_cases.run_until, overrides, 5, signal.SIGUSR1, ranks=(0,)):
+        assert code == EXIT_LATER
+    before = set(replayed(tiny, name))
+    found = pools[then].run(engine_cases.run_recording_sources, overrides)
+    assert len(before) == 20  # full: capacity
+    for seen in found:
+        assert len(seen) == 5 and "replay" in {source for source, _ in seen}
+    records = outcome(tiny, name)[1]
+    drawn = [record for record in records[5:] if record["source"] == "replay"]
+    assert drawn and all(record["staleness_steps"] > 0 and record["loss"] > 0 for record in drawn)
+    assert before & set(replayed(tiny, name))  # and some of the dealt entries are still there
+
+
 def test_other_data_or_another_teacher_behind_the_same_name_is_refused(stopped, tiny, ranks2, tmp_path):
     shutil.copytree(tiny / "teacher", tmp_path / "teacher")
     same = [*stopped[1], f"teacher.path={tmp_path}/teacher"]
@@ -335,6 +403,32 @@ def test_a_full_disk_fails_the_save_and_not_the_run(tiny, ranks2, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
 
 
+@pytest.mark.parametrize(("failing", "code"), [((4,), 2), ((4, 6), EXIT_LATER)])
+def test_a_stop_of_which_nothing_is_kept_is_not_to_be_repeated(tiny, ranks2, tmp_path, failing, code):
+    """Exit code 75 has SLURM requeue a job. One that can save nothing would be requeued for ever."""
+    stop, every = (4, 0) if code == 2 else (6, 2)  # no save but that of the stop, or a good one before it
+    overrides = settings(tiny, "kept", output_dir=str(tmp_path), checkpoint__every_steps=every)
+    found = ranks2.run(engine_cases.run_until_with_failing_writes, overrides, stop, signal.SIGUSR1, failing)
+    assert [ended for ended, *_ in found] == [code, code]
+    folder = tmp_path / "kept" / "checkpoints"
+    assert [path.name for path in folder.glob("*")] == ([] if code == 2 else ["step-00000002"])
+    if code == 2:
+        assert "what was done since the start is lost" in found[0][2] and "File too large" in found[0][2]
+    else:
+        assert "goes on from" in ranks2.run(engine_cases.run_saying, overrides)[0][1]
+
+
+def test_a_full_disk_fails_the_best_export_and_not_the_run(tiny, ranks2, tmp_path):
+    changes = {"output_dir": str(tmp_path), "validation.best": "ce", "train.steps": 3}
+    code, out, _ = ranks2.run(engine_cases.run_with_failing_exports, settings(tiny, "best", **changes), ["best"])[0]
+    assert code == 0 and "the student could not be written to" in out and "File too large" in out
+    assert not list((tmp_path / "best").glob("best*")) and (tmp_path / "best" / "student").is_dir()
+    assert json.loads((tmp_path / "best" / "summary.json").read_text())["best"] is None
+    stops = settings(tiny, "best", **changes | {"checkpoint.on_failure": "stop", "resume": "never"})
+    for code, *_ in ranks2.run(engine_cases.run_with_failing_exports, stops, ["best"]):
+        assert code == 2
+
+
 def test_a_folder_that_takes_no_files_fails_the_save_and_not_the_run(tiny, ranks2, tmp_path):
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "checkpoints").write_text("")  # permissions do not stop root, a file in the way does
@@ -356,6 +450,55 @@ def test_pickled_weights_that_run_code_do_not(tiny, ranks2, tmp_path):
     torch.save({"model.embed_tokens.weight": Evil(tmp_path / "was run")}, tmp_path / "evil" / "pytorch_model.bin")
     code, *_ = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, teacher__path=f"{tmp_path}/evil"))[0]
     assert code == 2 and not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "pkl", "bin", "npz"])
+def test_data_under_a_name_that_is_no_data_runs_no_code(tiny, ranks2, tmp_path, suffix):
+    file = tmp_path / f"rows.{suffix}"
+    torch.save(Evil(tmp_path / "was run"), file)
+    for kind in ("instructions", "text"):
+        code, _, said = ranks2.run(engine_cases.run_saying, tiny_overrides(
+            tiny, data__source=str(file), data__kind=kind))[0]  # fmt: skip
+        assert code == 2 and str(file) in said and not (tmp_path / "was run").exists()
+
+
+def test_weights_that_are_a_pickle_by_another_name_run_no_code(tiny, ranks2, tmp_path):
+    shutil.copytree(tiny / "student", tmp_path / "evil")
+    torch.save(Evil(tmp_path / "was run"), tmp_path / "evil" / "model.safetensors")
+    code, _, said = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, student__path=f"{tmp_path}/evil"))[0]
+    assert code == 2 and "model.safetensors is damaged" in said and not (tmp_path / "was run").exists()
+
+
+def test_settings_that_are_yaml_made_to_run_code_do_not(tiny, ranks2, tmp_path):
+    """Every setting is read as YAML, and an object of Python's is something that YAML can ask for."""
+    evil = f'!!python/object/apply:os.mkdir ["{tmp_path}/was run"]'
+    for setting in (f"name={evil}", f"data={{source: {evil}}}", f"student.shape={evil}"):
+        code, _, said = ranks2.run(engine_cases.run_saying, [*tiny_overrides(tiny), setting])[0]
+        assert code == 2 and "is not valid YAML" in said and not (tmp_path / "was run").exists()
+    with pytest.raises(FileNotFoundError):  # what it asks for does happen where YAML is not read safely
+        yaml.unsafe_load(f'!!python/object/apply:os.mkdir ["{tmp_path}/no/was run"]')
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_that_comes_with_a_model_is_run_only_where_it_is_trusted(tiny, ranks2, tmp_path, part):
+    """As a hub repository has it: a module beside the weights, which config.json names."""
+    folder = tmp_path / "evil"
+    shutil.copytree(tiny / "student", folder)
+    (folder / "own.py").write_text(
+        f"import os\nos.mkdir({str(tmp_path / 'was run')!r})\nraise ValueError('run here')\n"
+    )
+    name = {"model": "config.json", "tokenizer": "tokenizer_config.json"}[part]
+    config = json.loads((folder / name).read_text())
+    if part == "model":
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    else:
+        config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / name).write_text(json.dumps(config))
+    overrides = tiny_overrides(tiny, student__path=str(folder))
+    code, _, said = ranks2.run(engine_cases.run_saying, overrides)[0]
+    assert code == 2 and str(folder) in said and not (tmp_path / "was run").exists(), said
+    code, _, said = ranks2.run(engine_cases.run_saying, [*overrides, "student.trust_remote_code=true"])[0]
+    assert code == 2 and (tmp_path / "was run").exists()
 
 
 def test_all_generators_come_back():

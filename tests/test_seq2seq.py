@@ -100,6 +100,7 @@ def test_neither_layout_nor_checkpointing_nor_stage_changes_the_weights(t5, rank
     layouts = {
         "1x8": (ranks1, {"train.micro_rows": 8}),
         "8x1 checkpointing": (ranks1, {"train.micro_rows": 1, "student.gradient_checkpointing": True}),
+        "2 ranks, tokens": (ranks2, {"train.micro_tokens": 96, "teacher.pass_rows": 1}),
         "2 ranks ZeRO-2": (ranks2, {"student.ds_config": "ds_configs/student_zero2.json", "teacher.pass_rows": 2}),
     }
     for name, (ranks, changes) in layouts.items():

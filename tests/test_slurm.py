@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def test_a_signalled_job_requeues_and_ends_like_an_undisturbed_run(cluster, tiny
     run_dir, log = tmp_path / "disturbed", tmp_path / "job.log"
     script = tmp_path / "edited.sbatch"
     script.write_text(edited(SBATCH.read_text(), settings(tiny, tmp_path, "disturbed")))
+    submitted_s = time.monotonic()
     told = cluster.command("sbatch", f"--chdir={ROOT}", f"--output={log}", str(script), **ON_LOOPBACK)
     job = re.search(r"\d+", told)[0]
 
@@ -75,8 +77,21 @@ def test_a_signalled_job_requeues_and_ends_like_an_undisturbed_run(cluster, tiny
         state_is()
         return (run_dir / "metrics.jsonl").is_file() and len(read_metrics(run_dir)) >= 5
 
-    cluster.wait_for(steps_done, "fifth step of the job", 240)
+    def has_said(text):
+        state_is()
+        return text in log.read_text()
+
+    cluster.wait_for(steps_done, "fifth step of the job", 400)
+    print(f"sbatch to step 5: {time.monotonic() - submitted_s:.1f} s")
+    signalled_s = time.monotonic()
     cluster.command("scancel", "--signal=USR1", job)
+    for said, what in (
+        ("exit code 75\n", "its exit with 75, checkpoint written"),
+        (f"job {job}, start 2:", "its second start"),
+        ("goes on from", "the checkpoint read"),
+    ):
+        cluster.wait_for(lambda said=said: has_said(said), what, 400)
+        print(f"SIGUSR1 to {what}: {time.monotonic() - signalled_s:.1f} s")
     record = cluster.wait_for(lambda: state_is("COMPLETED"), "end of the job", 400)
 
     text = log.read_text()  # of both starts: it was appended to

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+import toolkit.teacher_text as teacher_text_module
 from tests import engine_cases
 from tests.tiny import tiny_overrides
 
@@ -66,3 +67,24 @@ def test_epochs_count_the_rows(tiny, ranks2):
     assert summary["steps"] == round(0.5 * rows / 8) != 3
     saved = json.loads((tiny / "runs/epochs/summary.json").read_text())
     assert saved["steps"] == summary["steps"]
+
+
+def test_two_jobs_that_write_the_same_text_do_not_disturb_each_other(tmp_path, monkeypatch):
+    texts, save, calls = [np.array([5, 6]), np.array([7])], np.savez, []
+
+    def save_twice(file, **arrays):
+        calls.append(1)
+        if len(calls) == 1:  # the other one writes while this one does
+            teacher_text_module._write(tmp_path / "0.npz", texts)
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", save_twice)
+    teacher_text_module._write(tmp_path / "0.npz", texts)
+    assert len(calls) == 2 and [path.name for path in tmp_path.iterdir()] == ["0.npz"]
+    assert [text.tolist() for text in teacher_text_module._read(tmp_path / "0.npz", 2)] == [[5, 6], [7]]
+
+
+def test_a_long_generation_is_progress(tiny, ranks2):
+    """The watchdog hears of each file, and of each pass of the model in between."""
+    for files, calls in ranks2.run(engine_cases.run_watching_teacher_text, seqkd(tiny, "seqkd watched"), 16):
+        assert files == 3 and len(calls) >= 3 and all(calls)

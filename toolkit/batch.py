@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -212,6 +212,10 @@ def _padded(rows: Sequence[np.ndarray], pad_id: int, multiple: int) -> tuple[tor
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
+Rows = list[list[Example]]  # of one micro-batch: the examples that lie in each row
+InRows = Callable[[Sequence[Example]], Rows]
+
+
 def make_window(
     examples: Sequence[Example],
     micro_size: int,
@@ -219,6 +223,8 @@ def make_window(
     pad_to_multiple: int = 8,
     pack_to: int | None = None,
     decoder_start_id: int | None = None,
+    micro_tokens: int | None = None,
+    agree: Callable[[int], int] = lambda count: count,
 ) -> list[TokenBatch]:
     """One rank's share of an optimizer step as len(examples) / micro_size micro-batches.
 
@@ -227,24 +233,80 @@ def make_window(
     gets about as many tokens as the others, laid into the rows, of at most `pack_to` tokens, that need the least
     padding; no row is longer than `pack_to` but for an example that is.
 
-    Raises ValueError if micro_size < 1, or if it does not divide len(examples).
+    micro_tokens: in place of micro_size, as few micro-batches as hold at most so many tokens each, padding included,
+    but for one example that has more by itself. All ranks have to take as many: `agree` is told this rank's number
+    and returns that of the rank which needs most, and this rank splits its micro-batches up to it.
+
+    Raises ValueError for no examples, if micro_size < 1, or if it does not divide len(examples).
     """
-    if micro_size < 1 or not examples or len(examples) % micro_size:
+    if not examples or (micro_tokens is None and (micro_size < 1 or len(examples) % micro_size)):
         raise ValueError(
             f"a window of {len(examples)} examples in micro-batches of {micro_size}; "
             "the window must hold at least one micro-batch and be a multiple of its size"
         )
-    if pack_to is not None:
-        parts = _even_parts(examples, len(examples) // micro_size)
-        return [
-            TokenBatch.from_rows(_least_padding(part, pack_to, pad_to_multiple), pad_id, pad_to_multiple)
-            for part in parts
-        ]
+
+    def in_rows(part: Sequence[Example]) -> Rows:
+        return [[one] for one in part] if pack_to is None else _least_padding(part, pack_to, pad_to_multiple)
+
+    def area(rows: Rows) -> int:
+        """Tokens of the micro-batch, padding included."""
+        if decoder_start_id is None:
+            return len(rows) * _round_up(max(sum(map(_length, row)) for row in rows), pad_to_multiple)
+        prompt = _round_up(max(one.prompt_length for one, *_ in rows), pad_to_multiple)
+        return len(rows) * (prompt + _round_up(max(len(one.response) for one, *_ in rows) + 1, pad_to_multiple))
+
     ordered = sorted(examples, key=_length, reverse=True)
-    return [
-        TokenBatch.from_examples(ordered[start : start + micro_size], pad_id, pad_to_multiple, decoder_start_id)
-        for start in range(0, len(examples), micro_size)
-    ]
+    if micro_tokens is not None:
+        fill = _fill_sorted if pack_to is None else _fill_evenly
+        parts = fill(ordered, in_rows, lambda rows: area(rows) <= micro_tokens)
+        parts = _split_up(parts, agree(len(parts)), area)
+    elif pack_to is not None:
+        parts = [in_rows(part) for part in _even_parts(ordered, len(ordered) // micro_size)]
+    else:
+        parts = [in_rows(ordered[start : start + micro_size]) for start in range(0, len(ordered), micro_size)]
+    if decoder_start_id is None:
+        return [TokenBatch.from_rows(rows, pad_id, pad_to_multiple) for rows in parts]
+    flat = [[one for row in rows for one in row] for rows in parts]
+    return [TokenBatch.from_examples(part, pad_id, pad_to_multiple, decoder_start_id) for part in flat]
+
+
+def _fill_sorted(ordered: list[Example], in_rows: InRows, fits: Callable[[Rows], bool]) -> list[Rows]:
+    """Micro-batches one after the other, each as full as it may be."""
+    parts: list[Rows] = []
+    for rows in map(in_rows, ([one] for one in ordered)):
+        if parts and fits(parts[-1] + rows):
+            parts[-1] += rows
+        else:
+            parts.append(rows)
+    return parts
+
+
+def _fill_evenly(ordered: list[Example], in_rows: InRows, fits: Callable[[Rows], bool]) -> list[Rows]:
+    """The smallest number of micro-batches of about as many tokens; what does not fit by itself is alone."""
+    alone = [in_rows([one]) for one in ordered]
+    large = [rows for rows in alone if not fits(rows)]
+    rest = [one for one, rows in zip(ordered, alone, strict=True) if fits(rows)]
+    for count in range(1, len(rest)):
+        parts = [in_rows(part) for part in _even_parts(rest, count)]
+        if all(map(fits, parts)):
+            return large + parts
+    return large + [in_rows([one]) for one in rest]
+
+
+def _split_up(parts: list[Rows], count: int, area: Callable[[Rows], int]) -> list[Rows]:
+    """`parts` with the largest halved until there are `count`: by rows, a single row by its examples. No half is
+    larger than the whole, so what held still holds."""
+    parts = list(parts)
+    while len(parts) < count:
+        index = max((i for i, rows in enumerate(parts) if sum(map(len, rows)) > 1), key=lambda i: area(parts[i]))
+        rows = parts[index]
+        if len(rows) > 1:
+            halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        else:
+            (row,) = rows
+            halves = [[row[: len(row) // 2]], [row[len(row) // 2 :]]]
+        parts[index : index + 1] = halves
+    return parts
 
 
 def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
@@ -259,7 +321,7 @@ def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
     return parts
 
 
-def _least_padding(examples: list[Example], pack_to: int, pad_to_multiple: int) -> list[list[Example]]:
+def _least_padding(examples: Sequence[Example], pack_to: int, pad_to_multiple: int) -> Rows:
     """The examples in the number of rows that makes rows x padded length smallest; more and shorter rows on a tie."""
     found, least = None, 0
     limit = max(pack_to, max(map(_length, examples)))

@@ -49,7 +49,7 @@ REPLAY, RNG = "replay", "rng"
 FREE = re.compile(
     r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|cache|tokenizer|"
     r"ds_config|pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir|packing)|text\.source|"
-    r"train\.micro_rows|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
+    r"train\.micro_(rows|tokens)|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
     r"validation\.batch_rows|loss\.memory_budget_mib"
 )
 
@@ -133,14 +133,19 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def sole_use(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-    """No other job works in this run's `folder` inside the `with` block: rank 0 holds a lock on its file `lock`.
+def sole_use(
+    folder: Path,
+    wait_s: float = LOCK_WAIT_S,
+    name: str = LOCK,
+    instead: str = "give this run a name of its own (name=...)",
+) -> Iterator[None]:
+    """No other job works in this run's `folder` inside the `with` block: rank 0 holds a lock on its file `name`.
 
     The kernel frees the lock with the process, however that ends, so there is none to clear away; over NFS the server
-    does. A job that ends just now is waited for. Collective. Raises ValueError, naming the other job, after `wait_s`.
-    Where a file system has no locks the run goes on, with a warning.
+    does. A job that ends just now is waited for. Collective. Raises ValueError, naming the other job and what to do
+    `instead`, after `wait_s`. Where a file system has no locks the run goes on, with a warning.
     """
-    handle = distributed.together(lambda: _lock(folder, wait_s) if distributed.rank() == 0 else None)
+    handle = distributed.together(lambda: _lock(folder / name, wait_s, instead) if distributed.rank() == 0 else None)
     try:
         yield
     finally:
@@ -148,9 +153,10 @@ def sole_use(folder: Path, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
             os.close(handle)
 
 
-def _lock(folder: Path, wait_s: float) -> int | None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path, deadline_s, is_told = folder / LOCK, time.monotonic() + wait_s, False
+def _lock(path: Path, wait_s: float, instead: str) -> int | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    what = path.parent if path.name == LOCK else path.with_suffix("")
+    deadline_s, is_told = time.monotonic() + wait_s, False
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
@@ -164,11 +170,11 @@ def _lock(folder: Path, wait_s: float) -> int | None:
             if time.monotonic() > deadline_s:
                 os.close(handle)
                 raise ValueError(
-                    f"{folder} is in use by another job ({owner}), which has not ended within {wait_s:g} s: two would "
-                    "overwrite each other's checkpoints. Stop that one, or give this run a name of its own (name=...)"
+                    f"{what} is in use by another job ({owner}), which has not ended within {wait_s:g} s: two would "
+                    f"overwrite each other's files. Stop that one, or {instead}"
                 ) from None
             if not is_told:
-                print(f"{folder} is in use by another job ({owner}); waiting for its end", flush=True)
+                print(f"{what} is in use by another job ({owner}); waiting for its end", flush=True)
                 is_told = True
             time.sleep(min(1.0, wait_s))
         except OSError as error:
@@ -370,7 +376,9 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
         old = before.get(name, default.get(name))  # a setting that is newer than the checkpoint had its default
         new = now.get(name)
         if old != new:
-            (free if FREE.fullmatch(name) else refused).append(f"{name} was {old!r}, is {new!r}")
+            # alpha_per_sequence holds each text against the others of its micro-batch
+            is_free = FREE.fullmatch(name) and not (name == "train.micro_rows" and config.loss.alpha_per_sequence)
+            (free if is_free else refused).append(f"{name} was {old!r}, is {new!r}")
     old = saved["identity"]
     if old["precision"] != found["precision"]:
         refused.append(f"precision was {old['precision']}, is {found['precision']}")

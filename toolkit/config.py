@@ -184,7 +184,8 @@ class LossConfig:
     student_text_divergence: in place of it where the student's own text is trained on ("": the same one).
     alpha_end: alpha moves to it over the run, in a straight line (TAID: from 0.4 to 1); None: it stays.
     alpha_per_sequence: skl and srkl with an alpha of each text's own, at most `alpha`: smaller where the models differ
-    more than in the rest of the micro-batch (DistiLLM-2). Costs one more product with each head.
+    less than in the rest of the micro-batch (DistiLLM-2). So it depends on train.micro_rows and on the number of ranks.
+    Not with data.packing, where a row holds several texts. Costs one more product with each head.
     head_mass: akl's. temperature divides both models' logits.
     cross_entropy_weight: share of the text's own next token beside the divergence.
     memory_budget_mib: bound on the logit tiles; None is the operation's default.
@@ -254,16 +255,18 @@ class TrainConfig:
     """How long training is, by the one of these that was set last. steps: optimizer steps. epochs: passes over the
     training rows. tokens: of plain text (data.kind "text"), whose rows are all data.max_length long.
     batch_rows: sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be
-    a multiple of micro_rows x ranks."""
+    a multiple of micro_rows x ranks. micro_tokens: in its place, as few micro-batches as hold at most so many tokens
+    each, padding included; their number changes from step to step, and micro_rows is not read."""
 
     steps: int = 100
     epochs: float | None = None
     tokens: float | None = None
     batch_rows: int = 8
     micro_rows: int = 4
+    micro_tokens: int | None = None
 
     def validate(self) -> None:
-        for name in ("steps", "batch_rows", "micro_rows"):
+        for name in ("steps", "batch_rows", "micro_rows", "micro_tokens"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("epochs", "tokens"):
             if (value := getattr(self, name)) is not None:
@@ -388,7 +391,8 @@ class ValidationConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     """every_steps: between two checkpoints; the end of training and a signal make one in any case (0: only they do).
-    keep: newest ones that stay. on_failure: what a save that fails, a full disk for instance, does to the run."""
+    keep: newest ones that stay. on_failure: what a save that fails, a full disk for instance, does to the run; so with
+    the export of the best student (validation.best)."""
 
     every_steps: int = 100
     keep: int = 2
@@ -405,8 +409,9 @@ class CheckpointConfig:
 class FaultsConfig:
     """max_skipped_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
     spike_factor: also skip a step whose loss is above this many medians of the last `spike_window` losses
-    (None: off). hang_s: a rank that shows no progress for this long is reported and the job ended; longer than the
-    longest phase, evaluation included. grace_s: a signal ends the run after this long even where no step ended.
+    (None: off). hang_s: a rank that shows no progress for this long is reported and the job ended; longer than
+    any pass of a model, loading, a save or an export. grace_s: a signal ends the run after this long even where no
+    step ended.
     """
 
     max_skipped_steps: int = 3
@@ -490,6 +495,12 @@ class RunConfig:
                         f'{name} = {value!r} asks for generated answers, but data.kind = "text" has no prompts; set it '
                         f"to {needed!r}"
                     )
+        if self.loss.alpha_per_sequence and (self.data.packing or self.data.kind == "text"):
+            raise ValueError(
+                f"loss.alpha_per_sequence = true with data.packing = {self.data.packing} and data.kind = "
+                f"{self.data.kind!r}: a row would hold several texts and have one alpha; set it to false, or use "
+                'data.packing=false and data.kind="instructions"'
+            )
         if self.teacher.cache:
             self._check_cache()
         if self.validation.best == "kl" and not self.has_teacher and not self.teacher.cache:
@@ -510,6 +521,13 @@ class RunConfig:
             )
         if self.train.epochs is None:
             self.for_rows(None)._check_warmup()
+        sections = [("data", self.data)] + ([("text", self.text)] if self.text.source else [])
+        for name, section in sections if self.train.micro_tokens else ():
+            if self.train.micro_tokens < section.max_length:
+                raise ValueError(
+                    f"train.micro_tokens = {self.train.micro_tokens} is less than one row of {name}.max_length = "
+                    f"{section.max_length} tokens; raise the first or lower the second"
+                )
 
     def _check_cache(self) -> None:
         """What holds for every cache; what its form allows is known once it is open."""
@@ -567,8 +585,13 @@ class RunConfig:
         return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of one optimizer step on one rank, those of text.source included; raises ValueError where a
-        batch does not divide."""
+        """Micro-batches of one optimizer step on one rank, those of text.source included; 1 where train.micro_tokens
+        leaves their number open. Raises ValueError where a batch does not divide."""
+        if self.train.micro_tokens is not None:
+            for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
+                if rows % world:
+                    raise ValueError(f"{name} = {rows} is not a multiple of the {world} ranks; change one of them")
+            return 1
         per_step = self.train.micro_rows * world
         for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
             if rows % per_step:
@@ -577,6 +600,12 @@ class RunConfig:
                     f"{self.train.micro_rows} x {world}; change one of them"
                 )
         return (self.train.batch_rows + self.text_rows) // per_step
+
+    @property
+    def generates(self) -> bool:
+        """Whether prompts are answered in this run."""
+        asked = self.validation.rouge_rows or self.validation.samples
+        return self.schedule.policy != "off" or self.data.responses == "teacher" or bool(asked)
 
     @property
     def text_rows(self) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from toolkit import slurm
 
@@ -93,6 +96,14 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def max_over_ranks(value: int) -> int:
+    """The largest of the ranks' numbers, on every rank. Collective."""
+    largest = torch.tensor(value, dtype=torch.int64, device=device())
+    if world() > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def anywhere(value: bool) -> bool:
     """Whether it is true on any rank; alike on all of them. Collective."""
     return sum_over_ranks([value])[0] > 0
@@ -113,17 +124,26 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Run `work`, which may not communicate, on every rank; if it fails on any, every rank raises the first error."""
+    """Run `work`, which may not communicate, on every rank; if it fails on any, every rank raises ValueError with the
+    first error. No kind of error may leave alone the ranks that wait here for the one that has it."""
     result, error = None, None
     try:
         result = work()
-    except (ValueError, OSError) as failure:
+    except Exception as failure:
         error = failure
-    texts = gather_objects(None if error is None else f"{error}")
+    texts = gather_objects(None if error is None else _told(error))
     first = next((text for text in texts if text is not None), None)
     if first is not None:
         raise ValueError(first) from error
     return result
+
+
+def _told(error: Exception) -> str:
+    """Its text; of a kind that was not made for users also the kind, the place, and the rank."""
+    if isinstance(error, ValueError | OSError | SafetensorError):
+        return f"{error}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"rank {rank()}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno} {place.name})"
 
 
 def main_rank_first(work: Callable[[], Result]) -> Result:

@@ -250,7 +250,8 @@ class Sign:
 
 class Watchdog:
     """Ends a job that stands still. A thread of each rank tells the others, through the process group's store, what the
-    rank does; where its own phase lasts longer than `limit_s`, it says which rank is behind, where, and exits.
+    rank does; where it begins no phase and no pass of a model for longer than `limit_s`, it says which rank is behind,
+    where, and exits.
 
     The job is over `limit_s` + 5 looks (of 10 s at most) after the last progress, from before the ranks have joined on.
     """
@@ -278,6 +279,15 @@ class Watchdog:
         self.sign.phase, self.sign.changes = phase, self.sign.changes + 1
         self.sign.step = self.sign.step if step is None else step
         self.changed_s = time.monotonic()
+
+    def count_passes(self, model: torch.nn.Module) -> None:
+        """Each pass of `model` is progress as well: generation and evaluation make many in one phase. Every pass enters
+        its input embeddings. It is no new phase: ranks make as many passes as their texts are long."""
+
+        def enter(*_: Any) -> None:
+            self.changed_s = time.monotonic()
+
+        model.get_input_embeddings().register_forward_pre_hook(enter)
 
     def _watch(self) -> None:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -345,6 +355,8 @@ def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
     elif len(behind) < len(heard):
         sign = heard[behind[0]]
         lines.append(f"rank {_listed(behind)} holds the others up, in phase {sign.phase} of step {sign.step}.")
+    elif len({sign.where for sign in heard.values()}) > 1:
+        lines.append("The ranks wait in different calls: one of them is out of step.")
     else:
         lines.append("All ranks stand in the same place: network, file system, or a phase longer than the limit.")
     for rank, sign in sorted(signs.items()):
@@ -361,14 +373,15 @@ def _listed(ranks: Any) -> str:
 
 
 def _where(thread: int | None) -> tuple[str, bool]:
-    """(the innermost line of this package that a thread is in, and what it called; whether that is a collective)"""
+    """(the innermost line of this package that a thread is in, and where that has led; whether it is a collective)"""
     frame = sys._current_frames().get(thread)
     package, inner, waits, line = str(Path(__file__).resolve().parent), "", False, ""
     while frame is not None:
         file = frame.f_code.co_filename
         inner = inner or f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
         waits = waits or "torch/distributed/" in file or "deepspeed/comm/" in file
-        if file.startswith(package):
+        # Not the one place that all collectives go through: who called it says what is waited for.
+        if file.startswith(package) and not file.endswith("/distributed.py"):
             line = f"at {Path(file).relative_to(Path(package).parent)}:{frame.f_lineno} {frame.f_code.co_name}"
             break
         frame = frame.f_back

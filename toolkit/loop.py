@@ -50,6 +50,8 @@ class DistillationLoop:
     latest: Validation | None = None
     best: Best | None = None
     asked_to_stop: bool = False
+    has_saved: bool = False  # a checkpoint, since this start
+    save_failure: str = ""  # of the last save that failed
     source_counts: dict[str, int] = field(default_factory=lambda: {source.value: 0 for source in Source})
     tokens: int = 0
     windows_ahead: int = 0  # GENERATE steps whose text an earlier one has made
@@ -81,8 +83,26 @@ class DistillationLoop:
             if self.asked_to_stop or self.done == last or (every and self.done % every == 0):
                 self.save()
             if self.asked_to_stop:
-                raise GoOnLater(f"stopped by a signal after step {self.done} of {last}")
+                self.go_on_later(f"after step {self.done} of {last}")
         return self.initial, self.latest
+
+    def go_on_later(self, where: str) -> None:
+        """Raises GoOnLater: a signal has stopped the run, and the next start goes on from the newest checkpoint.
+
+        Raises ValueError where nothing of what this start did was kept: the next one would only do it again, and a job
+        that is requeued would do so for ever.
+        """
+        if self.save_failure and not self.has_saved:
+            raise ValueError(
+                f"stopped by a signal {where}, and what was done since the start is lost: {self.save_failure}. Make "
+                "room there or change the folder (output_dir), and give the same command again"
+            )
+        raise GoOnLater(f"stopped by a signal {where}")
+
+    def stop_if_asked(self, where: str) -> None:
+        """As `go_on_later`, where a signal came after the last step. Collective."""
+        if self.signals.agreed():
+            self.go_on_later(where)
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; the returned metrics are of all ranks together."""
@@ -95,8 +115,9 @@ class DistillationLoop:
         targets, tokens, text_targets, text_tokens = distributed.sum_over_ranks(
             [sum(getattr(batch, n) for batch in part) for part in (window, text) for n in ("num_targets", "num_tokens")]
         )
-        # deepspeed divides by micro-batches and averages over ranks; this undoes both and divides by tokens, once.
-        shares = (len(window) + len(text)) * distributed.world()
+        # deepspeed divides by a number of micro-batches, the config's, and averages over ranks; this undoes both and
+        # divides by tokens, once.
+        shares = self.student.engine.gradient_accumulation_steps() * distributed.world()
         token_weights = [shares / targets] * len(window)
         token_weights += [self.config.text.weight * shares / text_targets for _ in text]
         learning_rate = self.student.set_learning_rate(step)
@@ -109,6 +130,8 @@ class DistillationLoop:
         with teacher.head() as head:
             for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):
                 with self.timer.phase("student"):
+                    # told and not counted by deepspeed: with a token budget every step may have another number of them
+                    self.student.engine.set_gradient_accumulation_boundary(len(sums) + 1 == len(token_weights))
                     found = self.student.loss(batch, signal, head, objective, token_weight)
                     sums.append(
                         torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double()
@@ -120,7 +143,8 @@ class DistillationLoop:
                         divergence, cross_entropy, agreements, text_ce, rss_gib, stop, steps = (
                             distributed.sum_over_ranks(known)
                         )
-                        assert steps == step * distributed.world(), f"rank at step {step}, mean of ranks {steps}"
+                        mean = steps / distributed.world()
+                        assert mean == step, f"this rank is at step {step}, the mean of all ranks is {mean}"
                         loss = (divergence + self.config.loss.cross_entropy_weight * cross_entropy) / targets
                         loss += self.config.text.weight * text_ce / text_targets if text else 0.0
                         objection = self.guard.objection(loss)
@@ -149,6 +173,7 @@ class DistillationLoop:
             "staleness_steps": self._staleness(step, source),
             **({"text_ce": text_ce / text_targets, "text_tokens": int(text_tokens)} if text else {}),
             "tokens": int(tokens + text_tokens),
+            "micro_batches": len(token_weights),
             "response_tokens": int(targets),
             "learning_rate": learning_rate,
             "grad_norm": float(self.student.engine.get_global_grad_norm() or 0.0),
@@ -159,8 +184,7 @@ class DistillationLoop:
 
     def choose_examples(self, step: int) -> tuple[Source, list[Example]]:
         """This rank's share of the step's rows, and where they are from: data, buffer, or the student (Algorithm 1)."""
-        rank, world = distributed.rank(), distributed.world()
-        rows = self.config.train.batch_rows // world
+        rows = self.config.train.batch_rows // distributed.world()
         source = self.schedule.decide(step)
         if source is Source.GENERATE and self.windows_ahead:
             self.windows_ahead -= 1
@@ -169,7 +193,7 @@ class DistillationLoop:
         if source is Source.REPLAY and not distributed.everywhere(self.replay.is_ready(rows, step)):
             source = Source.GENERATE
         if source is Source.DATASET:
-            return source, self.dataset.window_examples(step, rank, world, rows)
+            return source, self._read(self.dataset, step, rows)
         if source is Source.GENERATE:
             fresh = self.generate(step, rows)
             self.replay.push(fresh, self.rollout.weights_step)
@@ -182,8 +206,7 @@ class DistillationLoop:
         settings, rank, world = self.config.rollout, distributed.rank(), distributed.world()
         prompts, seeds = [], []
         for window in range(settings.windows):
-            examples = self.dataset.window_examples(step + window, rank, world, rows)
-            prompts += [example.prompt for example in examples]
+            prompts += [example.prompt for example in self._read(self.dataset, step + window, rows)]
             first = (window * world + rank) * rows
             seeds += [sequence_seed(self.config.seed, step + 1, row) for row in range(first, first + rows)]
         sampling = SeededSampling.of(settings, self.config.max_new_tokens, seeds)
@@ -197,14 +220,25 @@ class DistillationLoop:
         """This rank's blocks of plain text for the step."""
         if self.text is None:
             return []
-        rank, world = distributed.rank(), distributed.world()
-        return self.text.window_examples(step, rank, world, self.config.text_rows // world)
+        return self._read(self.text, step, self.config.text_rows // distributed.world())
+
+    def _read(self, rows: PromptDataset | TextStream, step: int, count: int) -> list[Example]:
+        """This rank's share. A stream is read from outside, and may fail on one rank alone: all of them end then."""
+
+        def read() -> list[Example]:
+            return rows.window_examples(step, distributed.rank(), distributed.world(), count)
+
+        return distributed.together(read) if isinstance(rows, TextStream) else read()
 
     def _window(self, examples: list[Example], pack_to: int | None = None) -> list[TokenBatch]:
         if not examples:
             return []
-        start_id, pad_id = self.vocabulary.decoder_start_id, self.vocabulary.pad_id
-        window = make_window(examples, self.config.train.micro_rows, pad_id, pack_to=pack_to, decoder_start_id=start_id)
+        train = self.config.train
+        window = make_window(
+            examples, train.micro_rows, self.vocabulary.pad_id, pack_to=pack_to,
+            decoder_start_id=self.vocabulary.decoder_start_id, micro_tokens=train.micro_tokens,
+            agree=distributed.max_over_ranks,
+        )  # fmt: skip
         return [batch.to(distributed.device()) for batch in window]
 
     def validate(self, step: int) -> Validation:
@@ -213,11 +247,22 @@ class DistillationLoop:
             found = self.validator.measure(self.student)
         self.schedule.observe_validation(step, found.ce_nats if found.kl_nats is None else found.kl_nats)
         if by := self.config.validation.best:
-            before, self.best = self.best, Best.of(self.best, found, by, step)
-            if self.best != before:
-                with self.timer.phase("export"):
-                    self.export_best()
+            best = Best.of(self.best, found, by, step)
+            if best != self.best and self._keep_best():
+                self.best = best
         return found
+
+    def _keep_best(self) -> bool:
+        """Whether the best student is now in its folder. A failure ends the run or is only told, as that of a save."""
+        with self.timer.phase("export"):
+            try:
+                self.export_best()
+            except ValueError as error:
+                if self.config.checkpoint.on_failure == "stop":
+                    raise
+                self.monitor.note(f"warning: {error}; training goes on, the best student before it stands")
+                return False
+        return True
 
     def save(self) -> None:
         """A checkpoint of the steps done. A failure ends the run or is only told, by checkpoint.on_failure."""
@@ -230,9 +275,11 @@ class DistillationLoop:
                     **self.run_state(),
                 }
                 self.checkpoints.save(self.done, self.student.engine, self.replay, state)
+                self.has_saved = True
             except ValueError as error:
                 if self.config.checkpoint.on_failure == "stop":
                     raise
+                self.save_failure = str(error)
                 self.monitor.note(f"warning: {error}; training goes on, the older checkpoints stand")
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,10 @@ class Method(NamedTuple):
 
 NO_TEACHER = {"loss.divergence": "none", "loss.cross_entropy_weight": 1.0, "schedule.policy": "off"}
 
-#: Where DistiLLM's released scripts and the paper that introduced a method differ, these follow the scripts.
+#: Each follows the paper that introduced the method, as far as one loop over one kind of step can; where it does not,
+#: its text says so. DistiLLM's released code differs from its paper: it trains a GENERATE step on the text just made
+#: (rollout.train_on_fresh=true) and moves the loss that phi is decided by only when it rises
+#: (schedule.reference_loss=released).
 METHODS = {
     "sft": Method(
         "supervised fine-tuning on the data's responses, without a teacher",
@@ -30,7 +33,7 @@ METHODS = {
         "forward KL on the teacher's text, generated once (after arXiv 1606.07947, where it is cross entropy)",
         {"loss.divergence": "fkl", "schedule.policy": "off", "data.responses": "teacher"},
     ),
-    "imitkd": Method("forward KL on the student's text (Lin et al., arXiv 2009.07253)",
+    "imitkd": Method("forward KL on the student's text alone (Lin et al., arXiv 2009.07253, mix it with the data's)",
                      {"loss.divergence": "fkl", "schedule.policy": "on_policy", "rollout.train_on_fresh": True}),
     "gkd": Method(
         "Jensen-Shannon divergence, half of the steps on the student's text (arXiv 2306.13649)",

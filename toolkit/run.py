@@ -23,6 +23,7 @@ from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_
 from toolkit.config import NO_DIVERGENCE, SCORES, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, load_data, load_text, references
 from toolkit.data.config import unknown
+from toolkit.data.store import longest
 from toolkit.divergences import Divergence
 from toolkit.evaluation import Validator, answer, row_seeds, score
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
@@ -33,6 +34,7 @@ from toolkit.models import (
     build_student,
     build_teacher,
     check_packing,
+    check_positions,
     choose_dtype,
     decoder_start_id,
     default_cache_dir,
@@ -58,6 +60,7 @@ TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
 OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "export")
 CHECKPOINTS, BEST = "checkpoints", "best"
 GENERATING = "while the teacher generated; what it wrote is kept"
+UNEXPORTED = "after the last step, before the student was exported"
 
 
 Recipe = RunConfig | Mapping[str, RunConfig] | Stages
@@ -157,6 +160,8 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
     student = build_student(config, student_path, dtype, vocabulary)
+    for built in (teacher, student) if config.has_teacher else (student,):
+        watchdog.count_passes(built.model)
     if config.packs:
         check_packing(teacher, student, vocabulary)
     is_fine_tuning = config.loss.divergence == NO_DIVERGENCE
@@ -195,9 +200,12 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         if config.data.responses == "teacher":
             with timer.phase("teacher_text"):
                 folder = text_folder(cache_dir, parts, config)
-                train = teacher_text(
-                    train, teacher_rollout, config, folder, lambda: _stop_if_asked(signals, GENERATING)
-                )
+
+                def between_files() -> None:
+                    watchdog.progress("teacher_text")
+                    _stop_if_asked(signals, GENERATING)
+
+                train = teacher_text(train, teacher_rollout, config, folder, between_files)
         loop = DistillationLoop(
             config=config,
             vocabulary=vocabulary,
@@ -240,9 +248,9 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         initial, final = loop.run()
         with timer.phase("evaluation"):
             after = _ask(config, data, student_rollout, tokenizer)
-            _stop_if_asked(signals)
+            loop.stop_if_asked(UNEXPORTED)
             theirs = _ask(config, data, teacher_rollout, tokenizer) if teacher_rollout else None
-        _stop_if_asked(signals)
+        loop.stop_if_asked(UNEXPORTED)
         with timer.phase("export"):
             export_student(student, tokenizer, run_dir / "student")
         timer.take()
@@ -312,6 +320,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
+    distributed.together(lambda: _check_positions(config, data, teacher_path, student_path))
     dtype = choose_dtype(config.precision, distributed.device())
     return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
 
@@ -409,6 +418,22 @@ def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_
     return data
 
 
+def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_path: str) -> None:
+    """Of the longest text that a run can meet: of the data, generated, or plain."""
+    parts = [part for part in (data.train, data.validation) if not isinstance(part, TextStream)]
+    rows, prompts = (max(lengths) for lengths in zip(*map(longest, parts), strict=True))
+    if len(parts) < 2:
+        rows = config.data.max_length
+    if config.text.source:
+        rows = max(rows, config.text.max_length)
+    padded = -(-rows // 8) * 8  # as batches are
+    if config.generates:
+        padded = max(padded, prompts + config.max_new_tokens)
+    if config.has_teacher:
+        check_positions("teacher", config.teacher, teacher_path, padded)
+    check_positions("student", config.student, student_path, padded)
+
+
 def _load_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
     text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
     if text is not None and not isinstance(text, TextStream) and len(text) < config.text_rows:
@@ -493,7 +518,7 @@ def _finished(config: RunConfig, resumed: Checkpoint | None, parts: dict[str, An
     return summary
 
 
-def _stop_if_asked(signals: StopSignals, where: str = "after the last step, before the student was exported") -> None:
+def _stop_if_asked(signals: StopSignals, where: str) -> None:
     if signals.agreed():
         raise GoOnLater(f"stopped by a signal {where}")
 

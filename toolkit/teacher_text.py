@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import secrets
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,10 +66,14 @@ def text_folder(cache_dir: Path, identity: dict[str, Any], config: RunConfig) ->
 
 def _write(file: Path, responses: Sequence[np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    with unfinished.open("wb") as out:
-        np.savez(out, tokens=np.concatenate(responses).astype(np.int32), lengths=[len(text) for text in responses])
-    unfinished.rename(file)
+    # Two jobs may make the same text; not the process id: containers that share a cache repeat it.
+    unfinished = file.with_name(f"{file.stem}.{secrets.token_hex(8)}.unfinished")
+    try:
+        with unfinished.open("wb") as out:
+            np.savez(out, tokens=np.concatenate(responses).astype(np.int32), lengths=[len(text) for text in responses])
+        unfinished.rename(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _read(file: Path, count: int) -> list[np.ndarray]:

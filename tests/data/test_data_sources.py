@@ -1,12 +1,14 @@
+import dataclasses
 import json
 import re
 
 import datasets
 import pytest
 
-from toolkit.data import DataConfig, load_rows, references
+from toolkit.data import DataConfig, load_data, load_rows, references
 from toolkit.data.config import unknown
 from toolkit.data.minillm import SETS
+from toolkit.data.sources import as_it_reads
 
 ROWS = [{"prompt": "What is two?", "response": "A number."}, {"prompt": "And NA?", "response": "None"}]
 
@@ -27,6 +29,17 @@ def test_jsonl_fields_are_renamed_and_blank_lines_passed_over(write_jsonl):
     config = DataConfig(source=source, prompt_field="ask", response_field="say", input_field="more")
     want = [{"prompt": "Q", "input": "I", "response": "A"}, {"prompt": "Q2", "input": "", "response": "A2"}]
     assert load_rows(config, source) == (want, 0)
+
+
+def test_a_field_within_a_field(write_jsonl):
+    source = write_jsonl([{"translation": {"en": "two", "de": "zwei"}, "a.b": "plain"}])
+    names = {"prompt_field": "translation.en", "response_field": "translation.de", "input_field": "a.b"}
+    assert load_rows(DataConfig(source=source, **names), source)[0] == [
+        {"prompt": "two", "input": "plain", "response": "zwei"}
+    ]
+    message = stopped(source, **names | {"response_field": "translation.fr"})
+    assert f"{source}:1, 'translation': no field 'fr', the row has 'en', 'de'; set data.response_field" in message
+    assert "no field 'nowhere.en', the row has 'translation', 'a.b'" in stopped(source, prompt_field="nowhere.en")
 
 
 def test_jsonl_may_begin_with_a_byte_order_mark(tmp_path):
@@ -234,23 +247,61 @@ def hub_copy(cache, repository, file, rows):
     """The layout of the hub's own cache, with this file in it."""
     folder = cache / f"datasets--{repository.replace('/', '--')}"
     path = folder / "snapshots" / ("0" * 40) / file
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "refs").mkdir()
+    (folder / "refs").mkdir(exist_ok=True)
     (folder / "refs" / "main").write_text("0" * 40)
+
+
+def minillm_copy(cache, name):
+    """A set of MiniLLM as the hub's cache has it: some rows have one output as text, others a list; "prompt" is the
+    templated text."""
+    for part, count in (("train", 30), ("validation", 5)):
+        file = getattr(SETS[name], part)
+        owner, repository, file = file.removeprefix("hf://datasets/").split("/", 2)
+        rows = [
+            {"instruction": f"{part} {i}", "input": "I" * (i % 2), "prompt": "-", "topic": "-",
+             "output": ["A", "B"] if i % 2 else "A"}
+            for i in range(count)
+        ]  # fmt: skip
+        hub_copy(cache, f"{owner}/{repository}", file, rows)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_sets_of_minillm_by_name(tmp_path, name):
-    """From the hub's cache: some of their rows have one output as text, others a list."""
-    owner, repository, file = SETS[name]["source"].removeprefix("hf://datasets/").split("/", 2)
-    rows = [{"instruction": "Q", "input": "", "prompt": "-", "output": "A"}, {"instruction": "Q", "input": "I",
-            "prompt": "-", "output": ["A", "B"]}]  # fmt: skip
-    hub_copy(tmp_path, f"{owner}/{repository}", file, rows)
-    config = DataConfig(cache_dir=str(tmp_path), **SETS[name])
-    found, skipped = load_rows(config, config.source, is_validation=True)
-    assert [references(row) for row in found] == [["A"], ["A", "B"]] and skipped == 0
-    assert found[1]["input"] == "I" and config.max_rows == (10_000 if name == "unni" else None)
+    minillm_copy(tmp_path, name)
+    config = DataConfig(source=name, cache_dir=str(tmp_path))  # its fields are its own, not the config's
+    found, skipped = load_rows(config, name, is_validation=True)
+    assert [references(row) for row in found] == [["A"], ["A", "B"], ["A"], ["A", "B"], ["A"]] and skipped == 0
+    assert found[1] == {"prompt": "validation 1", "input": "I", "response": "A", "references": ["A", "B"]}
+    train, _ = load_rows(config, name)
+    is_apart = name == "dolly"  # the others have one file, and are split or evaluated on
+    assert len(train) == (30 if is_apart else 5) and train[0]["prompt"] == f"{'train' if is_apart else 'validation'} 0"
+    assert as_it_reads(config, name, is_validation=True).max_rows == (10_000 if name == "unni" else None)
+    assert as_it_reads(config, name).max_rows is None
+    few = dataclasses.replace(config, max_rows=2)
+    assert len(load_rows(few, name, is_validation=True)[0]) == 2
+
+
+def test_a_run_trains_on_one_set_of_minillm_and_validates_on_another(tmp_path, tokenizer, write_jsonl):
+    for name in ("dolly", "vicuna"):
+        minillm_copy(tmp_path, name)
+    config = DataConfig(source="dolly", validation_source="vicuna", template="alpaca", cache_dir=str(tmp_path))
+    data = load_data(config, tokenizer, token_cache=tmp_path / "tokens")
+    assert (len(data.train), len(data.validation)) == (30, 5)
+    assert tokenizer.decode(data.train[3].prompt).endswith(
+        "### Instruction:\ntrain 3\n\n### Input:\nI\n\n### Response:\n"
+    )
+    assert references(data.validation_rows[1]) == ["A", "B"]
+    split = load_data(dataclasses.replace(config, validation_source=None, validation_fraction=0.2), tokenizer)
+    assert (len(split.train), len(split.validation)) == (24, 6)
+    # the same file by its own name has the config's fields, and no other's tokens from the cache
+    file = SETS["dolly"].train
+    own = dataclasses.replace(config, source=file, prompt_field="prompt", response_field="topic")
+    assert "-" in tokenizer.decode(load_data(own, tokenizer, token_cache=tmp_path / "tokens").train[0].prompt)
+    rows = write_jsonl([{"prompt": f"own {i}", "response": "x"} for i in range(4)])
+    mixed = load_data(dataclasses.replace(config, source=rows), tokenizer)
+    assert "own 0" in tokenizer.decode(mixed.train[0].prompt) and len(mixed.validation) == 5
 
 
 def test_a_hub_file_that_is_not_to_be_had(tmp_path):

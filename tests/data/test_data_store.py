@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
+import toolkit.data.store as store_module
 from toolkit.batch import Example
 from toolkit.data import DataConfig, PromptDataset, TextConfig, load, load_data, load_text
 from toolkit.data.store import Part, StoredExamples, cached, store, tokenizer_sha256
@@ -46,6 +47,28 @@ def test_a_part_is_built_once_and_damage_is_mended(tmp_path):
     tokens.write_bytes(tokens.read_bytes()[:-4])
     assert plain(cached(tmp_path, {"a": 2}, build)["train"].examples) == plain(EXAMPLES) and len(built) == 3
     assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_what_another_process_made_meanwhile_stays(tmp_path, monkeypatch):
+    """It appears between the look that finds nothing and what follows from that."""
+
+    def build():
+        return {"train": Part(iter(EXAMPLES))}
+
+    load_it, looks = store_module._load, []
+
+    def load_late(entry):
+        looks.append(entry)
+        if len(looks) == 1:
+            cached(tmp_path, {"a": 1}, build)
+            (entry / "made by another").write_text("")
+            raise FileNotFoundError(entry)
+        return load_it(entry)
+
+    monkeypatch.setattr(store_module, "_load", load_late)
+    assert plain(cached(tmp_path, {"a": 1}, build)["train"].examples) == plain(EXAMPLES)
+    (entry,) = tmp_path.iterdir()
+    assert (entry / "made by another").exists()
 
 
 def test_where_nothing_can_be_written_the_tokens_are_still_there(tmp_path):

@@ -194,6 +194,7 @@ def test_a_stream_with_nothing_for_a_rank_stops(tmp_path, tokenizer):
     (TextConfig(weight=0), "text.weight = 0"), (TextConfig(max_length=2), "text.max_length = 2"),
     (TextConfig(batch_rows=0), "text.batch_rows = 0"),
     (DataConfig(messages_field="m", template="alpaca"), "data.messages_field = 'm' with data.template = 'alpaca'"),
+    (DataConfig(messages_field="m", prefix="summarize: "), "data.prefix = 'summarize: ' goes before a row's prompt"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(config, message):
     with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import evaluation_cases
 from toolkit.batch import TokenBatch
+from toolkit.checkpoint import sole_use
 from toolkit.data import DataConfig, load_rows, tokenize_rows
 from toolkit.evaluation.protocols import PROTOCOLS
 
@@ -176,3 +177,27 @@ def test_wrong_input(tiny, data, tmp_path, ranks2, message, more, named):
     results = ranks2.run(evaluation_cases.command, arguments(tiny, data, tmp_path / "out", *more, **named))
     said = results[0][2] + results[1][2]
     assert [code for code, *_ in results] == [2, 2] and said.count("error: ") == 1 and message in said, said
+
+
+@pytest.mark.parametrize("change", ["data.prefix=please", "tokenizer={tmp_path}/tokenizer"])
+def test_answers_to_other_prompts_are_not_mixed(tiny, data, tmp_path, ranks1, change):
+    other = AutoTokenizer.from_pretrained(tiny / "student")
+    other.add_tokens(["What is"])
+    other.save_pretrained(tmp_path / "tokenizer")
+    given = arguments(tiny, data, tmp_path / "out", seeds="1")
+    assert ranks1.run(evaluation_cases.command, given)[0][0] == 0
+    before = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    code, _, said, _ = ranks1.run(evaluation_cases.command, [*given, change.format(tmp_path=tmp_path)])[0]
+    assert code == 2 and "sha256 of the tokenised prompts was" in said and "--out" in said
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("out", "lock"), [("out", "out/lock"), ("out.jsonl", "out.jsonl.lock")])
+def test_two_jobs_do_not_write_to_one_place(tiny, data, tmp_path, ranks2, out, lock):
+    given, place = arguments(tiny, data, tmp_path / out, seeds="1"), (tmp_path / lock)
+    with sole_use(place.parent, name=place.name):
+        found = ranks2.run(evaluation_cases.impatient_command, given)
+    assert [code for code, *_ in found] == [2, 2]
+    assert f"{tmp_path / out} is in use by another job (process " in found[0][2]
+    assert "give --out another name" in found[0][2]
+    assert ranks2.run(evaluation_cases.command, given)[0][0] == 0

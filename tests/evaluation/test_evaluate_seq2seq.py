@@ -68,8 +68,10 @@ def test_prompts_are_those_of_training_and_answers_those_of_the_rollout(t5, exam
     assert [line["tokens"] for line in found] == [len(ids) for ids in texts]
 
 
-def test_greedy_answers_are_those_of_transformers(t5, examples, tmp_path, ranks1):
-    given = evaluate(t5, tmp_path / "greedy", "sampling.temperature=0")
+@pytest.mark.parametrize("ngram", [0, 2])
+def test_greedy_answers_are_those_of_transformers(t5, examples, tmp_path, ranks1, ngram):
+    """No n-gram comes twice in the answer; the encoder's prompt does not count, there as here."""
+    given = evaluate(t5, tmp_path / "greedy", "sampling.temperature=0", f"sampling.no_repeat_ngram_size={ngram}")
     code, _, said, _ = ranks1.run(evaluation_cases.command, given)[0]
     assert code == 0, said
     tokenizer = AutoTokenizer.from_pretrained(t5 / "student")
@@ -77,7 +79,9 @@ def test_greedy_answers_are_those_of_transformers(t5, examples, tmp_path, ranks1
     beyond = list(range(len(tokenizer), model.config.vocab_size))  # rows of a padded head that are no tokens
     for line, example in zip(lines(tmp_path / "greedy"), examples, strict=True):
         prompt = torch.from_numpy(example.prompt.astype(np.int64))[None]
-        ids = model.generate(input_ids=prompt, max_new_tokens=16, do_sample=False, suppress_tokens=beyond)[0, 1:]
+        ids = model.generate(
+            input_ids=prompt, max_new_tokens=16, do_sample=False, suppress_tokens=beyond, no_repeat_ngram_size=ngram
+        )[0, 1:]
         assert line["answer"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

@@ -226,13 +226,23 @@ def test_frozen_weights_have_no_master_copy_no_state_and_no_gradient(tiny, ranks
 @pytest.mark.parametrize(("changes", "message"), [
     ({"student.lora.target_modules": ["q_porj"]}, "did you mean 'q_proj'"),
     ({"student.lora.target_modules": ["q_proj", "lm_head"]}, "student.lora.target_modules = 'lm_head' is not one of"),
-    ({"student.lora.adapter": "nowhere"}, "no adapter at nowhere/adapter_model.safetensors"),
-    ({"student.lora.adapter": "START", "student.lora.rank": 2}, "has shape (3, 64) in"),
-    ({"student.lora.adapter": "START", "student.lora.target_modules": ["q_proj"]}, "has shape (3, 64) in"),
+    ({"student.lora.adapter": "nowhere"}, "no adapter at nowhere: "),
+    ({"student.lora.adapter": "START", "student.lora.rank": 2}, "r: 3 there, 2 by student.lora"),
+    ({"student.lora.adapter": "START", "student.lora.alpha": 12}, "lora_alpha: 6.0 there, 12.0 by student.lora"),
+    ({"student.lora.adapter": {"use_rslora": True}}, "use_rslora: True there, False by student.lora"),
+    ({"student.lora.adapter": {"alpha_pattern": {"q_proj": 8}}}, "alpha_pattern: {'q_proj': 8} there, {} by"),
+    ({"student.lora.adapter": {"init_lora_weights": "pissa"}}, "init_lora_weights: 'pissa' there, True by"),
+    ({"student.lora.adapter": None}, "adapter_config.json"),
+    ({"student.lora.adapter": "START", "student.lora.target_modules": ["q_proj"]},
+     "target_modules: down_proj, q_proj, v_proj there, q_proj by student.lora"),
     ({"teacher.lora.rank": 4}, "teacher.lora.rank = 4, but only the student is trained"),
 ])  # fmt: skip
-def test_adapters_that_do_not_fit_are_refused(tiny, ranks2, start, changes, message):
+def test_adapters_that_do_not_fit_are_refused(tiny, ranks2, start, tmp_path, changes, message):
     changes = {name: str(start) if value == "START" else value for name, value in changes.items()}
+    if not isinstance(other := changes.get("student.lora.adapter", ""), str):  # these settings, or none at all
+        changes["student.lora.adapter"] = str(shutil.copytree(start, tmp_path / "adapter"))
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.unlink() if other is None else file.write_text(json.dumps(json.loads(file.read_text()) | other))
     overrides = tiny_overrides(tiny, name="lora refused", **{**LORA, **changes})
     for rank, (code, said) in enumerate(ranks2.run(engine_cases.run_expecting_exit, overrides)):
         assert code == 2 and (message in said or rank == 1), said

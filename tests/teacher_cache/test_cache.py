@@ -102,6 +102,30 @@ def test_a_build_that_was_stopped_goes_on(tiny, ranks2, draws):
     assert "was finished before" in ranks2.run(command, given)[0][1]
 
 
+def test_shards_belong_to_a_plan_until_they_have_their_place(tiny, ranks2, draws):
+    out = tiny / "cache planned"
+    given, unfinished = arguments(tiny, out, ["--draws", "20"]), tiny / "cache planned.unfinished"
+    code, _, err, _ = ranks2.run(cache_cases.command_that_cannot_rename, given, str(out))[0]
+    assert code == 2 and "no place for it" in err
+    plan = unfinished / "plan.json"
+    begun = json.loads(plan.read_text())  # still there: else shards of any plan would be taken for those of the next
+    plan.unlink()
+    code, _, err, _ = ranks2.run(command, given)[0]
+    assert code == 2 and "shards and no plan.json" in err and str(unfinished) in err
+    plan.write_text(json.dumps(begun))
+    assert ranks2.run(command, given)[0][0] == 0
+    assert content(out) == content(draws) and not unfinished.exists()
+
+
+def test_a_folder_that_is_there_is_refused_before_any_work(tiny, ranks2):
+    (tiny / "cache taken").mkdir()
+    (tiny / "cache taken" / "notes.txt").write_text("mine")
+    given = [*arguments(tiny, tiny / "cache taken", ["--draws", "20"]), "teacher.path=nowhere"]
+    for code, _, err, _ in ranks2.run(command, given):
+        assert code == 2 and (not err or "is there already and is no finished cache" in err), err
+    assert not (tiny / "cache taken.unfinished").exists()
+
+
 @pytest.mark.parametrize("divergence", ["fkl", "srkl"])
 def test_a_cached_run_equals_the_live_one_and_loads_no_teacher(tiny, ranks1, ranks2, whole, divergence):
     """To the 16 bits of a log-probability. Whatever the layout, to 1e-5 with each other."""
@@ -195,6 +219,15 @@ def damaged(cache, folder, change):
     return str(folder)
 
 
+def changed_manifest(change):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
 def flip(folder):
     file = folder / "shard-000001.safetensors"
     raw = bytearray(file.read_bytes())
@@ -217,6 +250,18 @@ def flip(folder):
         ("shard-000001.safetensors has SHA-256", {"teacher.cache": flip}),
         ("shard-000002.safetensors has None bytes", {
             "teacher.cache": lambda folder: (folder / "shard-000002.safetensors").unlink()
+        }),
+        ("does not say what a teacher cache's says (KeyError: 'identity')", {
+            "teacher.cache": changed_manifest(lambda manifest: manifest.pop("identity"))
+        }),
+        ("does not say what a teacher cache's says (KeyError: 'vocabulary_size')", {
+            "teacher.cache": changed_manifest(lambda manifest: manifest["identity"].pop("vocabulary_size"))
+        }),
+        ("does not say what a teacher cache's says (TypeError", {
+            "teacher.cache": changed_manifest(lambda manifest: manifest.update(files={"shard-000000.safetensors": 3}))
+        }),
+        ("manifest.json cannot be read", {
+            "teacher.cache": lambda folder: os.truncate(folder / "manifest.json", 100)
         }),
     ],
 )  # fmt: skip

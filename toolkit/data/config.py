@@ -31,20 +31,21 @@ class DataConfig:
     kind: "instructions" are prompts with responses. "text" is documents, packed to blocks of max_length tokens in which
     every token is learned, without attention from one document to another; then `text_field` is read, and what is said
     below of prompts, responses and templates does not apply.
-    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, a hub data set, or one file of
-    it as hf://datasets/OWNER/NAME/FILE.jsonl; for text also
-    a .txt file (one document) or a folder of any of these.
+    source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, a hub data set, one file of it
+    as hf://datasets/OWNER/NAME/FILE.jsonl, or a set of MiniLLM, which has its own fields: dolly, self_inst, vicuna,
+    sni, unni. For text also a .txt file (one document) or a folder of any of these.
     streaming: of kind "text": read while training, for what does not fit a disk. Every rank reads its own documents.
     subset, split, validation_split: which part of a hub data set; files and "python_docs" do not use them.
     validation_source: as `source`. None takes `validation_fraction` of the source's rows by a hash of their
     prompt, so equal prompts stay on one side ("python_docs" has a validation split of its own, by module).
+    prompt_field, response_field: "a.b" is the field b of the object in field a, as in {"translation": {"en": ...}}.
     input_field: a second prompt field, as Alpaca's and Dolly's "input"; rows may leave it empty.
     response_field: a list in it is several references: the first is learned, all are kept for evaluation.
     messages_field: conversations, [{"role", "content"}, ...] or ShareGPT's from and value; the assistant's last turn is
     the response, all before it the prompt, by the tokenizer's chat template. Then the three fields above are not read.
     responses: "data" trains on the rows' own; "teacher" on what the teacher answers to their prompts, generated once
     with the rollout section's settings and kept in the cache (sequence-level distillation, arXiv 1606.07947).
-    prefix: goes before every prompt's text, as T5's "summarize: ".
+    prefix: goes before every prompt's text, as T5's "summarize: "; not with messages_field.
     max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens, so that the
     template's end stays; before an encoder, which reads it as a whole, it loses its last ones, and its EOS stays.
     packing: several examples in one row, of max_length at most, that do not see each other.
@@ -103,6 +104,11 @@ class DataConfig:
             raise ValueError(
                 f"data.messages_field = {self.messages_field!r} with data.template = {self.template!r}; turns go "
                 'through the tokenizer\'s own template: set data.template to "chat"'
+            )
+        if self.messages_field is not None and self.prefix:
+            raise ValueError(
+                f"data.prefix = {self.prefix!r} goes before a row's prompt, but with data.messages_field = "
+                f'{self.messages_field!r} a row is a conversation; set data.prefix to "", or write it into the turns'
             )
         if self.kind != "text" and self.streaming:
             raise ValueError(

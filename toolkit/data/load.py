@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
 from toolkit.data.config import PYTHON_DOCS, DataConfig, TextConfig
-from toolkit.data.sources import Source, content_sha256, load_rows
+from toolkit.data.minillm import LAYOUT
+from toolkit.data.sources import Source, as_it_reads, content_sha256, load_rows
 from toolkit.data.store import Part, cached, tokenizer_sha256
 from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_identity
 from toolkit.data.tokens import tokenize_rows
@@ -195,12 +196,16 @@ def _is_split(config: DataConfig) -> bool:
 
 def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Any]:
     """All that decides the tokens: content, tokenizer, settings; names and places do not."""
-    settings = dataclasses.asdict(config)
+    settings = dataclasses.asdict(as_it_reads(config, config.source))
+    own = config.validation_source or config.source
+    settings["validation_reads"] = {
+        name: getattr(as_it_reads(config, own, True), name) for name in (*LAYOUT, "max_rows")
+    }
     for name in ("source", "subset", "split", "validation_source", "validation_split", "cache_dir", "packing"):
         del settings[name]
     validation = None
     if not _is_split(config):
-        validation = content_sha256(Source.of(config, config.validation_source or config.source, True))
+        validation = content_sha256(Source.of(config, own, True))
     return settings | {
         "seed": seed if _is_split(config) else None,
         "train": content_sha256(Source.of(config, config.source, False)),

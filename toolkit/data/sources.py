@@ -7,6 +7,7 @@ fields; "messages" beside them where it was a conversation, "references" where i
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data.config import PYTHON_DOCS, DataConfig
+from toolkit.data.minillm import LAYOUT, SETS
 from toolkit.data.python_docs import python_docs_rows
 
 #: ending -> builder of the `datasets` library
@@ -29,7 +31,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 
 @dataclass(frozen=True)
 class Source:
-    """A data set's name (a file, a hub name, "python_docs") and which part of it is meant."""
+    """A data set's name (a file, a hub name, "python_docs") and which part of it is meant. MiniLLM's sets are files."""
 
     name: str
     subset: str | None = None
@@ -41,7 +43,17 @@ class Source:
         split = config.validation_split if is_validation else config.split
         if name == PYTHON_DOCS:
             split = "validation" if is_validation else "train"
+        if name in SETS:
+            name = SETS[name].validation if is_validation else SETS[name].train
         return cls(name, config.subset, split, config.cache_dir)
+
+
+def as_it_reads(config: DataConfig, source: str, is_validation: bool = False) -> DataConfig:
+    """`config` for this source: a set of MiniLLM, by name, has fields of its own, and so many rows of validation."""
+    if source not in SETS:
+        return config
+    most = SETS[source].max_rows if is_validation else None
+    return dataclasses.replace(config, max_rows=config.max_rows or most, **LAYOUT)
 
 
 def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> tuple[list[dict], int]:
@@ -53,6 +65,7 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
     row without a field, prompt or response (unless config.on_bad_row is "skip"), and where no usable row is
     left.
     """
+    config = as_it_reads(config, source, is_validation)
     rows, skipped, first_reason = [], 0, ""
     for where, row in records(Source.of(config, source, is_validation)):
         if len(rows) == config.max_rows:
@@ -117,8 +130,11 @@ def as_object(row: object, where: str) -> dict:
 
 
 def field_of(row: dict, field: str, setting: str, where: str) -> object:
-    """Raises ValueError, with the fields there are, where there is no `field`."""
+    """`a.b` is the field b of the object in a. Raises ValueError, with the fields there are, where there is none."""
     if field not in row:
+        outer, _, inner = field.partition(".")
+        if inner and isinstance(row.get(outer), dict):
+            return field_of(row[outer], inner, setting, f"{where}, {outer!r}")
         raise ValueError(
             f"{where}: no field {field!r}, the row has {', '.join(map(repr, row)) or 'none'}; "
             f"set {setting} to one of these"

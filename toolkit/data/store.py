@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
 
+DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken entry, or none, raises
 FORMAT = 1  # of the files, and of what the tokens of a row are: raise it when either changes
 
 
@@ -55,6 +57,13 @@ class StoredExamples(Sequence[Example]):
         return Example(self._tokens[first : self._ends[at]], int(self._prompts[at]), tuple(starts.tolist()))
 
 
+def longest(examples: Sequence[Example]) -> tuple[int, int]:
+    """(tokens of the longest example, of the longest prompt)"""
+    if isinstance(examples, StoredExamples):  # not one by one: there may be millions
+        return int(np.diff(examples._ends, prepend=0).max()), int(examples._prompts.max())
+    return max(len(example.tokens) for example in examples), max(example.prompt_length for example in examples)
+
+
 def store(folder: Path, examples: Iterable[Example]) -> str:
     """Write them one after the other: they may be more than memory holds. Returns their SHA-256."""
     folder.mkdir(parents=True)
@@ -89,10 +98,9 @@ def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict
         return {name: _in_memory(part) for name, part in build().items()}
     name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:32]
     entry = cache_dir / name
-    try:
+    with contextlib.suppress(*DAMAGE):
         return _load(entry)
-    except (OSError, ValueError, KeyError):
-        shutil.rmtree(entry, ignore_errors=True)  # absent, or damaged
+    _remove_damaged(entry)
     unfinished = cache_dir / f"{name}.unfinished-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         for part_name, part in build().items():
@@ -134,6 +142,22 @@ def _load(entry: Path) -> dict[str, Part]:
         rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
         parts[folder.name] = Part(StoredExamples(folder), rows, **json.loads((folder / "part.json").read_text()))
     return parts
+
+
+def _remove_damaged(entry: Path) -> None:
+    """Takes away an entry that could not be read. It is moved first and read again: another process may have put a
+    whole one in its place since, which goes back."""
+    moved = entry.with_name(f"{entry.name}.damaged-{os.urandom(8).hex()}")
+    try:
+        entry.rename(moved)
+    except OSError:
+        return  # there is none, or it cannot be moved and is used by nobody
+    with contextlib.suppress(*DAMAGE):
+        _load(moved)
+        if not entry.exists():
+            moved.rename(entry)
+            return
+    shutil.rmtree(moved, ignore_errors=True)
 
 
 def _mapped(file: Path) -> np.ndarray:

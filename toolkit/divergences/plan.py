@@ -20,42 +20,48 @@ class Plan(NamedTuple):
     tile_rows: int
     tile_columns: int
     rows_bytes: int  # for buffers of the row passes
-    block_bytes: int  # for each model's block of the head
+    block_bytes: int  # for each block of a head, in another dtype or before it is added
 
     def whole(self, v: int) -> bool:
         return self.tile_columns >= v
 
 
-def make_plan(n_tokens: int, v: int, element_bytes: int, rows_buffered: bool, device: torch.device,
-              budget_mib: float | None) -> Plan:  # fmt: skip
-    """Half of the budget for tiles, a quarter for each head's block; of the tiles' half, a quarter is for the buffers
-    of the row passes where those need some. On CUDA nothing but tiles is needed.
+def make_plan(n_tokens: int, v: int, element_bytes: int, blocks: int, blocks_to_add: int, rows_buffered: bool,
+              device: torch.device, budget_mib: float | None) -> Plan:  # fmt: skip
+    """A quarter of the budget for each block, the rest for tiles; of that, a quarter is for the buffers of the row
+    passes where those need some. One tile for all tokens where that fits, else tiles of all columns, else of some.
 
-    element_bytes: what one token takes in all tiles together, per column. Raises ValueError for a budget too small for
-    one token and one column block.
+    element_bytes: what one token takes in all tiles together, per column. blocks: block buffers that are always
+    needed, blocks_to_add: those that only several tiles need. Raises ValueError for a budget too small for one token
+    and one column block.
     """
     budget_mib = default_budget_mib(device, budget_mib)
     budget = int(budget_mib * 2**20) if budget_mib > 0 else 0
-    half = budget // 2
-    tile_bytes = half if device.type == "cpu" else budget * 15 // 16
-    rows_bytes = tile_bytes // 4 if rows_buffered else 0
-    elements = (tile_bytes - rows_bytes) // element_bytes
-    fit = elements // padded(v)
-    if fit >= min(max(n_tokens, 1), USEFUL_ROWS):
-        rows = math.ceil(n_tokens / max(1, math.ceil(n_tokens / fit)))
+    if device.type != "cpu":
+        budget = budget * 15 // 16  # the products have workspaces of their own
+    block_bytes, n_tokens = budget // 4, max(n_tokens, 1)
+    for n_blocks in (blocks, blocks + blocks_to_add):
+        tile_bytes = budget - n_blocks * block_bytes
+        rows_bytes = tile_bytes // 4 if rows_buffered else 0
+        elements = (tile_bytes - rows_bytes) // element_bytes
+        fit = elements // padded(v)
+        if fit >= n_tokens:
+            return Plan(n_tokens, v, rows_bytes, block_bytes)
+    if fit >= USEFUL_ROWS:
+        rows = math.ceil(n_tokens / math.ceil(n_tokens / fit))
         aligned = math.ceil(rows / 128) * 128  # whole blocks of a matrix product
-        return Plan(max(1, aligned if aligned <= min(fit, n_tokens) else rows), v, rows_bytes, half // 2)
+        return Plan(aligned if aligned <= fit else rows, v, rows_bytes, block_bytes)
     rows = min(n_tokens, TILED_ROWS)
     while rows > 1 and elements // rows < 4 * ALIGNMENT:
         rows //= 2
     columns = elements // rows // ALIGNMENT * ALIGNMENT
     if columns < ALIGNMENT:
-        needed = math.ceil(ALIGNMENT * element_bytes * (4 if rows_buffered else 2) / 2**20 * 10) / 10
+        needed = math.ceil(budget_mib * ALIGNMENT / max(elements, 1) * 10) / 10
         raise ValueError(
             f"memory_budget_mib is {budget_mib}, but one token with {ALIGNMENT} columns needs {needed}: raise it "
             f"(default {default_budget_mib(device):g})"
         )
-    return Plan(rows, min(columns, v), rows_bytes, half // 2)
+    return Plan(rows, min(columns, v), rows_bytes, block_bytes)
 
 
 def default_budget_mib(device: torch.device, asked_mib: float | None = None) -> float:

@@ -48,11 +48,11 @@ class Projection:
     def add_to_head(
         self, total_VH: Tensor, gradient_nB: Tensor, hidden_nH: Tensor, columns: range, first: bool
     ) -> None:
-        """total[columns] += gradient.T @ hidden, in the computing dtype; = where it is the first."""
+        """total[columns] += gradient.T @ hidden; = where it is the first. In the total's dtype."""
         hidden_nH = hidden_nH.to(self.operand)
         rows = len(columns)
-        if gradient_nB.dtype != total_VH.dtype and not total_VH.is_cuda:  # each product has a buffer of its own
-            rows = max(64, self.block_bytes // (hidden_nH.shape[1] * 4))
+        if adds_by_parts(self.operand, total_VH.dtype, total_VH.device):
+            rows = max(64, self.block_bytes // (hidden_nH.shape[1] * self.operand.itemsize))
         for start in range(0, len(columns), rows):
             part = slice(start, min(start + rows, len(columns)))
             total_bH = total_VH[columns.start + part.start : columns.start + part.stop]
@@ -87,6 +87,12 @@ def operand_dtypes(head_VH: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtyp
     return dtype, dtype
 
 
+def adds_by_parts(operand: torch.dtype, total: torch.dtype, device: torch.device) -> bool:
+    """Whether a product has a buffer of its own before it is added to its total: torch has no CPU product from bf16
+    to fp32."""
+    return operand != total and device.type == "cpu"
+
+
 def cpu_has_bf16_products() -> bool:
     """Whether torch's CPU matrix products use bf16 instructions."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -95,8 +101,10 @@ def cpu_has_bf16_products() -> bool:
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a @ b, or total = a @ b. Half-precision operands: summed in the total's dtype where the machine can,
     else product by product."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=0.0 if first else 1.0, out=total)
+    if a.dtype == total.dtype and first:
+        torch.mm(a, b, out=total)
+    elif a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
     elif total.is_cuda and first:
         torch.mm(a, b, out_dtype=total.dtype, out=total)
     elif total.is_cuda:

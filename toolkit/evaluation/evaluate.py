@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit import distributed
 from toolkit.batch import Example
+from toolkit.checkpoint import sole_use
 from toolkit.config import ModelConfig, with_overrides
 from toolkit.data import load_rows, references, tokenize_rows
 from toolkit.data.config import unknown
@@ -25,6 +26,7 @@ from toolkit.evaluation.metrics import METRICS, metric, spread
 from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, EvaluationConfig, protocol
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
+from toolkit.faults import Watchdog
 from toolkit.models import (
     Vocabulary,
     choose_dtype,
@@ -69,11 +71,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     data = request.config.data
     rows, skipped = distributed.main_rank_first(lambda: load_rows(data, data.source, is_validation=True))
     settings = request.settings(rows, skipped)
-    summary = _on_main(lambda: records.open(settings))
-    teacher = _Loaded.load(options.teacher, request) if options.teacher else None
-    evaluation = Evaluation(request, rows, records, summary, teacher)
-    for name in options.model:
-        evaluation.measure(name)
+    with (
+        sole_use(records.lock.parent, name=records.lock.name, instead="give --out another name"),
+        Watchdog(request.config.hang_s) as watchdog,
+    ):
+        watchdog.progress("loading")
+        summary = _on_main(lambda: records.open(settings))
+        teacher = _Loaded.load(options.teacher, request) if options.teacher else None
+        evaluation = Evaluation(request, rows, records, summary, teacher, watchdog)
+        for name in options.model:
+            watchdog.progress(f"model {name}")
+            evaluation.measure(name)
     if distributed.rank() == 0:
         print("\n" + table(summary, options.model, request), flush=True)
     return summary
@@ -90,10 +98,8 @@ class Request:
     @classmethod
     def of(cls, options: argparse.Namespace) -> Request:
         base = protocol(options.protocol)
-        preset = SETS.get(options.data, {"source": options.data})
-        config = with_overrides(
-            dataclasses.replace(base, data=dataclasses.replace(base.data, **preset)), options.settings
-        )
+        asked = dataclasses.replace(base, data=dataclasses.replace(base.data, source=options.data))
+        config = with_overrides(asked, options.settings)
         config.validate()
         metrics = _unique("--metric", options.metric.split(","))
         for name in metrics:
@@ -167,10 +173,12 @@ class Evaluation:
     records: Records
     summary: dict[str, Any]
     teacher: _Loaded | None
+    watchdog: Watchdog
 
     def measure(self, name: str) -> None:
         """Put the model's numbers into the summary. Collective."""
         request, loaded = self.request, _Loaded.load(name, self.request)
+        self.watchdog.count_passes(loaded.model)
         entry = self.summary["models"].setdefault(name, {"sha256": loaded.sha256})
         before, now = ({"sha256 of the model": sha256} for sha256 in (entry["sha256"], loaded.sha256))
         distributed.together(lambda: refuse_changes(f"{self.records.rows} ({name})", before, now))
@@ -201,6 +209,13 @@ class Evaluation:
                 'an evaluation leaves none out; set data.on_long_response to "truncate", or change the file'
             )
         entry["truncated_prompts"] = found.counts["truncated_prompts"]
+        # The tokens themselves: template, prefix, fields, lengths and tokenizer all end in them.
+        prompts = hashlib.sha256()
+        for example in found.examples:
+            prompts.update(f"{example.prompt_length} ".encode() + example.prompt.tobytes())
+        before = entry.setdefault("prompts_sha256", prompts.hexdigest())
+        what = "sha256 of the tokenised prompts"
+        refuse_changes(f"{self.records.rows}", {what: before}, {what: prompts.hexdigest()})
         return found.examples
 
     def _generate(

@@ -18,7 +18,7 @@ class EvaluationConfig:
     data: its validation part is asked, all of a file; `validation_split` names a hub data set's.
     max_new_tokens: None is data.max_length - data.max_prompt_length.
     tokenizer: "" is each model's own. batch_rows, cache_mib: as in RolloutConfig. kl_batch_rows: rows of one pass on
-    one rank. save_rows: answers between two writes of the rows file, over all ranks.
+    one rank. save_rows: answers between two writes of the rows file, over all ranks. hang_s: as in FaultsConfig.
     """
 
     precision: str = "auto"
@@ -30,6 +30,7 @@ class EvaluationConfig:
     cache_mib: int | None = None
     kl_batch_rows: int = 8
     save_rows: int = 512
+    hang_s: float = 1800.0
     data: DataConfig = DataConfig()
     sampling: SamplingSettings = SamplingSettings()
 
@@ -41,6 +42,8 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}; it has to be at least 1")
+        if not self.hang_s > 0:
+            raise ValueError(f"hang_s = {self.hang_s}; it has to be above 0")
         self.data.validate()
         self.sampling.validate()
 

@@ -17,6 +17,7 @@ class Records:
         is_file = out.suffix == ".jsonl"
         self.rows = out if is_file else out / "rows.jsonl"
         self.summary = out.with_suffix(".summary.json") if is_file else out / "summary.json"
+        self.lock = out.with_name(out.name + ".lock") if is_file else out / "lock"
 
     def open(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The summary to go on with. A line that a kill cut off is taken out.

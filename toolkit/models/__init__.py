@@ -12,6 +12,7 @@ from toolkit.models.engines import (
     whole_teacher,
 )
 from toolkit.models.load import (
+    check_positions,
     choose_dtype,
     decoder_start_id,
     default_cache_dir,
@@ -31,6 +32,7 @@ __all__ = [
     "build_student",
     "build_teacher",
     "check_packing",
+    "check_positions",
     "choose_dtype",
     "decoder_start_id",
     "default_cache_dir",

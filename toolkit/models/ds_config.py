@@ -45,11 +45,12 @@ def read_ds_config(path: str) -> dict[str, Any]:
 
 def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[str, Any]:
     """The student's file, with batch, precision and clipping from `config`."""
+    rows, accumulation = config.train.batch_rows + config.text_rows, config.accumulation(world)
     return {
         **without_monitors(read_ds_config(config.student.ds_config)),  # the loop's monitor writes there
-        "train_micro_batch_size_per_gpu": config.train.micro_rows,
-        "gradient_accumulation_steps": config.accumulation(world),
-        "train_batch_size": config.train.batch_rows + config.text_rows,
+        "train_micro_batch_size_per_gpu": rows // (accumulation * world),
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": rows,
         "gradient_clipping": config.optimizer.max_grad_norm,
         # Without the check ZeRO-2 would take a bf16 step whose gradient is not finite; fp32 and ZeRO-3 never do.
         "bf16": {"enabled": dtype_name == "bf16", "check_grad_overflow": True},

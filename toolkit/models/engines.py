@@ -91,7 +91,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     split_where_memory_runs_out(model)
     engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
-    return Teacher(engine, config.teacher.pass_rows, config.train.micro_rows)
+    return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // distributed.world())
 
 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
@@ -158,9 +158,8 @@ class Teacher:
 
     kind = "live"
 
-    def __init__(self, engine: Any, pass_rows: int | None = None, micro_rows: int = 1):
-        # Of settings, not of the batches at hand: packed micro-batches have other numbers of rows on other ranks.
-        self.engine, self.batches_per_pass = engine, max(1, (pass_rows or 10**9) // micro_rows)
+    def __init__(self, engine: Any, pass_rows: int | None = None, window_rows: int = 1):
+        self.engine, self.pass_rows, self.window_rows = engine, pass_rows, window_rows
 
     @property
     def model(self) -> PreTrainedModel:
@@ -170,9 +169,11 @@ class Teacher:
     def signals(self, window: list[TokenBatch]) -> list[Signal]:
         """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
         window, so every rank makes as many passes, and enters as many all-gathers."""
+        # Of settings, not of the batches at hand: micro-batches may have other numbers of rows on other ranks.
+        per_pass = max(1, (self.pass_rows or self.window_rows) * len(window) // self.window_rows)
         found: list[Signal] = []
-        for start in range(0, len(window), self.batches_per_pass):
-            part = window[start : start + self.batches_per_pass]
+        for start in range(0, len(window), per_pass):
+            part = window[start : start + per_pass]
             joined = TokenBatch.concatenate(part)
             hidden_NT = self.engine(joined)
             found += hidden_NT.split([batch.num_targets for batch in part])

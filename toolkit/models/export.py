@@ -61,7 +61,12 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         to_disk(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    distributed.together(write)
+    try:
+        distributed.together(write)
+    except ValueError as error:
+        if is_writer:
+            shutil.rmtree(folder.with_name(folder.name + ".unfinished"), ignore_errors=True)
+        raise ValueError(f"the student could not be written to {folder}: {error}") from error
 
 
 @contextmanager

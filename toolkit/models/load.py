@@ -146,6 +146,18 @@ def decoder_start_id(model: ModelConfig, path: str) -> int | None:
     return config.decoder_start_token_id if config.is_encoder_decoder else None
 
 
+def check_positions(section: str, model: ModelConfig, path: str, tokens: int) -> None:
+    """Raises ValueError, with both values, where a text of so many tokens has more than the model has positions: beyond
+    them learned positions do not exist, and rotary ones were never trained. T5's relative ones have no end."""
+    room = getattr(_configuration(model, path).get_text_config(), "max_position_embeddings", None)
+    if room is not None and tokens > room:
+        raise ValueError(
+            f"the {section} at {path or model.shape!r} has {room} positions (max_position_embeddings), and texts take "
+            f"up to {tokens}, with padding to a multiple of 8; lower data.max_length, rollout.max_new_tokens or "
+            "text.max_length, or use a model with more positions"
+        )
+
+
 def load_model(
     model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dtype, seed: int = 0
 ) -> PreTrainedModel:

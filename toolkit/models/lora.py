@@ -6,10 +6,12 @@ checkpoints find what they find in any model. Adapter matrices have the base's d
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import peft
@@ -26,7 +28,9 @@ from toolkit.config import LoraConfig
 from toolkit.data.config import unknown
 
 NAME = "default"  # peft's own name for the only adapter
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+#: what `init_lora_weights` may have been: others change the base's weights beside the adapter's
+PLAIN_STARTS = (True, False, "gaussian")
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, base_path: str, seed: int) -> None:
@@ -100,16 +104,19 @@ def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Pat
 def _load(model: PreTrainedModel, path: str) -> None:
     """Fill the adapters, which are not partitioned yet, from a peft folder."""
     file = Path(path).expanduser() / WEIGHTS
+    settings: peft.LoraConfig = model.peft_config[NAME]
 
-    def read() -> dict[str, Tensor]:
+    def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
+            return json.loads((file.parent / SETTINGS).read_bytes()), load_file(file)
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"no adapter at {file}: {error}; student.lora.adapter is a folder that peft saved"
+                f"no adapter at {file.parent}: {error}; student.lora.adapter is a folder that peft saved, with "
+                f"{SETTINGS} and {WEIGHTS}"
             ) from error
 
-    saved = distributed.together(read)
+    theirs, saved = distributed.together(read)
+    _refuse_other_settings(file.parent / SETTINGS, theirs, settings)
     own = {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter
         for name, parameter in model.named_parameters()
@@ -121,8 +128,35 @@ def _load(model: PreTrainedModel, path: str) -> None:
         if found != wanted:
             raise ValueError(
                 f"{name} has shape {found} in {file} and {wanted} by student.lora; make rank and target_modules those "
-                "of the adapter, or start from the folder that it was merged into"
+                f"of the adapter (target_modules: {_listed(theirs.get('target_modules'))} there, "
+                f"{_listed(settings.target_modules)} by student.lora), or start from the folder that it was merged into"
             )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(saved[name])
+
+
+def _refuse_other_settings(file: Path, theirs: dict[str, Any], settings: peft.LoraConfig) -> None:
+    """What the weights mean: of another alpha or scaling they are another change of the base.
+
+    Raises ValueError, with both values, for each that differs from those of `settings`.
+    """
+    found = {
+        name: (theirs.get(name, getattr(settings, name)), getattr(settings, name))
+        for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
+    }
+    found |= {name: (theirs.get(name) or {}, {}) for name in ("rank_pattern", "alpha_pattern")}
+    start = theirs.get("init_lora_weights", True)
+    found["init_lora_weights"] = start, start if start in PLAIN_STARTS else True
+    differing = [f"{name}: {a!r} there, {b!r} by student.lora" for name, (a, b) in found.items() if a != b]
+    if differing:
+        raise ValueError(
+            f"{file} is of another adapter than student.lora trains:\n  "
+            + "\n  ".join(differing)
+            + "\nset student.lora.rank and student.lora.alpha to the adapter's; one that differs in anything else has "
+            "to be merged into its base first, and student.path to name the merged folder"
+        )
+
+
+def _listed(modules: Any) -> str:
+    return modules if isinstance(modules, str) else ", ".join(sorted(modules or []))

@@ -78,10 +78,12 @@ def build(
 
     identity: of text, teacher and form; plain JSON types. between_shards(done, all, tokens a second) is called on every
     rank before each round of shards; what it raises passes through, and the next call goes on from there.
-    Raises ValueError on every rank for a folder that another build has begun, and where files cannot be written.
+    Raises ValueError on every rank for a folder that is there, or that another build has begun, and where files cannot
+    be written.
     """
     folder = folder.absolute()
     unfinished = folder.with_name(folder.name + ".unfinished")
+    distributed.together(lambda: refuse_existing(folder))
     with sole_use(unfinished):
         distributed.together(lambda: _begin(unfinished, identity) if distributed.rank() == 0 else None)
         there = distributed.together(lambda: [number for number in range(len(shards)) if _is_done(unfinished, number)])
@@ -162,10 +164,23 @@ def _write(path: Path, passes: Sequence[Arrays], vocabulary: Vocabulary, form: F
     to_disk(path.parent)
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raises ValueError where the cache could not take its place in the end."""
+    if folder.exists():
+        raise ValueError(f"{folder} is there already and is no finished cache; delete it, or give another --out")
+
+
 def _begin(unfinished: Path, identity: Mapping[str, Any]) -> None:
+    identity = {"format": FORMAT, **identity}
     if not (unfinished / PLAN).is_file():
+        if shards := sorted(unfinished.glob("shard-*.safetensors")):
+            raise ValueError(
+                f"{unfinished} holds {len(shards)} shards and no {PLAN}, which would say whose they are; delete it, or "
+                "give another --out"
+            )
         write_json(unfinished / (PLAN + ".part"), identity, indent=2)
         (unfinished / (PLAN + ".part")).rename(unfinished / PLAN)
+        to_disk(unfinished)
         return
     begun = read_json(unfinished / PLAN)
     differing = [
@@ -204,11 +219,12 @@ def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: 
         "files": dict(sorted(files.items())),
     }
     write_json(unfinished / MANIFEST, manifest, indent=1)
-    for leftover in itertools.chain(unfinished.glob("*.part"), [unfinished / PLAN, unfinished / LOCK]):
+    for leftover in itertools.chain(unfinished.glob("*.part"), [unfinished / LOCK]):
         leftover.unlink(missing_ok=True)
     to_disk(unfinished)
     unfinished.rename(folder)
     to_disk(folder.parent)
+    (folder / PLAN).unlink(missing_ok=True)  # not before: shards without it belong to nobody
 
 
 def _name(number: int) -> str:

@@ -20,6 +20,7 @@ from toolkit.models.ds_config import read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.run import chosen, load_inputs, refuse_encoders
 from toolkit.teacher_cache import Form, TeacherCache, build, identity_of, plan
+from toolkit.teacher_cache.build import refuse_existing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +64,8 @@ def _run(
 ) -> dict[str, Any]:
     started_s, is_main = time.monotonic(), distributed.rank() == 0
     watchdog.progress("loading")
+    if not distributed.everywhere((folder / MANIFEST).is_file()):
+        distributed.together(lambda: refuse_existing(folder))
     inputs = load_inputs(config)
     vocabulary, data, temperature = inputs.vocabulary, inputs.data, config.loss.temperature
     form = Form(options.top_k, options.draws, config.seed if options.draws else 0)
@@ -91,6 +94,7 @@ def _run(
         lambda: plan(parts, vocabulary.pad_id, config.validation.batch_rows, options.shard_tokens)
     )
     teacher = build_teacher(config, inputs.teacher_path, inputs.dtype, vocabulary)
+    watchdog.count_passes(teacher.model)
 
     def between_shards(done: int, count: int, tokens_per_s: float) -> None:
         watchdog.progress("teacher cache", done)

@@ -25,6 +25,11 @@ from toolkit.models import Vocabulary
 from toolkit.teacher_cache.forms import Arrays, Form
 
 FORMAT = 1
+#: what a manifest says of the run that the cache is for
+IDENTITY = (
+    "data_sha256", "vocabulary_size", "vocabulary_sha256", "temperature", "teacher_path", "teacher_sha256",
+    "teacher_random", "precision",
+)  # fmt: skip
 DTYPES = {"I64": np.int64, "F16": np.float16, "U16": np.uint16, "U8": np.uint8}
 
 
@@ -73,17 +78,28 @@ class TeacherCache:
         self.manifest = read_json(folder / MANIFEST)
         if self.manifest.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {self.manifest.get('format')!r}, this version reads {FORMAT}")
-        self.identity = self.manifest["identity"]
-        self.form = Form(**self.identity["form"])
+        try:
+            self.identity, files = self.manifest["identity"], self.manifest["files"]
+            self.form = Form(**self.identity["form"])
+            self._wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+            if lacking := [name for name in IDENTITY if name not in self.identity]:
+                raise KeyError(lacking[0])
+            sums = [self.manifest[name] for name in ("texts", "positions", "bytes")]
+            if not self._wanted or not all(isinstance(value, int) for value in sums):
+                raise TypeError(f"files = {files!r:.60}; texts, positions, bytes = {sums}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / MANIFEST} does not say what a teacher cache's says ({type(error).__name__}: {error}): it "
+                "is damaged; delete the folder and make the cache again"
+            ) from error
         self.vocabulary_size = self.identity["vocabulary_size"]
         self._shards: dict[int, Arrays] = {}
-        self._names = sorted(self.manifest["files"])
+        self._names = sorted(files)
 
     def check(self, share: int = 0, shares: int = 1) -> None:
         """Raises ValueError, naming file and both values, for a file that is not the manifest's. Sizes of all files,
         hashes of every `shares`-th. No communication."""
-        wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in self.manifest["files"].items()}
-        check_files(self.folder, wanted, share, shares)
+        check_files(self.folder, self._wanted, share, shares)
 
     def read_index(self) -> None:
         keys, shards, rows = [], [], []
@@ -100,7 +116,7 @@ class TeacherCache:
     @property
     def sha256(self) -> str:
         """Of all that is in it: equal for two copies, however they were built."""
-        content = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        content = {name: sha256 for name, (_, sha256) in self._wanted.items()}
         return hashlib.sha256(json.dumps([self.identity["form"], content], sort_keys=True).encode()).hexdigest()
 
     def check_belongs(self, found: Mapping[str, Any]) -> None:
