@@ -59,7 +59,7 @@ def simulate(settings: dict, seed: int = 10) -> SimpleNamespace:
     loop = SimpleNamespace(
         config=config, schedule=schedule, windows_ahead=0, rollout=SimpleNamespace(weights_step=0),
         replay=ReplayBuffer(config.rollout.capacity, 0, 1, seed),
-        dataset=SimpleNamespace(window_examples=lambda *_: []),
+        dataset=None, _read=lambda *_: [],
     )  # fmt: skip
 
     def generate(step: int, rows: int) -> list[Example]:

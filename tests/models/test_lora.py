@@ -183,7 +183,7 @@ def test_another_base_is_refused(tiny, ranks2, stopped):
     folder, changes = stopped
     flip(folder / "base" / "model.safetensors")
     code, _, said = ranks2.run(engine_cases.run_saying, settings(tiny, "lora", **changes))[0]
-    assert code == 2 and "the frozen student's model.safetensors had SHA-256" in said
+    assert code == 2 and "the student's before training: model.safetensors had SHA-256" in said
     flip(folder / "base" / "model.safetensors")
     code, _, said = ranks2.run(engine_cases.run_saying, settings(tiny, "lora", **changes | {"student.lora.alpha": 7}))[
         0
