@@ -123,7 +123,7 @@ def roomy(tiny, ranks2):
         return settings(
             tiny, name, train__steps=2, data__source=f"{tiny}/many.jsonl", train__batch_rows=128, train__micro_rows=64,
             schedule__policy="mixed", schedule__mixed_share=1.0, rollout__train_on_fresh=True,
-            rollout__max_new_tokens=48, loss__memory_budget_mib=32, validation__rows=2,
+            rollout__max_new_tokens=48, loss__memory_budget_mib=8, validation__rows=2,
         )  # fmt: skip
 
     found = ranks2.run(engine_cases.run_short_of_memory, roomy_settings("roomy"), {})
@@ -135,7 +135,7 @@ def roomy(tiny, ranks2):
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("loss", "the loss; 32 MiB of tiles become 16"),
+        ("loss", "the loss; 8 MiB of tiles become 4"),
         ("teacher", "the teacher's window; 64 rows become 32"),
         ("generation", "generation; 64 rows become 32"),
     ],

@@ -118,8 +118,8 @@ def free(*models: Teacher | Student | NoTeacher) -> None:
     for engine in (model.engine for model in models if not isinstance(model, NoTeacher)):
         engine.destroy()
     parameter_offload.FWD_MODULE_STACK.clear()
-    for found in gc.get_objects():
-        if isinstance(found, functools._lru_cache_wrapper) and found.__module__.startswith("deepspeed."):
+    for found in gc.get_objects():  # type(): isinstance asks objects that warn when they are touched
+        if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("deepspeed."):
             found.cache_clear()
 
 
@@ -248,7 +248,7 @@ class _StudentForward(nn.Module):
     def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
         self.model, self.vocabulary = model, vocabulary
-        self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=16)
+        self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=1)
 
     def forward(self, batch: TokenBatch, signal: Signal, teacher_head: tuple | None, objective: tuple,
                 token_weight: float) -> tuple[Tensor, ...]:  # fmt: skip
