@@ -31,14 +31,18 @@ def settings(tiny, name, *more):
 
 
 def run_staged(arguments, recipe=None):
-    """(exit code, stdout, stderr, elements of live tensors after each stage) on this rank."""
+    """(exit code, stdout, stderr, elements of live tensors that each stage left behind so far) on this rank."""
     from toolkit import run
 
-    alive, original = [], run.run
+    def count():
+        return sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu")
+
+    gc.collect()  # what other tests in this process left is not this run's
+    before, alive, original = count(), [], run.run
 
     def counted(config, watchdog):
         found = original(config, watchdog)
-        alive.append(sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"))
+        alive.append(count() - before)
         return found
 
     run.run = counted
@@ -58,7 +62,7 @@ def summary(folder):
 
 @pytest.fixture(scope="module")
 def whole(tiny, ranks2):
-    """(folder, what the ranks said, live tensors) of all stages in one go."""
+    """(folder, what the ranks said, what stayed alive) of all stages in one go."""
     outcomes = ranks2.run(run_staged, settings(tiny, "whole"))
     assert [code for code, *_ in outcomes] == [0, 0], outcomes[0][2]
     return tiny / "runs" / "whole", outcomes[0][1], [alive for *_, alive in outcomes]
