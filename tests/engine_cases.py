@@ -31,15 +31,17 @@ def run_expecting_exit(overrides, recipe=None):
 
 def run_recording_sources(overrides):
     """For each step (source, hash of this rank's examples)."""
-    seen, original = [], DistillationLoop.choose_examples
+    seen = []
 
-    def choose(self, step):
-        source, examples = original(self, step)
+    def choose(loop, step, choose_examples):
+        source, examples = choose_examples(loop, step)
         digest = hashlib.sha256(b"".join(e.tokens.tobytes() for e in examples)).hexdigest()
         seen.append((source.value, digest))
         return source, examples
 
-    return _observed(choose, overrides, seen)
+    with choosing(choose):
+        _main(overrides)
+    return seen
 
 
 def run_recording_texts(overrides):
@@ -64,20 +66,19 @@ def run_generating_aside(overrides, fail=False):
     """A run that generates before every step and throws the text away; with `fail`, generation raises half-way."""
     from toolkit.rollout.engine import SeededSampling
 
-    original = DistillationLoop.choose_examples
-
-    def choose(self, step):
-        prompts = [example.prompt for example in self.dataset.examples[:3]]
+    def choose(loop, step, choose_examples):
+        prompts = [example.prompt for example in loop.dataset.examples[:3]]
         try:
             with failing("choose_tokens", call=3) if fail else contextlib.nullcontext():
-                self.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
+                loop.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
         except RuntimeError as error:
             assert fail and "made to fail" in str(error)
         else:
             assert not fail
-        return original(self, step)
+        return choose_examples(loop, step)
 
-    return _observed(choose, overrides, None)
+    with choosing(choose):
+        return _main(overrides)
 
 
 def teacher_answers(overrides, count):
@@ -124,14 +125,29 @@ def failing(name, call, ranks=(0, 1)):
         setattr(owner, name_there, original)
 
 
-def _observed(choose, overrides, result):
+@contextlib.contextmanager
+def choosing(choose):
+    """`choose(loop, step, choose_examples)` in the place of the loop's `choose_examples`."""
     original = DistillationLoop.choose_examples
-    DistillationLoop.choose_examples = choose
+    DistillationLoop.choose_examples = lambda self, step: choose(self, step, original)
     try:
-        summary = _main(overrides)
+        yield
     finally:
         DistillationLoop.choose_examples = original
-    return summary if result is None else result
+
+
+@contextlib.contextmanager
+def signalled(number, step_number, ranks=(0,)):
+    """These ranks get a real signal while this step (counted from 1) runs."""
+    from toolkit import distributed
+
+    def choose(loop, step, choose_examples):
+        if step + 1 == step_number and distributed.rank() in ranks:
+            os.kill(os.getpid(), number)
+        return choose_examples(loop, step)
+
+    with choosing(choose):
+        yield
 
 
 def run_recipe(name, overrides):
@@ -379,20 +395,8 @@ def loaded(path, dtype, model=None):
 
 def run_until(overrides, stop_after, number, ranks=(0,), recipe=None):
     """(exit code, stdout, stderr) of a run in which these ranks get a real signal while step `stop_after` runs."""
-    from toolkit import distributed
-
-    original = DistillationLoop.choose_examples
-
-    def choose(self, step):
-        if step + 1 == stop_after and distributed.rank() in ranks:
-            os.kill(os.getpid(), number)
-        return original(self, step)
-
-    DistillationLoop.choose_examples = choose
-    try:
+    with signalled(number, stop_after, ranks):
         return run_saying(overrides, recipe)
-    finally:
-        DistillationLoop.choose_examples = original
 
 
 def run_saying(overrides, recipe=None):
@@ -553,38 +557,14 @@ def error_of_one_rank(kind, failing_rank):
 
 def run_until_with_failing_writes(overrides, stop_after, number, steps):
     """As `run_until`, with signals to rank 0 and checkpoints of these steps that cannot be written."""
-    from toolkit import distributed
-
-    original = DistillationLoop.choose_examples
-
-    def choose(self, step):
-        if step + 1 == stop_after and distributed.rank() == 0:
-            os.kill(os.getpid(), number)
-        return original(self, step)
-
-    DistillationLoop.choose_examples = choose
-    try:
+    with signalled(number, stop_after):
         return run_with_failing_writes(overrides, steps)
-    finally:
-        DistillationLoop.choose_examples = original
 
 
 def run_poisoned_until(overrides, poison, steps, stop_after, number):
     """As `run_poisoned`, with a signal to rank 0 while step `stop_after` runs."""
-    from toolkit import distributed
-
-    original = DistillationLoop.choose_examples
-
-    def choose(self, step):
-        if step + 1 == stop_after and distributed.rank() == 0:
-            os.kill(os.getpid(), number)
-        return original(self, step)
-
-    DistillationLoop.choose_examples = choose
-    try:
+    with signalled(number, stop_after):
         return run_poisoned(overrides, poison, steps)
-    finally:
-        DistillationLoop.choose_examples = original
 
 
 def run_short_of_memory(overrides, limits):
@@ -736,8 +716,7 @@ def held_after_a_step(overrides):
     import numpy as np
 
     from toolkit.batch import Example, TokenBatch
-    from toolkit.models import Objective, build_student, load_tokenizer, materialize, shared_vocabulary
-    from toolkit.run import choose_dtype
+    from toolkit.models import Objective, build_student, choose_dtype, load_tokenizer, materialize, shared_vocabulary
 
     config = RunConfig().with_overrides(overrides)
     path = materialize(config.student, Path(config.cache_dir))

@@ -52,7 +52,8 @@ ALLOWED = {
     "toolkit.teacher_cache": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint"},
     "toolkit.teacher_cache.command": PURE
     | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
-    | {"toolkit.run"},
+    | {"toolkit.run", "toolkit.inputs"},
+    "toolkit.inputs": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.teacher_cache"},
     "toolkit.stages": {"toolkit.config", "toolkit.data.config", "toolkit.models", "toolkit.monitor"},
     "toolkit.methods": {"toolkit.config", "toolkit.data.config"},
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint", "toolkit.teacher_cache"},

@@ -15,10 +15,11 @@ from toolkit.checkpoint import MANIFEST
 from toolkit.config import RunConfig
 from toolkit.data import TextStream
 from toolkit.faults import EXIT_LATER, GoOnLater, StopSignals, Watchdog
+from toolkit.inputs import load_inputs, refuse_encoders
 from toolkit.models import build_teacher
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.identity import file_hashes
-from toolkit.run import chosen, load_inputs, refuse_encoders
+from toolkit.run import chosen
 from toolkit.teacher_cache import Form, TeacherCache, build, identity_of, plan
 from toolkit.teacher_cache.build import refuse_existing
 

@@ -1,0 +1,141 @@
+"""What a run reads before it builds an engine: models, tokenizer, data, plain text, the teacher's stored answers;
+each is checked on one rank and refused on all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from toolkit import distributed
+from toolkit.config import NO_DIVERGENCE, RunConfig
+from toolkit.data import Data, TextStream, load_data, load_text
+from toolkit.data.store import longest
+from toolkit.divergences import Divergence
+from toolkit.models import (
+    Vocabulary,
+    check_positions,
+    choose_dtype,
+    decoder_start_id,
+    default_cache_dir,
+    load_tokenizer,
+    materialize,
+    shared_decoder_start,
+    shared_vocabulary,
+)
+from toolkit.teacher_cache import TeacherCache, identity_of
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it builds anything. teacher_path: "" where no teacher is named."""
+
+    cache_dir: Path
+    dtype: torch.dtype
+    teacher_path: str
+    student_path: str
+    tokenizer: Any
+    vocabulary: Vocabulary
+    data: Data
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Collective; raises ValueError on every rank for a model, tokenizer or data that cannot be used."""
+    cache_dir = default_cache_dir(config.cache_dir)
+    teacher_path = ""
+    if config.has_teacher or (config.teacher.cache and config.teacher.path):
+        teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
+    student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
+    tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
+    data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
+    distributed.together(lambda: _check_positions(config, data, teacher_path, student_path))
+    dtype = choose_dtype(config.precision, distributed.device())
+    return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
+
+
+def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
+    """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
+    has_own = bool(config.student.tokenizer or student_path)
+    asks_teacher = config.has_teacher or (config.teacher.cache and not has_own)
+    teacher = load_tokenizer(config.teacher, teacher_path) if asks_teacher else None
+    has_own = has_own or teacher is None
+    student = load_tokenizer(config.student, student_path) if has_own else teacher
+    starts = decoder_start_id(config.student, student_path)
+    theirs = decoder_start_id(config.teacher, teacher_path) if config.has_teacher else starts
+    if starts is not None and config.packs:
+        raise ValueError(
+            "an encoder-decoder student reads prompt and response apart: data.packing, text.source and data.kind = "
+            '"text" are for models without an encoder; set them to false, "" and "instructions"'
+        )
+    vocabulary = shared_vocabulary(teacher or student, student)
+    return student, vocabulary._replace(decoder_start_id=shared_decoder_start(theirs, starts))
+
+
+def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_dir: Path) -> Data:
+    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.decoder_start_id is not None)
+    if not isinstance(data.train, TextStream) and len(data.train) < config.train.batch_rows:
+        raise ValueError(
+            f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "
+            f"{config.train.batch_rows} ({distributed.world()} ranks); use more data, fewer ranks or a smaller batch"
+        )
+    return data
+
+
+def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_path: str) -> None:
+    """Of the longest text that a run can meet: of the data, generated, or plain."""
+    parts = [part for part in (data.train, data.validation) if not isinstance(part, TextStream)]
+    rows, prompts = (max(lengths) for lengths in zip(*map(longest, parts), strict=True))
+    if len(parts) < 2:
+        rows = config.data.max_length
+    if config.text.source:
+        rows = max(rows, config.text.max_length)
+    padded = -(-rows // 8) * 8  # as batches are
+    if config.generates:
+        padded = max(padded, prompts + config.max_new_tokens)
+    if config.has_teacher:
+        check_positions("teacher", config.teacher, teacher_path, padded)
+    check_positions("student", config.student, student_path, padded)
+
+
+def load_plain_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
+    text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
+    if text is not None and not isinstance(text, TextStream) and len(text) < config.text_rows:
+        raise ValueError(
+            f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, "
+            f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
+        )
+    return text, sha256
+
+
+def refuse_encoders(vocabulary: Vocabulary) -> None:
+    """A cache is built and read for models without an encoder."""
+    if vocabulary.decoder_start_id is not None:
+        raise ValueError(
+            f"teacher.cache with an encoder-decoder model (its decoder starts with id {vocabulary.decoder_start_id}): "
+            'answers are kept for models without an encoder only; set teacher.cache to ""'
+        )
+
+
+def open_cache(
+    config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: Any, vocabulary: Vocabulary
+) -> TeacherCache:
+    """The cache, checked to be whole and this run's; what it is becomes part of the run's identity `parts`."""
+
+    def opened() -> TeacherCache:
+        refuse_encoders(vocabulary)
+        cache, loss = TeacherCache(Path(config.teacher.cache).expanduser()), config.loss
+        cache.check_belongs(identity_of(
+            config.teacher, config.seed, parts["teacher_sha256"], data.sha256, tokenizer, vocabulary, loss.temperature
+        ))  # fmt: skip
+        if loss.divergence != NO_DIVERGENCE:
+            for alpha in (loss.alpha, loss.alpha if loss.alpha_end is None else loss.alpha_end):
+                cache.form.check_divergence(Divergence(loss.divergence, alpha=alpha))
+        cache.check(distributed.rank(), distributed.world())
+        cache.read_index()
+        return cache
+
+    cache = distributed.together(opened)
+    if not config.has_teacher:
+        parts |= {name: cache.identity[name] for name in ("teacher_path", "teacher_sha256")}
+    parts["teacher_cache"] = cache.sha256
+    return cache
