@@ -10,9 +10,8 @@ BASE = RunConfig(
     teacher=ModelConfig(ds_config="ds_configs/teacher_zero3.json"),
     student=ModelConfig(ds_config="ds_configs/student_zero3.json"),
     data=DataConfig(
-        source="databricks/databricks-dolly-15k", prompt_field="instruction", input_field="context",
-        response_field="response", template="alpaca", max_length=512, max_prompt_length=256, validation_fraction=0.033,
-        on_bad_row="skip",
+        source="dolly", template="alpaca", max_length=512, max_prompt_length=256, validation_fraction=0.033,
+        on_bad_row="skip",  # MiniLLM's copy, less the 500 prompts of the papers' test
     ),
     text=TextConfig(max_length=512, streaming=True),
     optimizer=OptimizerConfig(min_lr=1e-7, weight_decay=1e-2, max_grad_norm=1.0),

@@ -2,7 +2,8 @@
 
 init cuts the student out of the teacher, recovery brings it back to language on 10 B tokens of plain text, distil is
 DistiLLM on instructions. With 100 M: recovery.train.tokens=100e6 recovery.train.batch_rows=64, 763 steps.
-Without the hub: teacher.random_weights=true teacher.num_layers=2 init.layers=1 teacher.tokenizer=FILE.model
+Without the hub, to try it: teacher.random_weights=true teacher.num_layers=2 init.layers=1 teacher.tokenizer=FILE.model
+recovery.data.source=TEXT.jsonl distil.data.source=ROWS.jsonl
 """
 
 import sys
@@ -51,12 +52,11 @@ RECOVERY = RunConfig(
 DISTIL = RunConfig(
     **SHARED,
     data=DataConfig(
-        source="databricks/databricks-dolly-15k", prompt_field="instruction", input_field="context",
-        response_field="response", template="alpaca", max_length=512, max_prompt_length=256, validation_fraction=0.033,
-        on_bad_row="skip",
+        source="dolly", template="alpaca", max_length=512, max_prompt_length=256, validation_fraction=0.033,
+        on_bad_row="skip",  # without the 500 prompts of the papers' test
     ),
     loss=LossConfig(divergence="srkl", alpha=0.1),
-    train=TrainConfig(steps=2270, batch_rows=64, micro_rows=8),  # 10 epochs of 14,500 rows
+    train=TrainConfig(steps=2270, batch_rows=64, micro_rows=8),  # 10 epochs of about 14,500 rows
     optimizer=OptimizerConfig(lr=5e-5, warmup_steps=100, weight_decay=1e-2, max_grad_norm=1.0),
     schedule=ScheduleConfig(policy="adaptive", phi_initial=0.2, epsilon=0.2),
     validation=ValidationConfig(every_steps=227, rows=500, rouge_rows=500, samples=3),

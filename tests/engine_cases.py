@@ -555,6 +555,34 @@ def error_of_one_rank(kind, failing_rank):
         return type(error), str(error)
 
 
+def words_of_one_message(failing_ranks, is_told):
+    """(exit code, stderr) of this rank where a ValueError of these ranks meets `one_message`."""
+    from toolkit import distributed
+
+    said, keep = io.StringIO(), distributed.stop
+    distributed.stop = lambda: None
+    try:
+        with contextlib.redirect_stderr(said), distributed.one_message():
+            if distributed.rank() in failing_ranks:
+                raise (distributed.Told if is_told else ValueError)("this is wrong")
+    except SystemExit as exit_:
+        return exit_.code, said.getvalue()
+    finally:
+        distributed.stop = keep
+        torch.distributed.barrier()
+    return 0, said.getvalue()
+
+
+def error_of_folders(folders):
+    """What `check_shared` raises here where each rank has a folder of its own."""
+    from toolkit import distributed
+
+    try:
+        distributed.check_shared(folders[distributed.rank()], within_s=0.5)
+    except ValueError as error:
+        return str(error)
+
+
 def run_until_with_failing_writes(overrides, stop_after, number, steps):
     """As `run_until`, with signals to rank 0 and checkpoints of these steps that cannot be written."""
     with signalled(number, stop_after):

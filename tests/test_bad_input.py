@@ -34,7 +34,7 @@ def refused(tiny, ranks2):
         ("alpha is 1", {"loss.alpha": 1.0}),
         ("nearest: 'adaptive'", {"schedule.policy": "adaptve"}),
         ("no DeepSpeed config at nowhere.json", {"student.ds_config": "nowhere.json"}),
-        ("train.batch_rows = 8 is not a multiple of train.micro_rows x ranks = 3 x 2", {"train.micro_rows": 3}),
+        ("train.batch_rows = 7 is not a multiple of the 2 ranks", {"train.batch_rows": 7}),
         ("40 training rows, fewer than train.batch_rows = 64", {"train.batch_rows": 64}),
     ],
 )

@@ -133,6 +133,8 @@ def test_wrong_keys_and_types_are_named(override, told):
     ("data.kind=text", "schedule.policy = 'adaptive' asks for generated answers"),
     ("data.streaming=true", "data.streaming is for plain text"),
     ("text.weight=0", "text.weight = 0"),
+    ("rollout={engine: vllm, server: 'http://x:1', sync_every_steps: 8, max_age_steps: 4}",
+     "rollout.max_age_steps = 4 with rollout.sync_every_steps = 8"),
     ("loss.alpha_per_sequence=true data.packing=true", "with data.packing = True and data.kind = 'instructions'"),
     ("loss.alpha_per_sequence=true data.kind=text schedule.policy=off", "and data.kind = 'text'"),
 ])  # fmt: skip
@@ -163,17 +165,19 @@ def test_a_token_budget_leaves_the_number_of_micro_batches_open():
         config.with_overrides(["text.source=x.txt", "text.max_length=800"]).validate()
 
 
-def test_accumulation_divides_or_says_why_not():
+def test_micro_batches_have_the_most_rows_that_divide_a_rank_s_share():
     config = BASE.with_overrides(["train.batch_rows=24", "train.micro_rows=4"])
-    assert [config.accumulation(world) for world in (1, 2, 3, 6)] == [6, 3, 2, 1]
-    with pytest.raises(ValueError, match=r"train.batch_rows = 24 .* 4 x 5"):
-        config.accumulation(5)
-    with pytest.raises(ValueError, match="4 x 12"):
-        config.accumulation(12)
+    assert [config.accumulation(world) for world in (1, 2, 3, 6, 12, 24)] == [6, 3, 2, 1, 1, 1]
+    assert [config.micro_rows(world) for world in (1, 2, 3, 6, 12, 24)] == [4, 4, 4, 4, 2, 1]
+    assert config.with_overrides(["train.micro_rows=5"]).micro_rows(1) == 4
+    for world in (5, 48):
+        with pytest.raises(ValueError, match=rf"train.batch_rows = 24 is not a multiple of the {world} ranks"):
+            config.accumulation(world)
     config = config.with_overrides(["text.source=x.txt", "text.batch_rows=8"])
-    assert [config.accumulation(world) for world in (1, 2)] == [8, 4]
+    assert [config.accumulation(world) for world in (1, 2, 4, 8)] == [8, 4, 4, 4]
+    assert [config.micro_rows(world) for world in (1, 2, 4, 8)] == [4, 4, 2, 1]
     assert config.with_overrides(["text.batch_rows=null"]).accumulation(2) == 6  # as many as train.batch_rows
-    with pytest.raises(ValueError, match=r"text.batch_rows = 8 .* 4 x 3"):
+    with pytest.raises(ValueError, match=r"text.batch_rows = 8 is not a multiple of the 3 ranks"):
         config.accumulation(3)
 
 

@@ -36,7 +36,7 @@ ALLOWED = {
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
     "toolkit.rollout.sampling": {"toolkit.rollout.schedule", "toolkit.config"},
     "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
-    "toolkit.rollout.packed": set(),
+    "toolkit.rollout.packed": {"toolkit.divergences"},
     "toolkit.rollout.seq2seq": {"toolkit.models", "toolkit.rollout.sampling", "toolkit.rollout.decode"},
     "toolkit.rollout.engine": ENGINES,
     "toolkit.rollout.vllm": {

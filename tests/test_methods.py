@@ -11,7 +11,7 @@ from tests.tiny import tiny_overrides
 from toolkit.batch import Example, TokenBatch
 from toolkit.config import RunConfig
 from toolkit.divergences import Divergence
-from toolkit.methods import METHODS, with_method
+from toolkit.methods import METHODS, expanded, with_method
 from toolkit.models.engines import Head, mean_log_probs, sequence_alpha
 from toolkit.run import chosen
 
@@ -101,6 +101,12 @@ def test_a_recipe_of_several_runs_is_asked_by_name():
     table = {"a": RunConfig(name="a"), "b/c": RunConfig(name="b")}
     assert chosen(table, ["b/c", "seed=3"]) == RunConfig(name="b", seed=3)
     assert chosen(table["a"], ["seed=3"]) == RunConfig(name="a", seed=3)
+    for method in METHODS:
+        given = [f"method={method}", "loss.beta=0.1"]
+        assert chosen(table["a"], given) == with_method(RunConfig(name="a"), method, {"loss.beta": 0.1})
+    assert expanded(["distil.method=minillm"])[0] == 'distil.loss.divergence="rkl"'
+    with pytest.raises(ValueError, match=r"distil.method = 'gdk' is not one of .* did you mean 'gkd'"):
+        expanded(["distil.method=gdk"])
     with pytest.raises(ValueError, match="name one first: a, b/c"):
         chosen(table, ["seed=3"])
     with pytest.raises(ValueError, match="did you mean 'b/c'"):
@@ -133,3 +139,5 @@ def test_alpha_of_each_text_is_distillm_2s():
         gap = wanted[of].exp() - wanted[other].exp()
         alpha = (1 - 0.9 * gap.mean() / (gap + 1e-5)).clamp(0.01, 0.1)
         torch.testing.assert_close(sequence_alpha(Divergence(name, alpha=0.1), *wanted), alpha)
+        broken = [wanted[0], wanted[1] * float("nan")]  # such a step is skipped, not an error of one rank
+        assert (sequence_alpha(Divergence(name, alpha=0.1), *broken) == 0.1).all()

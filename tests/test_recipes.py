@@ -51,19 +51,20 @@ def test_llama_7b_to_1b_at_true_width(tmp_path):
     tokenizer_file = save_sentencepiece(tmp_path)
     rows = [
         {
-            "instruction": f"Return the number {i}",
-            "context": "in a folder" * (i % 2),
+            "prompt": f"Return the number {i}",
+            "input": "in a folder" * (i % 2),
             "response": "a function " * (1 + i % 3),
         }
         for i in range(30)
     ]
     dolly, text = tmp_path / "dolly.jsonl", tmp_path / "text.jsonl"
     dolly.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text.write_text("".join(json.dumps({"text": f"{row['instruction']} {row['response']}"}) + "\n" for row in rows))
+    text.write_text("".join(json.dumps({"text": f"{row['prompt']} {row['response']}"}) + "\n" for row in rows))
     done = launch("llama_7b_to_1b.py", [
         "teacher.random_weights=true", "teacher.num_layers=2", f"teacher.tokenizer={tokenizer_file}", "init.layers=1",
         "init.rows=2", "init.row_tokens=16", "teacher.ds_config=ds_configs/teacher_cpu.json",
         "student.ds_config=ds_configs/student_cpu.json", f"recovery.data.source={text}", f"distil.data.source={dolly}",
+        "distil.data.input_field=input",
         "recovery.data.max_length=16", "recovery.train.tokens=64", "distil.train.steps=2", "train.batch_rows=2",
         "train.micro_rows=1", "optimizer.warmup_steps=0", "distil.rollout.max_new_tokens=4", "checkpoint.keep=1",
         "distil.schedule.phi_initial=1", "validation.rows=2", "distil.validation.rouge_rows=0",

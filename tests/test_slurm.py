@@ -150,6 +150,7 @@ def test_more_tasks_than_gpus_are_refused(cluster):
 def test_a_node_without_an_address_is_named(monkeypatch):
     for name, value in {
         "STEP_NUM_TASKS": 2, "JOB_ID": 7, "STEP_ID": 0, "PROCID": 0, "LOCALID": 0, "STEP_NODELIST": "gone[4-5].invalid",
+        "NODEID": 0, "STEP_TASKS_PER_NODE": "1(x2)",
     }.items():  # fmt: skip
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     for name in ("MASTER_ADDR", "SLURM_CONF"):
@@ -159,7 +160,8 @@ def test_a_node_without_an_address_is_named(monkeypatch):
         slurm.launcher_variables()
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")  # as set by hand
     assert slurm.launcher_variables() == {
-        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "15007",
+        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "15007",
     }  # fmt: skip
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun --pty bash, and python in it
     assert slurm.launcher_variables() == {}

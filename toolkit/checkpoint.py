@@ -377,7 +377,7 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
         new = now.get(name)
         if old != new:
             # alpha_per_sequence holds each text against the others of its micro-batch
-            is_free = FREE.fullmatch(name) and not (name == "train.micro_rows" and config.loss.alpha_per_sequence)
+            is_free = FREE.fullmatch(name) and not (name.startswith("train.micro_") and config.loss.alpha_per_sequence)
             (free if is_free else refused).append(f"{name} was {old!r}, is {new!r}")
     old = saved["identity"]
     if old["precision"] != found["precision"]:

@@ -116,8 +116,9 @@ class ModelConfig:
     drop_layers: leave these layers of `path` out; a folder without them is made once and kept in the cache.
     init: cut a smaller model out of `path`: sizes, and how to choose.
     ds_config: DeepSpeed JSON file with the sharding; relative to the repository or the working directory.
-    pass_rows: rows in one forward pass of the teacher; None is a rank's whole window, so that its all-gathers are
-    paid once per optimizer step. Lower it when the teacher's activations do not fit.
+    pass_rows: rows in one forward pass of the teacher, in whole micro-batches; None is a rank's whole window, so that
+    its all-gathers are paid once per optimizer step. Lower it when the teacher's activations do not fit. With
+    train.micro_tokens a pass has as large a share of the micro-batches as pass_rows has of the window's rows.
     gradient_checkpointing: recompute activations in the student's backward pass.
     cache: of the teacher: folder that `python -m toolkit cache-teacher` made of this run's data. Steps on the data read
     it, generated text asks the teacher. Where none is generated (schedule.policy "off") no teacher is loaded, and with
@@ -254,9 +255,10 @@ class OptimizerConfig:
 class TrainConfig:
     """How long training is, by the one of these that was set last. steps: optimizer steps. epochs: passes over the
     training rows. tokens: of plain text (data.kind "text"), whose rows are all data.max_length long.
-    batch_rows: sequences of one step, over all ranks. micro_rows: of one micro-batch on one rank; batch_rows has to be
-    a multiple of micro_rows x ranks. micro_tokens: in its place, as few micro-batches as hold at most so many tokens
-    each, padding included; their number changes from step to step, and micro_rows is not read."""
+    batch_rows: sequences of one step, over all ranks, and a multiple of their number. micro_rows: of one micro-batch on
+    one rank at most; a smaller number is taken where this one does not divide the rank's share. micro_tokens: in its
+    place, as few micro-batches as hold at most so many tokens each, padding included; their number changes from step
+    to step, and micro_rows is not read."""
 
     steps: int = 100
     epochs: float | None = None
@@ -484,6 +486,12 @@ class RunConfig:
                 f"rollout.server_timeout_s = {self.rollout.server_timeout_s:g} is not below faults.hang_s = "
                 f"{self.faults.hang_s:g}: waiting for the server would be taken for a rank that hangs"
             )
+        oldest, sync = self.rollout.max_age_steps, self.rollout.sync_every_steps
+        if self.rollout.engine == "vllm" and oldest is not None and oldest < sync - 1:
+            raise ValueError(
+                f"rollout.max_age_steps = {oldest} with rollout.sync_every_steps = {sync}: a server's text may be "
+                f"{sync - 1} steps old when it is made; raise the first or lower the second"
+            )
         if self.data.kind == "text":
             for name, value, needed in (
                 ("schedule.policy", self.schedule.policy, "off"),
@@ -584,22 +592,24 @@ class RunConfig:
         """Longest generated response, in tokens."""
         return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
+    def micro_rows(self, world: int) -> int:
+        """Rows of one micro-batch on one rank: the most, up to train.micro_rows, that divide each rank's share of the
+        batch, and of the plain text beside it. Raises ValueError where ranks have no equal shares."""
+        shares = []
+        for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
+            if rows % world:
+                raise ValueError(f"{name} = {rows} is not a multiple of the {world} ranks; change one of them")
+            shares.append(rows // world)
+        both = math.gcd(*shares)
+        return max(rows for rows in range(1, min(both, self.train.micro_rows) + 1) if both % rows == 0)
+
     def accumulation(self, world: int) -> int:
         """Micro-batches of one optimizer step on one rank, those of text.source included; 1 where train.micro_tokens
         leaves their number open. Raises ValueError where a batch does not divide."""
+        micro_rows = self.micro_rows(world)
         if self.train.micro_tokens is not None:
-            for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
-                if rows % world:
-                    raise ValueError(f"{name} = {rows} is not a multiple of the {world} ranks; change one of them")
             return 1
-        per_step = self.train.micro_rows * world
-        for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
-            if rows % per_step:
-                raise ValueError(
-                    f"{name} = {rows} is not a multiple of train.micro_rows x ranks = "
-                    f"{self.train.micro_rows} x {world}; change one of them"
-                )
-        return (self.train.batch_rows + self.text_rows) // per_step
+        return (self.train.batch_rows + self.text_rows) // (micro_rows * world)
 
     @property
     def generates(self) -> bool:

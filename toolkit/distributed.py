@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import secrets
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +21,20 @@ from safetensors import SafetensorError
 from toolkit import slurm
 
 Result = TypeVar("Result")
+MAIN_RANK_TELLS_S = 3.0  # other ranks keep an error to themselves where rank 0 has one within this time
+SEEN_WITHIN_S = 60.0  # a file that another node made
+_entered = itertools.count()
 
 
-def start() -> None:
+class Told(ValueError):
+    """Raised on all ranks alike: one of them tells it."""
+
+
+def start(hang_s: float = 1800.0) -> None:
     """Join the process group: a launcher's variables as set, else srun's tasks, else a group of one.
 
-    Raises ValueError where SLURM's tasks and GPUs do not fit together.
+    hang_s: the watchdog's limit, see FaultsConfig. Collectives wait longer than that, so that it is the watchdog that
+    ends a job and says why. Raises ValueError where SLURM's tasks and GPUs do not fit together.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -32,7 +44,9 @@ def start() -> None:
     if "RANK" not in os.environ:  # deepspeed would ask for mpi4py
         os.environ.update(slurm.launcher_variables() or _alone())
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # or the first messages of all ranks use GPU 0
-    deepspeed.init_distributed(verbose=False)
+    if local_size := os.environ.get("LOCAL_SIZE"):  # the deepspeed launcher's name for it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=hang_s + 600))
 
 
 def _alone() -> dict[str, str]:
@@ -45,18 +59,46 @@ def _alone() -> dict[str, str]:
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Wrong input (ValueError) ends every rank with exit code 2 and one message; the group is left in any case."""
+    """Wrong input (ValueError) ends every rank with exit code 2 and one message.
+
+    The group is left where all ranks come to leave it: after an error of one rank alone, leaving would wait for the
+    others, which wait for it.
+    """
+    key = f"error {next(_entered)}"
     try:
         yield
     except ValueError as error:
-        before_start = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-        if rank() == 0 and (torch.distributed.is_initialized() or before_start == "0"):
-            say(f"error: {error}", sys.stderr)
+        if _is_told_here(error, key):
+            place = f" on rank {rank()}" if rank() else ""
+            say(f"error{place}: {error}", sys.stderr)
         if os.environ.get("DISTILL_TRACEBACK"):
             raise
+        if isinstance(error, Told) or world() == 1:
+            stop()
         sys.exit(2)
-    finally:
+    except SystemExit:
         stop()
+        raise
+    else:
+        stop()
+
+
+def _is_told_here(error: ValueError, key: str) -> bool:
+    """Whether this rank prints it: rank 0 does, and another one whose error rank 0 does not share."""
+    if not torch.distributed.is_initialized():
+        return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+    if world() == 1 or isinstance(error, Told):
+        return rank() == 0
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if rank() == 0:
+        store.set(key, "told")
+        return True
+    until_s = time.monotonic() + MAIN_RANK_TELLS_S
+    while time.monotonic() < until_s:
+        if store.check([key]):
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def say(text: str, stream: Any = None, write: Callable[..., None] = print) -> None:
@@ -124,7 +166,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Run `work`, which may not communicate, on every rank; if it fails on any, every rank raises ValueError with the
+    """Run `work`, which may not communicate, on every rank; if it fails on any, every rank raises `Told` with the
     first error. No kind of error may leave alone the ranks that wait here for the one that has it."""
     result, error = None, None
     try:
@@ -134,8 +176,27 @@ def together(work: Callable[[], Result]) -> Result:
     texts = gather_objects(None if error is None else _told(error))
     first = next((text for text in texts if text is not None), None)
     if first is not None:
-        raise ValueError(first) from error
+        raise Told(first) from error
     return result
+
+
+def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
+    """Raises `Told` unless all ranks see this folder of rank 0's. Collective."""
+    if world() == 1:
+        return
+    mark = folder / f".seen-{gather_objects(secrets.token_hex(8))[0]}"
+    together(lambda: mark.touch() if rank() == 0 else None)
+    until_s = time.monotonic() + within_s
+    while not (is_seen := mark.exists()) and time.monotonic() < until_s:  # network file systems take their time
+        time.sleep(0.2)
+    blind = [text for text in gather_objects("" if is_seen else f"{rank()} on {socket.gethostname()}") if text]
+    if rank() == 0:
+        mark.unlink()
+    if blind:
+        raise Told(
+            f"{folder} of rank 0 is not there for rank {', '.join(blind)} after {within_s:g} s: output_dir has to lie "
+            "on a disk of all nodes"
+        )
 
 
 def _told(error: Exception) -> str:

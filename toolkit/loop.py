@@ -233,10 +233,9 @@ class DistillationLoop:
     def _window(self, examples: list[Example], pack_to: int | None = None) -> list[TokenBatch]:
         if not examples:
             return []
-        train = self.config.train
         window = make_window(
-            examples, train.micro_rows, self.vocabulary.pad_id, pack_to=pack_to,
-            decoder_start_id=self.vocabulary.decoder_start_id, micro_tokens=train.micro_tokens,
+            examples, self.config.micro_rows(distributed.world()), self.vocabulary.pad_id, pack_to=pack_to,
+            decoder_start_id=self.vocabulary.decoder_start_id, micro_tokens=self.config.train.micro_tokens,
             agree=distributed.max_over_ranks,
         )  # fmt: skip
         return [batch.to(distributed.device()) for batch in window]

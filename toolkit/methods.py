@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -75,3 +76,21 @@ def with_method(config: RunConfig, method: str, settings: Mapping[str, Any] | No
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     return config.with_settings({**METHODS[method].settings, **(settings or {})})
+
+
+def expanded(arguments: list[str]) -> list[str]:
+    """`method=NAME`, or `STAGE.method=NAME`, replaced by that method's settings in its place; the others as they are.
+
+    Raises ValueError for a method that is not in METHODS.
+    """
+    found = []
+    for text in arguments:
+        key, _, name = text.partition("=")
+        stage, dot, last = key.rpartition(".")
+        if last != "method":
+            found.append(text)
+        elif name not in METHODS:
+            raise unknown(key, name, METHODS)
+        else:
+            found += [f"{stage}{dot}{setting}={json.dumps(value)}" for setting, value in METHODS[name].settings.items()]
+    return found

@@ -27,6 +27,7 @@ from toolkit.evaluation import Validator, answer, row_seeds, score
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.inputs import load_inputs, load_plain_text, open_cache
 from toolkit.loop import DistillationLoop
+from toolkit.methods import METHODS, expanded
 from toolkit.models import (
     NoTeacher,
     build_student,
@@ -71,7 +72,7 @@ def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
             return _help(recipe)
         try:
             with Watchdog(_hang_s(recipe, overrides)) as watchdog:
-                distributed.start()
+                distributed.start(watchdog.limit_s)
                 is_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
                 if isinstance(recipe, Stages) and not is_one:
                     return run_stages(recipe, overrides, watchdog)
@@ -91,7 +92,7 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
     only_cut = arguments[:1] == [INIT]
 
     def checked() -> tuple[Stages, dict[str, RunConfig]]:
-        stages = recipe.with_overrides(arguments[only_cut:])
+        stages = recipe.with_overrides(expanded(arguments[only_cut:]))
         runs = stages.chained()
         for config in runs.values():
             _checked(config)
@@ -107,7 +108,9 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
         watchdog.progress(INIT)
         if all(config.resume == "never" for config in runs.values()):
             distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
-        found = summaries[INIT] = distributed.main_rank_first(stages.cut)
+        with StopSignals(stages.first.faults.grace_s).watched() as signals:
+            found = summaries[INIT] = distributed.main_rank_first(stages.cut)
+            _stop_if_asked(signals, "after the student was cut, which is kept")
         say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
     for name, config in ({} if only_cut else runs).items():
         say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
@@ -146,6 +149,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     if summary := _finished(config, resumed, parts):
         return summary
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
+    distributed.check_shared(run_dir)
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
@@ -294,6 +298,7 @@ def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
 
     Raises ValueError where it names none.
     """
+    arguments = expanded(arguments)
     if isinstance(recipe, RunConfig):
         return recipe.with_overrides(arguments)
     name, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("", arguments)
@@ -310,6 +315,7 @@ def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
 def _help(recipe: Recipe) -> dict[str, Any]:
     """Prints what the recipe says of itself, its runs, and its settings."""
     parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
+    parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
     settings = {"": recipe} if isinstance(recipe, RunConfig) else {}
     if isinstance(recipe, Stages):
         parts.append(
@@ -334,7 +340,7 @@ def _hang_s(recipe: Recipe, arguments: list[str]) -> float:
     try:
         if not isinstance(recipe, Stages):
             return chosen(recipe, arguments).faults.hang_s
-        overrides = [text for text in arguments if "=" in text]
+        overrides = expanded([text for text in arguments if "=" in text])
         return max(config.faults.hang_s for config in recipe.with_overrides(overrides).runs.values())
     except ValueError:
         return RunConfig().faults.hang_s
@@ -442,11 +448,18 @@ def _rouge_scores(data: Data, **answers: tuple[list[str], list[str]]) -> dict[st
     return found | {"rows": rows}
 
 
+def _micro_batches(config: RunConfig) -> str:
+    if config.train.micro_tokens is not None:
+        return f"at most {config.train.micro_tokens} tokens a micro-batch"
+    world = distributed.world()
+    return f"{config.accumulation(world)} micro-batches of {config.micro_rows(world)} rows a step"
+
+
 def _introduction(config: RunConfig, data: Data, dtype: torch.dtype, run_dir: Path) -> str:
     left_out = {name: count for name, count in data.counts.items() if count and not name.endswith("_rows")}
     return (
         f"{config.name}: {config.loss.divergence}, schedule {config.schedule.policy}, "
         f"{'streamed' if isinstance(data.train, TextStream) else len(data.train)} training and "
         f"{len(data.validation)} validation rows{f' ({left_out})' if left_out else ''}, "
-        f"{distributed.world()} ranks, {str(dtype).removeprefix('torch.')}, folder {run_dir}"
+        f"{_micro_batches(config)}, {distributed.world()} ranks, {str(dtype).removeprefix('torch.')}, folder {run_dir}"
     )

@@ -22,6 +22,7 @@ def launcher_variables() -> dict[str, str]:
         "RANK": env["SLURM_PROCID"],
         "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": str(_local_rank()),
+        "LOCAL_WORLD_SIZE": str(_tasks_here()),
         "MASTER_ADDR": env.get("MASTER_ADDR") or _address(first_host(env["SLURM_STEP_NODELIST"])),
         "MASTER_PORT": env.get("MASTER_PORT") or str(port),
     }
@@ -43,6 +44,10 @@ def tasks_of_node(tasks_per_node: str, node: int) -> int:
     return counts[node]
 
 
+def _tasks_here() -> int:
+    return tasks_of_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ["SLURM_NODEID"]))
+
+
 def _local_rank() -> int:
     """The index of this task's GPU among those that it sees."""
     from deepspeed.accelerator import get_accelerator
@@ -53,7 +58,7 @@ def _local_rank() -> int:
     gpus = get_accelerator().device_count()
     if gpus == 1:  # --gpus-per-task and --gpu-bind=single show each task its own GPU alone, as number 0
         return 0
-    tasks = tasks_of_node(env["SLURM_STEP_TASKS_PER_NODE"], int(env["SLURM_NODEID"]))
+    tasks = _tasks_here()
     if tasks > gpus:  # found by all tasks of the node alike, so that none waits for one that stopped
         raise ValueError(
             f"SLURM started {tasks} tasks on node {env.get('SLURMD_NODENAME')}, which sees {gpus} GPUs; ask for one "

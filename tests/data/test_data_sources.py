@@ -295,6 +295,16 @@ def test_a_run_trains_on_one_set_of_minillm_and_validates_on_another(tmp_path, t
     assert references(data.validation_rows[1]) == ["A", "B"]
     split = load_data(dataclasses.replace(config, validation_source=None, validation_fraction=0.2), tokenizer)
     assert (len(split.train), len(split.validation)) == (24, 6)
+    # of the papers' test nothing is trained on or held out, though the file for training has it, spaced otherwise
+    raw = tmp_path / "datasets--MiniLLM--dolly" / "snapshots" / ("0" * 40) / "raw.jsonl"
+    assert raw.is_file()
+    with raw.open("a") as file:
+        for row in ({"instruction": "validation  1 ", "input": "I"}, {"instruction": "validation 1", "input": ""}):
+            file.write(json.dumps(row | {"output": "leaked", "prompt": "-", "topic": "-"}) + "\n")
+    for source in ("vicuna", "dolly"):
+        leaky = dataclasses.replace(config, validation_source=source)
+        data = load_data(leaky, tokenizer, token_cache=tmp_path / "tokens")
+        assert (len(data.train), data.counts["train_skipped_test"], len(data.validation)) == (31, 1, 5)
     # the same file by its own name has the config's fields, and no other's tokens from the cache
     file = SETS["dolly"].train
     own = dataclasses.replace(config, source=file, prompt_field="prompt", response_field="topic")

@@ -401,6 +401,23 @@ def test_a_checkpoint_without_the_bases_name(tmp_path, text):
     assert torch.equal(logits(tmp_path / "whole"), logits(path))
 
 
+def test_pickled_weights_give_the_student_that_safetensors_give(tmp_path, text):
+    path = Path(save(make("llama"), tmp_path / "teacher"))
+    settings = dict(layers=3, hidden=24, mlp=20)
+    pruned(str(path), text, tmp_path / "wanted", **settings)
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for part, some in enumerate((names[:5], names[5:])):
+        torch.save({name: tensors[name] for name in some}, path / f"pytorch_model-0000{part + 1}-of-00002.bin")
+    pruned(str(path), text, tmp_path / "found", **settings)
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("wanted", "found"))
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    torch.save({"weight": print}, path / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model-00002-of-00002.bin is damaged.*or holds more than tensors"):
+        pruned(str(path), text, tmp_path / "refused", **settings)
+
+
 @pytest.mark.parametrize("depth", ["1,3", "even", "random"])
 def test_t5_loses_layers_of_both_stacks(tmp_path, text, depth):
     torch.manual_seed(5)

@@ -14,8 +14,8 @@ _HUB = "hf://datasets/MiniLLM/"
 
 
 class InstructionSet(NamedTuple):
-    """One file each for training and validation, which is the papers' test: beside a file lies a .txt, which `datasets`
-    would read as data too. max_rows: of validation."""
+    """One file each for training and validation, which is the papers' test: its prompts are left out of training.
+    Beside a file lies a .txt, which `datasets` would read as data too. max_rows: of validation."""
 
     train: str
     validation: str

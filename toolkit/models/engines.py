@@ -334,7 +334,9 @@ def sequence_alpha(divergence: Divergence, log_p_B: Tensor, log_q_B: Tensor) -> 
     gap_B = log_p_B.exp() - log_q_B.exp()
     if divergence.name == "srkl":
         gap_B = -gap_B
-    return (1 - (1 - divergence.alpha) * gap_B.mean() / (gap_B + 1e-5)).clamp(0.01, divergence.alpha)
+    alpha_B = 1 - (1 - divergence.alpha) * gap_B.mean() / (gap_B + 1e-5)
+    # A model that is not finite makes a loss that is not, and the step is skipped; an alpha has to be one all the same.
+    return alpha_B.nan_to_num(nan=divergence.alpha).clamp(0.01, divergence.alpha)
 
 
 def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str, Any]:

@@ -36,7 +36,8 @@ from transformers.utils import cached_file
 
 from toolkit.config import ModelConfig
 from toolkit.data.config import DataConfig, unknown
-from toolkit.models.pruning import leave_out_layers, prune
+from toolkit.divergences.products import cpu_has_bf16_products
+from toolkit.models.pruning import leave_out_layers, prune, source_folder
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 #: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows
@@ -47,7 +48,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """ "auto" is bf16 where the device multiplies it in hardware: elsewhere it is many times slower than fp32."""
     if precision == "auto":
         if device.type == "cpu":
-            has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            has_bf16 = cpu_has_bf16_products()
         else:
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float32
@@ -92,6 +93,8 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
         return path
     if _is_local(path):
         _check_folder(Path(path))
+    else:
+        source_folder(path)  # fetched now: a run is known by the hashes of all files of its models
     if model.drop_layers:
         key = f"{Path(path).name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(path, *_contents(path))}"
         source = path

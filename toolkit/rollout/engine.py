@@ -35,7 +35,7 @@ from toolkit.rollout.decode import (
     plain_decode,
     row_tokens,
 )
-from toolkit.rollout.packed import packed_weights, packs
+from toolkit.rollout.packed import packed_weights
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
 from toolkit.rollout.seq2seq import decode_seq2seq
 
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 MIB = 2**20
+ROOM = 0.8  # of the free memory, for weights and what the cache takes at least
 
 
 @dataclass
@@ -111,7 +112,8 @@ class GatheredRollout(Rollout):
     engine: a deepspeed engine whose module has the language model as `.model`. batch_rows: rows decoded together, at
     most. cache_mib: bound on the key-value cache of a rank, at least one row though; None is half of the memory that is
     free when a call starts. gather: "always", "never" (sharded, ranks in step), or "auto": gathered where on every rank
-    the model (on a CPU twice, see `packed_weights`) and its cache fit into four fifths of the free memory.
+    the model and its cache fit into four fifths of the free memory. On a CPU weights are packed where there is room for
+    them twice (`packed_weights`).
     """
 
     name = "gathered"
@@ -137,7 +139,7 @@ class GatheredRollout(Rollout):
             mode, failure = "gathered", None
             with whole_model(self.engine) as model:
                 try:
-                    with packed_weights(model):
+                    with packed_weights(model, ROOM * _free_bytes() - self._cache_bytes(row_bytes)):
                         texts, stats = self._decode_or_split(model, prompts, sampling, self._rows(row_bytes))
                 except Exception as error:  # told below, where the other ranks listen
                     failure = error
@@ -175,9 +177,11 @@ class GatheredRollout(Rollout):
             return False
         parameters = self.engine.module.model.parameters()
         model_bytes = sum(p.ds_numel * p.element_size() for p in parameters if p.ds_numel != p.numel())
-        model_bytes *= 2 if packs(self.engine.module.model) else 1
-        cache_bytes = self.cache_mib * MIB if self.cache_mib else row_bytes
-        return distributed.everywhere(model_bytes + cache_bytes <= 0.8 * _free_bytes())
+        return distributed.everywhere(model_bytes + self._cache_bytes(row_bytes) <= ROOM * _free_bytes())
+
+    def _cache_bytes(self, row_bytes: int) -> int:
+        """What the cache takes at least."""
+        return self.cache_mib * MIB if self.cache_mib else row_bytes
 
 
 def _decoder(model: PreTrainedModel) -> Any:

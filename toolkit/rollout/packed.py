@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from toolkit.divergences.products import cpu_has_bf16_products
+
 ROWS = 32  # the layout is chosen for products of about so many rows
 
 
@@ -21,18 +23,19 @@ def packs(model: nn.Module) -> bool:
     weight = next(model.parameters())
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and cpu_has_bf16_products())
 
 
 @contextmanager
-def packed_weights(model: nn.Module) -> Iterator[None]:
+def packed_weights(model: nn.Module, room_bytes: float = float("inf")) -> Iterator[None]:
     """Inside, linear layers multiply with packed copies of the weights that they have when it is entered; no gradients.
 
-    It takes as much memory again as those weights. Nothing is done where `packs` says no.
+    It takes as much memory again as those weights. Nothing is done where `packs` says no, or they take more than
+    `room_bytes`.
     """
     layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)] if packs(model) else []
+    if sum(layer.weight.numel() * layer.weight.element_size() for layer in layers) > room_bytes:
+        layers = []
     try:
         for layer in layers:
             layer.forward = _packed_forward(layer)

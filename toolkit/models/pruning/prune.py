@@ -24,14 +24,21 @@ from toolkit.models.pruning.write import RECORD, try_out, write_part
 
 
 def source_folder(path: str) -> Path:
-    """`path` where it is a folder, else the hub's model of that name, without weights that are not safetensors."""
+    """`path` where it is a folder, else the hub's model of that name, fetched: its safetensors, or where it has none
+    its pytorch_model.bin.
+
+    Raises ValueError where it is not to be had.
+    """
     from huggingface_hub import snapshot_download
 
     if Path(path).is_dir():
         return Path(path)
     others = ["*.bin", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.pt", "*.pth", "original/*"]
     try:
-        return Path(snapshot_download(path, ignore_patterns=others))
+        folder = Path(snapshot_download(path, ignore_patterns=others))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(path, allow_patterns=["pytorch_model*.bin*"])
+        return folder
     except OSError as error:
         raise ValueError(f"the model {path} could not be had from the hub: {error}") from error
 

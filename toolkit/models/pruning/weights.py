@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,24 +26,23 @@ TOKENS_A_PASS = 1024
 
 
 class Weights:
-    """The tensors of a folder of safetensors files, by name; nothing is kept in memory.
+    """The tensors of a folder of safetensors files, by name; nothing is kept in memory. Of a folder without any, those
+    of its pytorch_model*.bin, mapped too and read without running what is pickled in them.
 
-    Raises ValueError where the folder has none, or a file is damaged.
+    Raises ValueError where the folder has neither, or a file is damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self._pickled: dict[str, Tensor] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():  # a hub folder may hold a consolidated copy of the same tensors as well
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
             files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise ValueError(
-                f"{folder} has no .safetensors weights, which pruning and leaving layers out need; save the model "
-                "with safetensors"
-            )
+            self._read_pickled()
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -50,15 +50,36 @@ class Weights:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is missing, damaged or cut off: {error}; copy it again") from error
 
+    def _read_pickled(self) -> None:
+        found = sorted(self.folder.glob("pytorch_model*.bin"))
+        if not found:
+            raise ValueError(
+                f"{self.folder} has neither .safetensors weights nor pytorch_model*.bin; copy the missing files"
+            )
+        for file in found:
+            try:
+                tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+                raise ValueError(
+                    f"{file} is damaged, of an old format, or holds more than tensors: {error}; save the model with "
+                    "safetensors"
+                ) from error
+            self._pickled |= tensors
+            self.files |= dict.fromkeys(tensors, file)
+
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the mapped file: pages leave memory with the last reference."""
+        """A view of the mapped file: pages leave memory with the last reference, or where memory is short."""
+        if self._pickled:
+            return self._pickled[name]
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
     def shape(self, name: str) -> list[int]:
+        if self._pickled:
+            return list(self._pickled[name].shape)
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_slice(name).get_shape()
 
