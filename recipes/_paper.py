@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from toolkit.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TextConfig, ValidationConfig
 from toolkit.methods import METHODS, with_method
 
-GPUS = 8  # the paper's batches are per GPU and its number of GPUs is not given
+GPUS = 8  # the scripts' batches are per GPU
 BASE = RunConfig(
     teacher=ModelConfig(ds_config="ds_configs/teacher_zero3.json"),
     student=ModelConfig(ds_config="ds_configs/student_zero3.json"),
@@ -15,7 +15,7 @@ BASE = RunConfig(
     ),
     text=TextConfig(max_length=512, streaming=True),
     optimizer=OptimizerConfig(min_lr=1e-7, weight_decay=1e-2, max_grad_norm=1.0),
-    validation=ValidationConfig(every_steps=200, rows=500, rouge_rows=500),
+    validation=ValidationConfig(every_steps=200, rows=500, rouge_rows=500, best="rouge_l"),
 )  # fmt: skip
 OPENWEBTEXT = "Skylion007/openwebtext"
 Settings = dict[str, Any]

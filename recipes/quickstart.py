@@ -26,7 +26,7 @@ RECIPE = RunConfig(
     teacher=ModelConfig(path=TEACHER, ds_config="ds_configs/teacher_cpu.json"),
     # Leaving these out changes the teacher's own predictions least among the blocks of ten layers.
     student=ModelConfig(path=TEACHER, drop_layers=tuple(range(9, 19)), ds_config="ds_configs/student_cpu.json"),
-    data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80),
+    data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80, packing=True),
     loss=LossConfig(divergence="skl", alpha=0.1),
     train=TrainConfig(steps=80, batch_rows=8, micro_rows=4),
     optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5),

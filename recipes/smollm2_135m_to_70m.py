@@ -40,7 +40,7 @@ RECOVERY = RunConfig(
 )
 DISTIL = RunConfig(
     **SHARED,
-    data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80),
+    data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80, packing=True),
     loss=LossConfig(divergence="skl", alpha=0.1),
     train=TrainConfig(steps=50, batch_rows=8, micro_rows=4),
     optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5),

@@ -20,9 +20,7 @@ class Method(NamedTuple):
 NO_TEACHER = {"loss.divergence": "none", "loss.cross_entropy_weight": 1.0, "schedule.policy": "off"}
 
 #: Each follows the paper that introduced the method, as far as one loop over one kind of step can; where it does not,
-#: its text says so. DistiLLM's released code differs from its paper: it trains a GENERATE step on the text just made
-#: (rollout.train_on_fresh=true) and moves the loss that phi is decided by only when it rises
-#: (schedule.reference_loss=released).
+#: its text says so. DistiLLM's released code differs from its paper, see docs/reproduction.md.
 METHODS = {
     "sft": Method(
         "supervised fine-tuning on the data's responses, without a teacher",
