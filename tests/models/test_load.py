@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -17,6 +18,7 @@ from tests.tiny import make_tokenizer, save_llama, save_sentencepiece
 from toolkit.config import ModelConfig
 from toolkit.models import load_tokenizer, materialize, shared_vocabulary
 from toolkit.models.ds_config import OWNED, read_ds_config
+from toolkit.models.identity import file_hashes
 
 
 def layers_of(model):
@@ -155,3 +157,24 @@ def test_random_weights_are_alike_on_all_ranks(ranks2):
             assert first[name].std().item() == pytest.approx(0.1, rel=0.1)
         if "norm" in name:
             assert (first[name] == 1).all()
+
+
+def test_a_hub_name_is_fetched_whole_before_it_is_hashed(tmp_path, monkeypatch):
+    """A model in the hub's own cache, with safetensors or with older .bin weights beside another format's."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, weights in (("new", "model.safetensors"), ("old", "pytorch_model.bin")):
+        cached, revision = tmp_path / f"models--someone--{name}", "0" * 40
+        folder = cached / "snapshots" / revision
+        save_llama(folder, make_tokenizer(), seed=5, layers=2)
+        if name == "old":
+            torch.save(load_file(folder / "model.safetensors"), folder / weights)
+            (folder / "model.safetensors").unlink()
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text(revision)
+        assert materialize(ModelConfig(path=f"someone/{name}"), tmp_path / "ours") == f"someone/{name}"
+        assert weights in file_hashes(f"someone/{name}")
+        short = materialize(ModelConfig(path=f"someone/{name}", drop_layers=(0,)), tmp_path / "ours")
+        assert len(AutoModelForCausalLM.from_pretrained(short).model.layers) == 1
+    with pytest.raises(ValueError, match="the model someone/missing could not be had from the hub"):
+        materialize(ModelConfig(path="someone/missing"), tmp_path / "ours")
