@@ -452,7 +452,8 @@ def _micro_batches(config: RunConfig) -> str:
     if config.train.micro_tokens is not None:
         return f"at most {config.train.micro_tokens} tokens a micro-batch"
     world = distributed.world()
-    return f"{config.accumulation(world)} micro-batches of {config.micro_rows(world)} rows a step"
+    count = config.accumulation(world)
+    return f"{count} micro-batch{'es' if count > 1 else ''} of {config.micro_rows(world)} rows a step"
 
 
 def _introduction(config: RunConfig, data: Data, dtype: torch.dtype, run_dir: Path) -> str:
