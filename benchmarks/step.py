@@ -180,7 +180,7 @@ def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths:
         model=AutoModelForCausalLM.from_pretrained(paths[1], dtype=torch.float32),
         teacher_model=AutoModelForCausalLM.from_pretrained(paths[0], dtype=dtype),
         args=GKDConfig(
-            output_dir=folder, max_steps=config.train.steps, per_device_train_batch_size=config.train.micro_rows,
+            output_dir=folder, max_steps=config.train.steps, per_device_train_batch_size=config.micro_rows(world),
             gradient_accumulation_steps=config.accumulation(world), learning_rate=config.optimizer.lr,
             max_grad_norm=config.optimizer.max_grad_norm, weight_decay=config.optimizer.weight_decay, lmbda=lmbda,
             beta=0.5, temperature=1.0, max_new_tokens=config.max_new_tokens, max_length=config.data.max_length,

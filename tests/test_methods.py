@@ -104,6 +104,8 @@ def test_a_recipe_of_several_runs_is_asked_by_name():
     for method in METHODS:
         given = [f"method={method}", "loss.beta=0.1"]
         assert chosen(table["a"], given) == with_method(RunConfig(name="a"), method, {"loss.beta": 0.1})
+        recipe = importlib.import_module("recipes.quickstart").RECIPE
+        chosen(recipe, given[:1]).validate()
     assert expanded(["distil.method=minillm"])[0] == 'distil.loss.divergence="rkl"'
     with pytest.raises(ValueError, match=r"distil.method = 'gdk' is not one of .* did you mean 'gkd'"):
         expanded(["distil.method=gdk"])

@@ -83,7 +83,7 @@ class Checkpoints:
         except ValueError as error:
             if is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            raise ValueError(f"no checkpoint of step {step} in {self.folder}: {error}") from error
+            raise distributed.Told(f"no checkpoint of step {step} in {self.folder}: {error}") from error
         distributed.together(lambda: self._prune(step) if is_main else None)
         return final
 

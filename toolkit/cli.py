@@ -49,8 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         module.add_arguments(parser)
         options = parser.parse_intermixed_args(rest)
         _quiet()
-        distributed.start()
+        distributed.start(_hang_s(rest))
         return module.run(options)
+
+
+def _hang_s(arguments: list[str]) -> float:
+    """The watchdog's limit among the settings; one that is no number is told by who reads it."""
+    try:
+        given = [text.partition("=")[2] for text in arguments if text.startswith(("hang_s=", "faults.hang_s="))]
+        return float(given[-1]) if given else 1800.0
+    except ValueError:
+        return 1800.0
 
 
 def _quiet() -> None:

@@ -487,7 +487,8 @@ class RunConfig:
                 f"{self.faults.hang_s:g}: waiting for the server would be taken for a rank that hangs"
             )
         oldest, sync = self.rollout.max_age_steps, self.rollout.sync_every_steps
-        if self.rollout.engine == "vllm" and oldest is not None and oldest < sync - 1:
+        draws = not self.rollout.train_on_fresh or self.rollout.windows > 1 or self.schedule.policy == "adaptive"
+        if self.rollout.engine == "vllm" and draws and oldest is not None and oldest < sync - 1:
             raise ValueError(
                 f"rollout.max_age_steps = {oldest} with rollout.sync_every_steps = {sync}: a server's text may be "
                 f"{sync - 1} steps old when it is made; raise the first or lower the second"

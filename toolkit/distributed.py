@@ -46,7 +46,7 @@ def start(hang_s: float = 1800.0) -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # or the first messages of all ranks use GPU 0
     if local_size := os.environ.get("LOCAL_SIZE"):  # the deepspeed launcher's name for it
         os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=hang_s + 600))
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=min(hang_s, 1e8) + 600))
 
 
 def _alone() -> dict[str, str]:
@@ -86,7 +86,8 @@ def one_message() -> Iterator[None]:
 def _is_told_here(error: ValueError, key: str) -> bool:
     """Whether this rank prints it: rank 0 does, and another one whose error rank 0 does not share."""
     if not torch.distributed.is_initialized():
-        return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+        is_first_of_node = "RANK" not in os.environ and os.environ.get("SLURM_LOCALID") == "0"  # nodes may differ
+        return is_first_of_node or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
     if world() == 1 or isinstance(error, Told):
         return rank() == 0
     store = torch.distributed.distributed_c10d._get_default_store()
@@ -95,7 +96,10 @@ def _is_told_here(error: ValueError, key: str) -> bool:
         return True
     until_s = time.monotonic() + MAIN_RANK_TELLS_S
     while time.monotonic() < until_s:
-        if store.check([key]):
+        try:
+            if store.check([key]):
+                return False
+        except RuntimeError:  # rank 0, which keeps the store, has told its error and gone
             return False
         time.sleep(0.1)
     return True
@@ -181,11 +185,18 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
-    """Raises `Told` unless all ranks see this folder of rank 0's. Collective."""
+    """Raises `Told` unless all ranks see this folder of rank 0's. One that rank 0 may not write is let pass: where it
+    matters, the first thing written there fails. Collective."""
     if world() == 1:
         return
-    mark = folder / f".seen-{gather_objects(secrets.token_hex(8))[0]}"
-    together(lambda: mark.touch() if rank() == 0 else None)
+    mark, is_made = folder / f".seen-{gather_objects(secrets.token_hex(8))[0]}", True
+    try:
+        if rank() == 0:
+            mark.touch()
+    except OSError:
+        is_made = False
+    if not everywhere(is_made):
+        return
     until_s = time.monotonic() + within_s
     while not (is_seen := mark.exists()) and time.monotonic() < until_s:  # network file systems take their time
         time.sleep(0.2)

@@ -52,8 +52,8 @@ METHODS = {
         "skewed forward KL on the teacher's text, skewed reverse KL on the student's, an alpha of each text's own; "
         "half of the steps each, where arXiv 2503.07067 has pairs",
         {"loss.divergence": "skl", "loss.student_text_divergence": "srkl", "loss.alpha": 0.1,
-         "loss.alpha_per_sequence": True, "data.responses": "teacher", "schedule.policy": "mixed",
-         "schedule.mixed_share": 0.5, "rollout.train_on_fresh": True},
+         "loss.alpha_per_sequence": True, "data.packing": False, "data.responses": "teacher",
+         "schedule.policy": "mixed", "schedule.mixed_share": 0.5, "rollout.train_on_fresh": True},
     ),
     "abkd": Method("alpha-beta-divergence on the data (arXiv 2505.04560)",
                    {"loss.divergence": "abkd", "loss.alpha": 0.2, "loss.beta": 0.7, "schedule.policy": "off"}),

@@ -110,7 +110,7 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
             distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
         with StopSignals(stages.first.faults.grace_s).watched() as signals:
             found = summaries[INIT] = distributed.main_rank_first(stages.cut)
-            _stop_if_asked(signals, "after the student was cut, which is kept")
+            _stop_if_asked(signals, "after the student was cut")
         say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
     for name, config in ({} if only_cut else runs).items():
         say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
@@ -144,12 +144,12 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     base_path = "" if config.student.random_weights else student_path
     parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype, base_path)
     cache = open_cache(config, parts, data, tokenizer, vocabulary) if config.teacher.cache else None
+    distributed.check_shared(run_dir)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
     if summary := _finished(config, resumed, parts):
         return summary
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
-    distributed.check_shared(run_dir)
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher

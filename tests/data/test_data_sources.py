@@ -304,7 +304,12 @@ def test_a_run_trains_on_one_set_of_minillm_and_validates_on_another(tmp_path, t
     for source in ("vicuna", "dolly"):
         leaky = dataclasses.replace(config, validation_source=source)
         data = load_data(leaky, tokenizer, token_cache=tmp_path / "tokens")
-        assert (len(data.train), data.counts["train_skipped_test"], len(data.validation)) == (31, 1, 5)
+        assert (len(data.train), data.counts["train_skipped_bad"], len(data.validation)) == (31, 1, 5)
+    with raw.open() as file:  # a few rows of a file that begins with the test's
+        lines = file.readlines()
+    raw.write_text("".join(lines[-2:] + lines[:-2]))
+    few = dataclasses.replace(config, max_rows=3)
+    assert [row["prompt"] for row in load_rows(few, "dolly")[0]] == ["validation 1", "train 0", "train 1"]
     # the same file by its own name has the config's fields, and no other's tokens from the cache
     file = SETS["dolly"].train
     own = dataclasses.replace(config, source=file, prompt_field="prompt", response_field="topic")

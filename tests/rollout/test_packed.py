@@ -36,8 +36,6 @@ def test_packed_layers_say_what_the_plain_ones_say(name, shape):
         found = model(ids).logits
     assert packs(model) and len(called) == {"llama": 2 * 7 + 1, "gpt2": 2 * 4 + 1}[name]
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
-    with packed_weights(model, room_bytes=1000):
-        assert not any("forward" in vars(module) for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(ids).logits, wanted)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
 from toolkit.data.config import PYTHON_DOCS, DataConfig, TextConfig
-from toolkit.data.minillm import LAYOUT, SETS
+from toolkit.data.minillm import LAYOUT, has_test
 from toolkit.data.sources import Source, as_it_reads, content_sha256, load_rows
 from toolkit.data.store import Part, cached, tokenizer_sha256
 from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_identity
@@ -29,9 +29,8 @@ class Data:
     """train, validation: examples; validation_rows[i] is the text of validation[i] (plain text has none).
 
     counts: for "train" and "validation" each `_rows` (examples left), `_truncated_prompts`, `_truncated_responses`,
-    `_skipped_long`, `_skipped_bad` and `_skipped_test` (their prompts are in the test of a set known by name). Rows
-    skipped before a source was split count as train's. A stream has no counts. sha256: of every token; a stream counts
-    by the names and sizes of its files.
+    `_skipped_long` and `_skipped_bad`. Rows skipped before a source was split count as train's. A stream has no counts.
+    sha256: of every token; a stream counts by the names and sizes of its files.
     """
 
     train: Sequence[Example] | TextStream
@@ -128,9 +127,7 @@ def split_rows(rows: list[dict], validation_fraction: float, seed: int = 0) -> t
 
 def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, for_encoder: bool) -> dict[str, Part]:
     rows, skipped = load_rows(config, config.source)
-    count = len(rows)
-    rows = _without_test(config, rows)
-    tested, validation_skipped = count - len(rows), 0
+    validation_skipped = 0
     if _is_split(config):
         rows, validation_rows = split_rows(rows, config.validation_fraction, seed)
     else:
@@ -147,27 +144,8 @@ def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
             )
         counts = {what: part.counts[what] for what in ("truncated_prompts", "truncated_responses", "skipped_long")}
         counts["skipped_bad"] = bad + part.counts["skipped_bad"]
-        counts["skipped_test"] = tested if name == "train" else 0
         parts[name] = Part(part.examples, part.rows if name == "validation" else [], counts)
     return parts
-
-
-def _has_test(config: DataConfig) -> bool:
-    """Whether the source is a set by name with a file to train on and another for the papers' test."""
-    return config.source in SETS and SETS[config.source].train != SETS[config.source].validation
-
-
-def _without_test(config: DataConfig, rows: list[dict]) -> list[dict]:
-    """The rows whose prompts are not in the set's test, which its file for training may hold too."""
-    if not _has_test(config):
-        return rows
-    whole = dataclasses.replace(config, max_rows=None, on_bad_row="skip")
-    tested = {_words(row) for row in load_rows(whole, config.source, is_validation=True)[0]}
-    return [row for row in rows if _words(row) not in tested]
-
-
-def _words(row: dict) -> tuple[str, ...]:
-    return (*row["prompt"].split(), "", *row["input"].split())
 
 
 def _text_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Part]:
@@ -228,7 +206,7 @@ def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> d
     validation = None
     if not _is_split(config):
         validation = content_sha256(Source.of(config, own, True))
-    if _has_test(config):
+    if has_test(config.source) and config.kind == "instructions":
         settings["test"] = content_sha256(Source.of(config, config.source, True))
     return settings | {
         "seed": seed if _is_split(config) else None,

@@ -34,3 +34,8 @@ SETS = {
     "sni": _only("sinst/11_/valid.jsonl"),  # 1,694 rows: answers of 11 words and more
     "unni": _only("uinst/11_/valid.jsonl", max_rows=10_000),  # the first 10,000 of the file
 }
+
+
+def has_test(name: str) -> bool:
+    """Whether this is a set with a file to train on and another one for the papers' test."""
+    return name in SETS and SETS[name].train != SETS[name].validation

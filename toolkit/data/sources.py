@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data.config import PYTHON_DOCS, DataConfig
-from toolkit.data.minillm import LAYOUT, SETS
+from toolkit.data.minillm import LAYOUT, SETS, has_test
 from toolkit.data.python_docs import python_docs_rows
 
 #: ending -> builder of the `datasets` library
@@ -59,19 +59,28 @@ def as_it_reads(config: DataConfig, source: str, is_validation: bool = False) ->
 def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> tuple[list[dict], int]:
     """The usable rows of `source`, at most `config.max_rows`, and how many rows were skipped on the way.
 
-    `is_validation` picks the validation split where a source has splits ("python_docs", the hub).
+    `is_validation` picks the validation split where a source has splits ("python_docs", the hub). Without it, rows
+    whose prompts are in the papers' test of a set known by name are skipped: its file for training may hold them too.
 
     Raises ValueError, naming the source and the line or row, for a missing or empty file, a broken line, a
     row without a field, prompt or response (unless config.on_bad_row is "skip"), and where no usable row is
     left.
     """
     config = as_it_reads(config, source, is_validation)
+    tested = set()
+    if has_test(source) and not is_validation:
+        whole = dataclasses.replace(config, max_rows=None, on_bad_row="skip")
+        tested = {_words(row) for row in load_rows(whole, source, is_validation=True)[0]}
     rows, skipped, first_reason = [], 0, ""
     for where, row in records(Source.of(config, source, is_validation)):
         if len(rows) == config.max_rows:
             break
         try:
-            rows.append(_checked(row, where, config))
+            checked = _checked(row, where, config)
+            if _words(checked) not in tested:
+                rows.append(checked)
+            else:
+                skipped, first_reason = skipped + 1, first_reason or f"{where}: its prompt is in the test of {source}"
         except ValueError as error:
             if config.on_bad_row == "stop":
                 raise ValueError(f'{error}, or set data.on_bad_row to "skip"') from None
@@ -80,6 +89,10 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
         why = f"all {skipped} were skipped, the first because: {first_reason}" if skipped else "it holds none"
         raise ValueError(f"{source}: no usable row; {why}")
     return rows, skipped
+
+
+def _words(row: dict) -> tuple[str, ...]:
+    return (*row["prompt"].split(), "", *row["input"].split())
 
 
 def references(row: dict) -> list[str]:

@@ -66,7 +66,7 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
     except ValueError as error:
         if is_writer:
             shutil.rmtree(folder.with_name(folder.name + ".unfinished"), ignore_errors=True)
-        raise ValueError(f"the student could not be written to {folder}: {error}") from error
+        raise distributed.Told(f"the student could not be written to {folder}: {error}") from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from toolkit.rollout.decode import (
     plain_decode,
     row_tokens,
 )
-from toolkit.rollout.packed import packed_weights
+from toolkit.rollout.packed import packed_weights, packs
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
 from toolkit.rollout.seq2seq import decode_seq2seq
 
@@ -137,9 +137,10 @@ class GatheredRollout(Rollout):
         row_bytes = cache_bytes_per_token(self.engine.module.model) * row_tokens(longest)
         if self._gathers(row_bytes):
             mode, failure = "gathered", None
+            packing = packed_weights if self._packs(row_bytes) else nullcontext
             with whole_model(self.engine) as model:
                 try:
-                    with packed_weights(model, ROOM * _free_bytes() - self._cache_bytes(row_bytes)):
+                    with packing(model):
                         texts, stats = self._decode_or_split(model, prompts, sampling, self._rows(row_bytes))
                 except Exception as error:  # told below, where the other ranks listen
                     failure = error
@@ -175,9 +176,22 @@ class GatheredRollout(Rollout):
             return True
         if self.gather == "never":
             return False
+        return self._fits(self._bytes_to_gather(), row_bytes)
+
+    def _packs(self, row_bytes: int) -> bool:
+        """Whether weights are packed, on all ranks or on none: its products round otherwise."""
+        model = self.engine.module.model
+        if not packs(model):
+            return False
+        whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+        return self._fits(self._bytes_to_gather() + whole, row_bytes)
+
+    def _bytes_to_gather(self) -> int:
         parameters = self.engine.module.model.parameters()
-        model_bytes = sum(p.ds_numel * p.element_size() for p in parameters if p.ds_numel != p.numel())
-        return distributed.everywhere(model_bytes + self._cache_bytes(row_bytes) <= ROOM * _free_bytes())
+        return sum(p.ds_numel * p.element_size() for p in parameters if getattr(p, "ds_numel", p.numel()) != p.numel())
+
+    def _fits(self, weight_bytes: int, row_bytes: int) -> bool:
+        return distributed.everywhere(weight_bytes + self._cache_bytes(row_bytes) <= ROOM * _free_bytes())
 
     def _cache_bytes(self, row_bytes: int) -> int:
         """What the cache takes at least."""

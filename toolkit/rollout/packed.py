@@ -27,15 +27,12 @@ def packs(model: nn.Module) -> bool:
 
 
 @contextmanager
-def packed_weights(model: nn.Module, room_bytes: float = float("inf")) -> Iterator[None]:
+def packed_weights(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers multiply with packed copies of the weights that they have when it is entered; no gradients.
 
-    It takes as much memory again as those weights. Nothing is done where `packs` says no, or they take more than
-    `room_bytes`.
+    It takes as much memory again as those weights. Nothing is done where `packs` says no.
     """
     layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)] if packs(model) else []
-    if sum(layer.weight.numel() * layer.weight.element_size() for layer in layers) > room_bytes:
-        layers = []
     try:
         for layer in layers:
             layer.forward = _packed_forward(layer)

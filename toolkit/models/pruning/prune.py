@@ -30,14 +30,21 @@ def source_folder(path: str) -> Path:
     Raises ValueError where it is not to be had.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
 
     if Path(path).is_dir():
         return Path(path)
-    others = ["*.bin", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.pt", "*.pth", "original/*"]
+
+    def fetched(*files: str) -> Path:
+        try:
+            return Path(snapshot_download(path, allow_patterns=list(files), ignore_patterns=["consolidated*", "*/*"]))
+        except IncompleteSnapshotError as error:  # without the hub: some file is not in the cache, maybe of no use here
+            return Path(error.snapshot_path)
+
     try:
-        folder = Path(snapshot_download(path, ignore_patterns=others))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(path, allow_patterns=["pytorch_model*.bin*"])
+        folder = fetched("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+        if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+            fetched("pytorch_model*.bin*")
         return folder
     except OSError as error:
         raise ValueError(f"the model {path} could not be had from the hub: {error}") from error

@@ -64,8 +64,14 @@ class Weights:
                     f"{file} is damaged, of an old format, or holds more than tensors: {error}; save the model with "
                     "safetensors"
                 ) from error
-            self._pickled |= tensors
-            self.files |= dict.fromkeys(tensors, file)
+            seen = set()
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, Tensor):
+                    raise ValueError(f"{file} holds {name!r}, which is no tensor; save the model with safetensors")
+                place = tensor.data_ptr(), tensor.shape, tensor.stride()
+                if place not in seen:  # safetensors keep a tied tensor once, under its first name
+                    seen.add(place)
+                    self._pickled[name], self.files[name] = tensor, file
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
