@@ -84,7 +84,7 @@ def settings_of(name: str, options: argparse.Namespace) -> dict:
         **METHODS[method].settings, **adaptive, **student, **FIELDS, **LENGTHS,
         "name": name, "output_dir": options.out, "cache_dir": options.out / "cache", "resume": "auto",
         "teacher.path": TEACHER,  # for validation where a method has none
-        "student.drop_layers": [], "data.packing": False,  # distillm2's alphas need single rows
+        "student.drop_layers": [], "data.packing": False,  # single rows for all: distillm2 needs them
         "data.source": options.train, "data.validation_source": options.out / "curve.jsonl",
         "data.max_rows": steps * options.batch_rows,
         "train.steps": steps, "train.batch_rows": options.batch_rows,

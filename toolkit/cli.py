@@ -55,11 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> Any:
 
 def _hang_s(arguments: list[str]) -> float:
     """The watchdog's limit among the settings; one that is no number is told by who reads it."""
+    from toolkit.config import FaultsConfig
+
+    given = [text.partition("=")[2] for text in arguments if text.startswith(("hang_s=", "faults.hang_s="))]
     try:
-        given = [text.partition("=")[2] for text in arguments if text.startswith(("hang_s=", "faults.hang_s="))]
-        return float(given[-1]) if given else 1800.0
-    except ValueError:
-        return 1800.0
+        return float(given[-1])
+    except (IndexError, ValueError):
+        return FaultsConfig.hang_s
 
 
 def _quiet() -> None:

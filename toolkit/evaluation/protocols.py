@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from toolkit.config import PRECISIONS, SamplingSettings
+from toolkit.config import PRECISIONS, FaultsConfig, SamplingSettings
 from toolkit.data.config import DataConfig, unknown
 from toolkit.data.minillm import LAYOUT
 
@@ -30,7 +30,7 @@ class EvaluationConfig:
     cache_mib: int | None = None
     kl_batch_rows: int = 8
     save_rows: int = 512
-    hang_s: float = 1800.0
+    hang_s: float = FaultsConfig.hang_s
     data: DataConfig = DataConfig()
     sampling: SamplingSettings = SamplingSettings()
 

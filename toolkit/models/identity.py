@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from toolkit import distributed
+from toolkit.models.files import FILES
 
 
 def file_hashes(path: str) -> dict[str, str]:
@@ -31,6 +32,7 @@ def _model_files(path: str) -> list[Path]:
     if path and not folder.is_dir():
         cached = try_to_load_from_cache(path, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
-    patterns = ("*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt")
-    found = {file for pattern in patterns for file in folder.glob(pattern)} if path and folder.is_dir() else set()
+    found = (
+        {file for pattern in (*FILES, "*.bin") for file in folder.glob(pattern)} if path and folder.is_dir() else set()
+    )
     return sorted(found)

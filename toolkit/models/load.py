@@ -37,9 +37,10 @@ from transformers.utils import cached_file
 from toolkit.config import ModelConfig
 from toolkit.data.config import DataConfig, unknown
 from toolkit.divergences.products import cpu_has_bf16_products
-from toolkit.models.pruning import leave_out_layers, prune, source_folder
+from toolkit.models.files import PICKLED, SAFETENSORS, source_folder
+from toolkit.models.pruning import leave_out_layers, prune
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = (SAFETENSORS, PICKLED)
 #: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows
 ENCODER_DECODERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
 

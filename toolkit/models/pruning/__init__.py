@@ -4,6 +4,6 @@
 result and tries it out.
 """
 
-from toolkit.models.pruning.prune import leave_out_layers, prune, source_folder
+from toolkit.models.pruning.prune import leave_out_layers, prune
 
-__all__ = ["leave_out_layers", "prune", "source_folder"]
+__all__ = ["leave_out_layers", "prune"]

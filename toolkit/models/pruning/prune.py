@@ -15,39 +15,13 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.config import InitConfig
 from toolkit.data import DataConfig
+from toolkit.models.files import source_folder
 from toolkit.models.pruning.depth import MEASURED, best_block, check_layers, choose_layers, greedy, listed
 from toolkit.models.pruning.families import family_of, layer_count
 from toolkit.models.pruning.text import calibration_ids
 from toolkit.models.pruning.weights import LayerwiseModel, Weights, kl_to_teacher, run_choices
 from toolkit.models.pruning.width import Meter, Sizes, Statistics, Width, check_sizes, choose_width
 from toolkit.models.pruning.write import RECORD, try_out, write_part
-
-
-def source_folder(path: str) -> Path:
-    """`path` where it is a folder, else the hub's model of that name, fetched: its safetensors, or where it has none
-    its pytorch_model.bin.
-
-    Raises ValueError where it is not to be had.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
-
-    if Path(path).is_dir():
-        return Path(path)
-
-    def fetched(*files: str) -> Path:
-        try:
-            return Path(snapshot_download(path, allow_patterns=list(files), ignore_patterns=["consolidated*", "*/*"]))
-        except IncompleteSnapshotError as error:  # without the hub: some file is not in the cache, maybe of no use here
-            return Path(error.snapshot_path)
-
-    try:
-        folder = fetched("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
-        if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-            fetched("pytorch_model*.bin*")
-        return folder
-    except OSError as error:
-        raise ValueError(f"the model {path} could not be had from the hub: {error}") from error
 
 
 def leave_out_layers(path: str, dropped: Sequence[int], folder: Path, trust_remote_code: bool = False) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolkit.divergences import Divergence, fused_linear_divergence
+from toolkit.models.files import PICKLED, SAFETENSORS
 from toolkit.models.pruning.families import Family
 
 TOKENS_A_PASS = 1024
@@ -40,7 +41,7 @@ class Weights:
         if index.is_file():  # a hub folder may hold a consolidated copy of the same tensors as well
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = sorted(folder.glob("*.safetensors"))
+            files = sorted(folder.glob(SAFETENSORS))
         if not files:
             self._read_pickled()
         for file in files:
@@ -51,11 +52,9 @@ class Weights:
                 raise ValueError(f"{file} is missing, damaged or cut off: {error}; copy it again") from error
 
     def _read_pickled(self) -> None:
-        found = sorted(self.folder.glob("pytorch_model*.bin"))
+        found = sorted(self.folder.glob(PICKLED))
         if not found:
-            raise ValueError(
-                f"{self.folder} has neither .safetensors weights nor pytorch_model*.bin; copy the missing files"
-            )
+            raise ValueError(f"{self.folder} has neither .safetensors weights nor {PICKLED}; copy the missing files")
         for file in found:
             try:
                 tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

@@ -1,0 +1,36 @@
+"""The files that a model is made of, in a folder or on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SAFETENSORS, PICKLED = "*.safetensors", "pytorch_model*.bin"
+#: weights, configuration and tokenizer, beside weights in the older format
+FILES = (SAFETENSORS, "*.json", "*.model", "*.jinja", "*.txt")
+
+
+def source_folder(path: str) -> Path:
+    """`path` where it is a folder, else the hub's model of that name, fetched: its safetensors, or where it has none
+    its pytorch_model.bin.
+
+    Raises ValueError where it is not to be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    if Path(path).is_dir():
+        return Path(path)
+
+    def fetched(*files: str) -> Path:
+        try:
+            return Path(snapshot_download(path, allow_patterns=list(files), ignore_patterns=["consolidated*", "*/*"]))
+        except IncompleteSnapshotError as error:  # without the hub: some file is not in the cache, maybe of no use here
+            return Path(error.snapshot_path)
+
+    try:
+        folder = fetched(*FILES, "*.py")
+        if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+            fetched(f"{PICKLED}*")
+        return folder
+    except OSError as error:
+        raise ValueError(f"the model {path} could not be had from the hub: {error}") from error
