@@ -2,6 +2,7 @@
 
 import os
 import signal
+from unittest import mock
 
 
 def run_counting_teachers(overrides):
@@ -17,11 +18,8 @@ def run_counting_teachers(overrides):
         assert isinstance(built[-1], Teacher)
         return built[-1]
 
-    run.build_teacher = counting
-    try:
+    with mock.patch.object(run, "build_teacher", counting):
         run_tiny(overrides)
-    finally:
-        run.build_teacher = build
     return len(built)
 
 
@@ -42,11 +40,8 @@ def stopped_command(arguments, after_rounds):
         if len(written) == after_rounds and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    build._write = signalling
-    try:
+    with mock.patch.object(build, "_write", signalling):
         return command(arguments)
-    finally:
-        build._write = write
 
 
 def command_that_cannot_rename(arguments, target):
@@ -62,8 +57,5 @@ def command_that_cannot_rename(arguments, target):
             raise OSError("no place for it")
         return rename(self, to)
 
-    Path.rename = refusing
-    try:
+    with mock.patch.object(Path, "rename", refusing):
         return command(arguments)
-    finally:
-        Path.rename = rename

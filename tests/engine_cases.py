@@ -5,6 +5,7 @@ import hashlib
 import io
 import operator
 import os
+from unittest import mock
 
 import torch
 
@@ -54,11 +55,8 @@ def run_recording_texts(overrides):
         seen.append(([prompt.tolist() for prompt in prompts], list(sampling.seeds)))
         return original(self, prompts, sampling)
 
-    GatheredRollout.complete = complete
-    try:
+    with mock.patch.object(GatheredRollout, "complete", complete):
         _main(overrides)
-    finally:
-        GatheredRollout.complete = original
     return seen
 
 
@@ -118,22 +116,16 @@ def failing(name, call, ranks=(0, 1)):
             raise MemoryError(f"made to fail in {name}")
         return original(*args, **kwargs)
 
-    setattr(owner, name_there, work)
-    try:
+    with mock.patch.object(owner, name_there, work):
         yield
-    finally:
-        setattr(owner, name_there, original)
 
 
 @contextlib.contextmanager
 def choosing(choose):
     """`choose(loop, step, choose_examples)` in the place of the loop's `choose_examples`."""
     original = DistillationLoop.choose_examples
-    DistillationLoop.choose_examples = lambda self, step: choose(self, step, original)
-    try:
+    with mock.patch.object(DistillationLoop, "choose_examples", lambda self, step: choose(self, step, original)):
         yield
-    finally:
-        DistillationLoop.choose_examples = original
 
 
 @contextlib.contextmanager
@@ -160,11 +152,10 @@ def run_recipe(name, overrides):
 def _main(overrides, recipe=None):
     from toolkit import distributed
 
-    keep, distributed.stop = distributed.stop, lambda: None  # the pool goes on using its group
     try:
-        return main(recipe or RunConfig(name="tiny"), overrides)
+        with mock.patch.object(distributed, "stop", lambda: None):  # the pool goes on using its group
+            return main(recipe or RunConfig(name="tiny"), overrides)
     finally:
-        distributed.stop = keep
         torch.distributed.barrier()
 
 
@@ -440,13 +431,12 @@ def run_watching_teacher_text(overrides, file_rows):
             calls.append(watchdogs[0].changed_s > before_s)
         return texts
 
-    kept = run.Watchdog, teacher_text.FILE_ROWS
-    run.Watchdog, teacher_text.FILE_ROWS, GatheredRollout.complete = Watched, file_rows, watched
-    try:
+    with (
+        mock.patch.object(run, "Watchdog", Watched),
+        mock.patch.object(teacher_text, "FILE_ROWS", file_rows),
+        mock.patch.object(GatheredRollout, "complete", watched),
+    ):
         _main(overrides)
-    finally:
-        run.Watchdog, teacher_text.FILE_ROWS = kept
-        GatheredRollout.complete = complete
     return phases.count("teacher_text") - 1, calls
 
 
@@ -482,11 +472,8 @@ def run_poisoned(overrides, poison, steps, ranks=(1,)):
         is_training = torch.is_grad_enabled() and now
         return POISONS[poison](found) if is_training and now[0] in steps and distributed.rank() in ranks else found
 
-    DistillationLoop.step, Student.loss = step, loss
-    try:
+    with mock.patch.object(DistillationLoop, "step", step), mock.patch.object(Student, "loss", loss):
         return *run_saying(overrides), digests
-    finally:
-        DistillationLoop.step, Student.loss = step_of, loss_of
 
 
 def run_with_failing_writes(overrides, steps):
@@ -501,11 +488,8 @@ def run_with_failing_writes(overrides, steps):
         with no_room_for_files() if fails else contextlib.nullcontext():
             return write(path, tensors)
 
-    checkpoint.write_safetensors = limited
-    try:
+    with mock.patch.object(checkpoint, "write_safetensors", limited):
         return run_saying(overrides)
-    finally:
-        checkpoint.write_safetensors = write
 
 
 @contextlib.contextmanager
@@ -534,11 +518,8 @@ def run_with_failing_exports(overrides, names):
         with no_room_for_files() if folder.name in names else contextlib.nullcontext():
             return export(student, tokenizer, folder)
 
-    run.export_student = limited
-    try:
+    with mock.patch.object(run, "export_student", limited):
         return run_saying(overrides)
-    finally:
-        run.export_student = export
 
 
 def error_of_one_rank(kind, failing_rank):
@@ -559,16 +540,18 @@ def words_of_one_message(failing_ranks, is_told):
     """(exit code, stderr) of this rank where a ValueError of these ranks meets `one_message`."""
     from toolkit import distributed
 
-    said, keep = io.StringIO(), distributed.stop
-    distributed.stop = lambda: None
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), distributed.one_message():
+        with (
+            mock.patch.object(distributed, "stop", lambda: None),
+            contextlib.redirect_stderr(said),
+            distributed.one_message(),
+        ):
             if distributed.rank() in failing_ranks:
                 raise (distributed.Told if is_told else ValueError)("this is wrong")
     except SystemExit as exit_:
         return exit_.code, said.getvalue()
     finally:
-        distributed.stop = keep
         torch.distributed.barrier()
     return 0, said.getvalue()
 
@@ -696,16 +679,12 @@ def loss_step(folder, memory_budget_mib):
         tiles.append((tile, columns))
         return project(self, tile, columns)
 
-    Tiles._project = counting
-    try:
-        with LargestTensor() as largest:
-            hidden_NT = teacher.signals([batch])[0]
-            with teacher.head() as head:
-                found = student.loss(batch, hidden_NT, head, Objective.of(config.loss), 1e-4)
-                student.engine.backward(found.loss)
-            student.engine.step()
-    finally:
-        Tiles._project = project
+    with mock.patch.object(Tiles, "_project", counting), LargestTensor() as largest:
+        hidden_NT = teacher.signals([batch])[0]
+        with teacher.head() as head:
+            found = student.loss(batch, hidden_NT, head, Objective.of(config.loss), 1e-4)
+            student.engine.backward(found.loss)
+        student.engine.step()
     return largest.numel, batch.num_targets * vocabulary.size, len(tiles), gathers
 
 
@@ -728,11 +707,8 @@ def run_with_last_words(overrides, prompts, ids):
         self.rollout.gather = kept
         return result
 
-    DistillationLoop.run = run
-    try:
+    with mock.patch.object(DistillationLoop, "run", run):
         _main(overrides)
-    finally:
-        DistillationLoop.run = original
     return found
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 from contextlib import redirect_stdout
+from unittest import mock
 
 import pytest
 import torch
@@ -45,11 +46,8 @@ def run_staged(arguments, recipe=None):
         alive.append(count() - before)
         return found
 
-    run.run = counted
-    try:
+    with mock.patch.object(run, "run", counted):
         return *engine_cases.run_saying(arguments, recipe or RECIPE), alive
-    finally:
-        run.run = original
 
 
 def run_staged_until(arguments, stop_after, number):
