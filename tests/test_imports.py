@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA, BASICS = "toolkit.data", {"toolkit.batch", "toolkit.config"}
+DATA, OVERRIDES = "toolkit.data", "toolkit.overrides"
+BASICS = {"toolkit.batch", "toolkit.config", OVERRIDES}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
 DECODING = {"toolkit.rollout.decode", "toolkit.rollout.packed", "toolkit.rollout.sampling", "toolkit.rollout.seq2seq"}
 ENGINES = (
@@ -23,9 +24,10 @@ ENGINES = (
 #: part -> parts it may import; the longest name that fits a module is its part
 ALLOWED = {
     "toolkit.batch": set(),
-    "toolkit.config": {"toolkit.data.config", "toolkit.rollout.schedule", "toolkit.divergences"},
-    "toolkit.data.config": set(),
-    "toolkit.data": {"toolkit.batch"},
+    OVERRIDES: set(),
+    "toolkit.config": {OVERRIDES, "toolkit.data.config", "toolkit.rollout.schedule", "toolkit.divergences"},
+    "toolkit.data.config": {OVERRIDES},
+    "toolkit.data": {"toolkit.batch", OVERRIDES},
     "toolkit.divergences": set(),
     "toolkit.rollout.schedule": set(),
     "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
@@ -54,8 +56,8 @@ ALLOWED = {
     | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
     | {"toolkit.run", "toolkit.inputs"},
     "toolkit.inputs": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.teacher_cache"},
-    "toolkit.stages": {"toolkit.config", "toolkit.data.config", "toolkit.models", "toolkit.monitor"},
-    "toolkit.methods": {"toolkit.config", "toolkit.data.config"},
+    "toolkit.stages": {"toolkit.config", OVERRIDES, "toolkit.models", "toolkit.monitor"},
+    "toolkit.methods": {"toolkit.config", OVERRIDES},
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint", "toolkit.teacher_cache"},
 }
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         print(_overview())
         return None
     from toolkit import distributed
-    from toolkit.data.config import unknown
+    from toolkit.overrides import unknown
 
     with distributed.one_message():
         name, *rest = given

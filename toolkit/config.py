@@ -9,19 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-from toolkit.data.config import DataConfig, TextConfig, unknown
+from toolkit.data.config import DataConfig, TextConfig
+from toolkit.overrides import plain, unknown, with_overrides, with_value
 from toolkit.rollout.schedule import ScheduleConfig
-
-Config = TypeVar("Config")
 
 RESUME = ("auto", "never")
 ON_FAILURE = ("continue", "stop")
@@ -630,7 +627,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only; `from_dict` gives an equal config back."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
@@ -643,92 +640,12 @@ class RunConfig:
         """`{"train.steps": 3, "name": "x"}` applied in order. Unknown keys raise ValueError."""
         config = self
         for key, value in values.items():
-            config = _replaced(config, key.split("."), value, key)
+            config = with_value(config, key, value)
         return config
 
     def with_overrides(self, overrides: list[str]) -> RunConfig:
         """`["train.steps=3", "name=x"]` applied in order; values are YAML. Unknown keys raise ValueError."""
         return with_overrides(self, overrides)
-
-
-def with_overrides(config: Config, overrides: list[str]) -> Config:
-    """`["train.steps=3", "name=x"]` applied in order to a dataclass of sections; values are YAML.
-
-    Raises ValueError for an unknown key and for a value of another type.
-    """
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not key=value; write for example data.max_length=256")
-        try:
-            parsed = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of {text!r} is not valid YAML: {error}") from None
-        if isinstance(parsed, bool) and value.strip().lower() not in ("true", "false"):
-            parsed = value.strip()  # YAML reads off, on, yes and no as booleans; a schedule's policy is "off"
-        config = _replaced(config, key.strip().split("."), parsed, key.strip())
-    return config
-
-
-def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
-    hints = typing.get_type_hints(type(section))
-    if keys[0] not in hints:
-        prefix = full_key[: len(full_key) - len(".".join(keys))]
-        sections = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
-        nested = [f"{prefix}{name}.{keys[0]}" for name in sections if keys[0] in hint_names(hints[name])]
-        if nested:
-            raise ValueError(f"config key {full_key!r} belongs to a section; write {' or '.join(nested)}")
-        raise unknown("config key", prefix + keys[0], [prefix + name for name in hints])
-    old, hint = getattr(section, keys[0]), hints[keys[0]]
-    if dataclasses.is_dataclass(hint):
-        if len(keys) > 1:
-            return dataclasses.replace(section, **{keys[0]: _replaced(old, keys[1:], value, full_key)})
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"{full_key} is a section; set one of its keys, as in {full_key}.{hint_names(hint)[0]}=..."
-            )
-        for key, part in value.items():
-            old = _replaced(old, [key], part, f"{full_key}.{key}")
-        return dataclasses.replace(section, **{keys[0]: old})
-    if len(keys) > 1:
-        if isinstance(old, dict):
-            return dataclasses.replace(section, **{keys[0]: {**old, ".".join(keys[1:]): value}})
-        raise ValueError(f"{full_key}: {keys[0]} is a single setting and has no key {'.'.join(keys[1:])!r}")
-    typed = _typed(value, hint, full_key)
-    replaced = section.after(keys[0]) if isinstance(section, TrainConfig) and typed is not None else {}
-    return dataclasses.replace(section, **replaced | {keys[0]: typed})
-
-
-def hint_names(hint: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(hint)]
-
-
-def _typed(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotated type; an int is taken for a float, "5e-4" too (YAML reads that as text)."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and types.NoneType in options:
-        return None
-    wanted = next(o for o in options if o is not types.NoneType)
-    if typing.get_origin(wanted) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, typing.get_args(wanted)[0], key) for item in value)
-    if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif wanted is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    elif isinstance(wanted, type) and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
-        return value
-    raise ValueError(
-        f"{key} = {value!r} is a {type(value).__name__}; it takes {hint}".replace("<class ", "").replace(">", "")
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _at_least(name: str, value: float | None, least: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from toolkit.config import RunConfig
-from toolkit.data.config import unknown
+from toolkit.overrides import unknown
 
 
 class Method(NamedTuple):

@@ -22,7 +22,6 @@ from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
 from toolkit.config import NO_DIVERGENCE, SCORES, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, references
-from toolkit.data.config import unknown
 from toolkit.evaluation import Validator, answer, row_seeds, score
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
 from toolkit.inputs import load_inputs, load_plain_text, open_cache
@@ -38,6 +37,7 @@ from toolkit.models import (
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
+from toolkit.overrides import unknown
 from toolkit.report import Sample, final_report
 from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import yaml
 
-from toolkit.config import InitConfig, ModelConfig, RunConfig, with_overrides
-from toolkit.data.config import unknown
+from toolkit.config import InitConfig, ModelConfig, RunConfig
 from toolkit.models.load import default_cache_dir, load_model, load_tokenizer, made_once, materialize
 from toolkit.models.pruning import prune
 from toolkit.monitor import format_table
+from toolkit.overrides import unknown, with_overrides
 
 INIT, STUDENT, RANDOM_TEACHER = "init", "student", "random_teacher"
 SETTINGS = "config.yaml"

@@ -6,9 +6,9 @@ import datasets
 import pytest
 
 from toolkit.data import DataConfig, load_data, load_rows, references
-from toolkit.data.config import unknown
 from toolkit.data.minillm import SETS
 from toolkit.data.sources import as_it_reads
+from toolkit.overrides import unknown
 
 ROWS = [{"prompt": "What is two?", "response": "A number."}, {"prompt": "And NA?", "response": "None"}]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
+
+from toolkit.overrides import unknown
 
 PYTHON_DOCS = "python_docs"
 TEMPLATE_NAMES = ("chat", "alpaca", "plain")
@@ -13,15 +13,6 @@ ON_BAD_ROW = ("stop", "skip")
 ON_LONG_RESPONSE = ("truncate", "skip", "stop")
 KINDS = ("instructions", "text")
 MIN_BLOCK = 8  # tokens
-
-
-def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
-    """The error for a name not in a table: lists the known names, and the nearest where one is near."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return ValueError(
-        f"{what} = {name!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else "")
-    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from toolkit.data.config import TEMPLATE_NAMES, unknown
+from toolkit.data.config import TEMPLATE_NAMES
+from toolkit.overrides import unknown
 
 ALPACA_MARKER = "### Response:\n"
 ALPACA = (

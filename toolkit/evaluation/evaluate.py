@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from toolkit import distributed
 from toolkit.batch import Example
 from toolkit.checkpoint import sole_use
-from toolkit.config import ModelConfig, with_overrides
+from toolkit.config import ModelConfig
 from toolkit.data import load_rows, references, tokenize_rows
-from toolkit.data.config import unknown
 from toolkit.data.minillm import SETS
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
@@ -42,6 +41,7 @@ from toolkit.models import (
 )
 from toolkit.models.identity import file_hashes
 from toolkit.monitor import format_table
+from toolkit.overrides import unknown, with_overrides
 from toolkit.rollout.engine import GatheredRollout
 
 KL = "kl"  # measured on the data's own responses, without generation

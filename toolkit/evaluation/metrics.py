@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from toolkit.config import SCORES
-from toolkit.data.config import unknown
+from toolkit.overrides import unknown
 
 Texts = Sequence[str]
 References = Sequence[Texts]  # of each answer one or more

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from toolkit.config import PRECISIONS, FaultsConfig, SamplingSettings
-from toolkit.data.config import DataConfig, unknown
+from toolkit.data.config import DataConfig
 from toolkit.data.minillm import LAYOUT
+from toolkit.overrides import unknown
 
 SEEDS = (10, 20, 30, 40, 50)  # the paper's
 

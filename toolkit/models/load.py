@@ -35,10 +35,11 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
 
 from toolkit.config import ModelConfig
-from toolkit.data.config import DataConfig, unknown
+from toolkit.data.config import DataConfig
 from toolkit.divergences.products import cpu_has_bf16_products
 from toolkit.models.files import PICKLED, SAFETENSORS, source_folder
 from toolkit.models.pruning import leave_out_layers, prune
+from toolkit.overrides import unknown
 
 WEIGHT_FILES = (SAFETENSORS, PICKLED)
 #: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows

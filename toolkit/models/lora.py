@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from toolkit import distributed
 from toolkit.config import LoraConfig
-from toolkit.data.config import unknown
+from toolkit.overrides import unknown
 
 NAME = "default"  # peft's own name for the only adapter
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
