@@ -1,10 +1,13 @@
 import dataclasses
 import json
+import os
 import re
+from unittest import mock
 
 import datasets
 import pytest
 
+from toolkit import heartbeat
 from toolkit.data import DataConfig, load_data, load_rows, references
 from toolkit.data.minillm import SETS
 from toolkit.data.sources import as_it_reads
@@ -59,6 +62,26 @@ def test_round_trip_through_datasets(tmp_path, suffix):
         getattr(table, f"to_{suffix}")(str(path))
     rows, skipped = load_rows(DataConfig(cache_dir=str(tmp_path / "cache")), str(path))
     assert (texts(rows), skipped) == ([*ROWS, {"prompt": "007", "response": "42"}], 0)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])
+def test_a_file_that_was_written_again_is_read_again(tmp_path, tokenizer, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    config = DataConfig(source=str(path), cache_dir=str(tmp_path / "cache"), validation_fraction=0.5)
+    for answer in ("old", "new"):
+        table = datasets.Dataset.from_list([{"prompt": f"Q{n}?", "response": answer} for n in range(4)])
+        getattr(table, f"to_{suffix}")(str(path))
+        os.utime(path, (1e9, 1e9))
+        data = load_data(config, tokenizer, token_cache=tmp_path / "tokens")
+        assert {row["response"] for row in data.validation_rows} == {answer}
+        assert tokenizer.decode(data.train[0].response) == f"{answer}<|end|>"
+
+
+def test_each_row_is_a_heartbeat(write_jsonl):
+    source = write_jsonl(ROWS * 5)
+    with mock.patch.object(heartbeat, "beat") as beat:
+        load_rows(DataConfig(), source)
+    assert beat.call_count >= 10
 
 
 def test_max_rows_counts_usable_rows(write_jsonl):

@@ -1,15 +1,19 @@
 import itertools
 import json
+import warnings
+from unittest import mock
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 
+from toolkit import heartbeat
 from toolkit.batch import TokenBatch
 from toolkit.data import DataConfig, TextConfig, TextStream, load_data, load_text
 from toolkit.data.python_docs import python_docs_rows
-from toolkit.data.sources import Source
-from toolkit.data.text import CHUNK_CHARACTERS, blocks, is_held_out, read_documents
+from toolkit.data.sources import Source, content_sha256
+from toolkit.data.text import CHUNK_CHARACTERS, blocks, first_documents, is_held_out, read_documents
 
 DOCUMENTS = [f"Document {n}: " + "the number of a file. " * (n * 7 % 11) for n in range(60)]
 
@@ -42,6 +46,12 @@ def test_every_token_of_a_block_is_predicted_but_the_first_of_each_text(tokenize
 
 
 def write(tmp_path, suffix):
+    if suffix == "folder":  # the first file ends within a turn of 2 ranks
+        path = tmp_path / "texts"
+        path.mkdir()
+        for name, part in (("a", DOCUMENTS[:23]), ("b", DOCUMENTS[23:])):
+            (path / f"{name}.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in part))
+        return path
     rows = datasets.Dataset.from_list([{"body": text, "n": n} for n, text in enumerate(DOCUMENTS)])
     path = tmp_path / f"rows.{suffix}"
     if suffix == "jsonl":
@@ -85,7 +95,7 @@ def test_wrong_text_sources_are_named(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     assert "holds no file with the endings .txt" in stopped(tmp_path / "empty")
     for name in ("no.txt", "no.jsonl", "no/such/place"):
-        assert "is missing" in stopped(tmp_path / name)
+        assert f"{name}: the file is missing (looked at {tmp_path / name}); give the path" in stopped(tmp_path / name)
     (tmp_path / "y.jsonl").write_text('{"text": "a"}\nbroken\n')
     assert "y.jsonl:2: not valid JSON" in stopped(tmp_path / "y.jsonl")
     (tmp_path / "z.jsonl").write_text('{"body": "a"}\n')
@@ -128,7 +138,7 @@ def test_python_docs_as_text_have_a_validation_of_their_own(tmp_path, tokenizer)
     assert first.sha256 == again.sha256 and decoded(tokenizer, again.train) == train
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "folder"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_stream_goes_on_exactly_where_its_state_says(tmp_path, tokenizer, world, suffix, monkeypatch):
     monkeypatch.setattr("toolkit.data.text.CHUNK_DOCUMENTS", 7)
@@ -157,6 +167,37 @@ def test_a_stream_goes_on_exactly_where_its_state_says(tmp_path, tokenizer, worl
     assert all((a == 0) != (b == 0) for a, b in zip(*seen, strict=True)) if world == 2 else min(seen[0]) >= 1
 
 
+def test_a_short_file_is_read_as_often_as_a_long_one(tmp_path, tokenizer):
+    for name, count in (("a", 100), ("b", 3)):
+        rows = [{"text": f"Document {name}{n:02}: some words"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # passes end together
+        for rank in range(2):
+            stream = TextStream(Source(str(tmp_path)), "text", tokenizer, 16)
+            read += decoded(tokenizer, [e for step in range(300) for e in stream.window_examples(step, rank, 2, 1)])
+    counts = [read.count(f"Document {name}:") for name in (*(f"a{n:02}" for n in range(100)), "b00", "b01", "b02")]
+    assert max(counts) - min(counts) <= 1 < min(counts)
+
+
+def test_one_file_of_a_hub_set_as_text(tmp_path, tokenizer):
+    name = "hf://datasets/some/corpus/part/rows.jsonl"
+    config = TextConfig(source=name, field="body", max_length=32)
+    with mock.patch.object(huggingface_hub, "hf_hub_download", return_value=str(write(tmp_path, "jsonl"))) as download:
+        found, sha256 = load_text(config, tokenizer, str(tmp_path), tmp_path / "tokens")
+        stream, _ = load_text(TextConfig(**{**vars(config), "streaming": True}), tokenizer, str(tmp_path))
+        streamed = stream.window_examples(0, 0, 1, len(found) - 1)
+    download.assert_called_once_with("some/corpus", "part/rows.jsonl", repo_type="dataset", cache_dir=str(tmp_path))
+    assert sha256 == load_text(TextConfig(**{**vars(config), "source": f"{tmp_path}/rows.jsonl"}), tokenizer)[1]
+    assert [e.tokens.tolist() for e in streamed] == [e.tokens.tolist() for e in found[:-1]]
+    with (
+        mock.patch.object(huggingface_hub, "hf_hub_download", side_effect=OSError("no network")),
+        pytest.raises(ValueError, match=r"such/rows\.jsonl is not in the cache, and the hub did not give it: OSError"),
+    ):
+        load_text(TextConfig(source="hf://datasets/no/such/rows.jsonl"), tokenizer)
+
+
 def test_a_hub_set_is_streamed_and_goes_on_exactly(tokenizer, monkeypatch):
     rows = [{"body": text} for text in DOCUMENTS]
 
@@ -173,9 +214,34 @@ def test_a_hub_set_is_streamed_and_goes_on_exactly(tokenizer, monkeypatch):
         first.window_examples(step, 1, 2, 2)
     state = json.loads(json.dumps(first.state_dict()))
     resumed.load_state_dict([{}, state], 1)
-    for step in range(6, 40):
-        ours, theirs = (s.window_examples(step, 1, 2, 2) for s in (resumed, first))
-        assert [e.tokens.tolist() for e in ours] == [e.tokens.tolist() for e in theirs]
+    with pytest.warns(UserWarning) as told:
+        for step in range(6, 60):
+            ours, theirs = (s.window_examples(step, 1, 2, 2) for s in (resumed, first))
+            assert [e.tokens.tolist() for e in ours] == [e.tokens.tolist() for e in theirs]
+    passes = [f"some/corpus: rank 1 of 2 begins pass {n} over its documents" for n in (2, 3)]
+    assert [str(w.message).split(".")[0] for w in told] == [text for text in passes for _ in (resumed, first)]
+    again, _ = load_text(config, tokenizer)
+    again.load_state_dict([{}, json.loads(json.dumps(first.state_dict()))], 1)
+    assert first.state_dict()["passes"] == again.state_dict()["passes"] == 2
+
+
+def test_reading_tells_that_it_goes_on(tmp_path, tokenizer, monkeypatch):
+    def beats(work):
+        with mock.patch.object(heartbeat, "beat") as beat:
+            work()
+        return beat.call_count
+
+    for suffix in ("jsonl", "parquet"):
+        source = Source(str(write(tmp_path, suffix)))
+        assert beats(lambda source=source: list(read_documents(source, "body"))) >= len(DOCUMENTS)
+    (tmp_path / "a.txt").write_text("a line of text\n" * (3 * CHUNK_CHARACTERS // 15))
+    assert beats(lambda: list(read_documents(Source(f"{tmp_path}/a.txt"), "text"))) >= 3
+    assert beats(lambda: content_sha256(Source(str(tmp_path)))) >= 3
+    monkeypatch.setattr("toolkit.data.text.CHUNK_DOCUMENTS", 1)
+    assert beats(lambda: list(blocks(DOCUMENTS, tokenizer, 32))) >= len(DOCUMENTS)
+    rows = datasets.Dataset.from_list([{"body": text} for text in DOCUMENTS])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows.to_iterable_dataset())
+    assert beats(lambda: list(first_documents(Source("some/corpus"), "body", 60))) >= len(DOCUMENTS)
 
 
 def test_a_stream_with_nothing_for_a_rank_stops(tmp_path, tokenizer):
@@ -193,6 +259,8 @@ def test_a_stream_with_nothing_for_a_rank_stops(tmp_path, tokenizer):
     (DataConfig(kind="text", max_length=4), "data.max_length = 4 for blocks of text"),
     (TextConfig(weight=0), "text.weight = 0"), (TextConfig(max_length=2), "text.max_length = 2"),
     (TextConfig(batch_rows=0), "text.batch_rows = 0"),
+    (TextConfig(streaming=True, max_rows=9), "text.max_rows = 9 with text.streaming = true; .* set max_rows to null"),
+    (DataConfig(kind="text", streaming=True, max_rows=9), "data.max_rows = 9 with data.streaming = true"),
     (DataConfig(messages_field="m", template="alpaca"), "data.messages_field = 'm' with data.template = 'alpaca'"),
     (DataConfig(messages_field="m", prefix="summarize: "), "data.prefix = 'summarize: ' goes before a row's prompt"),
 ])  # fmt: skip

@@ -1,6 +1,9 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 
+from toolkit import heartbeat
 from toolkit.batch import TokenBatch
 from toolkit.data import DataConfig, encode_prompts, get_template, load_data, split_rows, tokenize_rows
 from toolkit.data.templates import ALPACA_MARKER
@@ -167,6 +170,26 @@ def test_a_conversation_goes_through_the_chat_template(tokenizer):
         "<|user|>\nTwo?<|end|>\n<|assistant|>\n2<|end|>\n<|user|>\n3?<|end|>\n<|assistant|>\n"
     )
     assert tokenizer.decode(example.response) == "3<|end|>"
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day(new_tokenizer):
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = (
+        "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+        "{{ date_string }}, {{ strftime_now('%A, %Y-%m-%d') }}: {{ messages[0]['content'] }}"
+    )
+    date = "26 Jul 2024, Friday, 2024-07-26: "
+    turns = {"messages": [{"role": "user", "content": "Two?"}]}
+    for the_row, text in ((row(), "What does it return?"), (row() | turns, "Two?")):
+        (prompt,) = encode_prompts([the_row], tokenizer, DataConfig())
+        assert tokenizer.decode(prompt) == f"{date}{text}"
+
+
+def test_tokenizing_tells_that_it_goes_on(tokenizer, monkeypatch):
+    monkeypatch.setattr("toolkit.data.tokens.CHUNK_ROWS", 2)
+    with mock.patch.object(heartbeat, "beat") as beat:
+        tokenize_rows([row()] * 10, tokenizer, DataConfig())
+    assert beat.call_count >= 5
 
 
 def test_references_stay_beside_the_validation_examples(write_jsonl, tokenizer):

@@ -25,7 +25,8 @@ class DataConfig:
     source: "python_docs" (needs no network), a .jsonl/.json/.csv/.parquet/.arrow file, a hub data set, one file of it
     as hf://datasets/OWNER/NAME/FILE.jsonl, or a set of MiniLLM, which has its own fields: dolly, self_inst, vicuna,
     sni, unni. For text also a .txt file (one document) or a folder of any of these.
-    streaming: of kind "text": read while training, for what does not fit a disk. Every rank reads its own documents.
+    streaming: of kind "text": read while training, for what does not fit a disk. Every rank reads its own documents,
+    over and over, all of them: not with max_rows.
     subset, split, validation_split: which part of a hub data set; files and "python_docs" do not use them.
     validation_source: as `source`. None takes `validation_fraction` of the source's rows by a hash of their
     prompt, so equal prompts stay on one side ("python_docs" has a validation split of its own, by module).
@@ -105,6 +106,7 @@ class DataConfig:
             raise ValueError(
                 f'data.streaming is for plain text, but data.kind = {self.kind!r}; set one of them to "text" or false'
             )
+        _check_stream("data", self.streaming, self.max_rows)
         if self.kind == "text" and self.max_length < MIN_BLOCK:
             raise ValueError(f"data.max_length = {self.max_length} for blocks of text; give {MIN_BLOCK} or more")
         if not 0 < self.validation_fraction < 1:
@@ -152,3 +154,12 @@ class TextConfig:
         for name in ("batch_rows", "max_rows"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"text.{name} = {value}; give 1 or more, or null")
+        _check_stream("text", self.streaming, self.max_rows)
+
+
+def _check_stream(section: str, streaming: bool, max_rows: int | None) -> None:
+    if streaming and max_rows is not None:
+        raise ValueError(
+            f"{section}.max_rows = {max_rows} with {section}.streaming = true; a stream is read over and over, all of "
+            "it: set max_rows to null, or streaming to false"
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit import heartbeat
 from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.data.minillm import LAYOUT, SETS, has_test
 from toolkit.data.python_docs import python_docs_rows
@@ -194,7 +196,7 @@ def records(source: Source) -> Iterator[tuple[str, object]]:
         yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
         return
     if name.startswith(HUB_FILES):
-        yield from lines(name, _hub_file(source))
+        yield from lines(name, hub_file(source))
         return
     path = Path(name).expanduser()
     if not looks_like_path(name, path):
@@ -207,11 +209,13 @@ def records(source: Source) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{name}: unknown ending {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty (0 bytes)")
-    yield from lines(name, path) if path.suffix.lower() == ".jsonl" else numbered(name, load_table(source, path))
+    yield from file_rows(name, path)
 
 
 def numbered(name: str, table: Iterable[dict]) -> Iterator[tuple[str, object]]:
-    return ((f"{name} row {number}", row) for number, row in enumerate(table, 1))
+    for number, row in enumerate(table, 1):
+        heartbeat.beat()
+        yield f"{name} row {number}", row
 
 
 def content_sha256(source: Source) -> str:
@@ -220,11 +224,12 @@ def content_sha256(source: Source) -> str:
         rows = python_docs_rows(source.split, source.cache_dir)
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     is_hub_file = source.name.startswith(HUB_FILES)
-    path = _hub_file(source) if is_hub_file else Path(source.name).expanduser()
+    path = hub_file(source) if is_hub_file else Path(source.name).expanduser()
     if not is_hub_file and not looks_like_path(source.name, path):
         return hashlib.sha256(load_table(source)._fingerprint.encode()).hexdigest()
     whole = hashlib.sha256()
     for file in files_below(path):
+        heartbeat.beat()
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         whole.update(f"{file.suffix} {digest}\n".encode())
@@ -236,7 +241,8 @@ def files_below(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
 
 
-def _hub_file(source: Source) -> Path:
+@functools.cache  # what is hashed and what is read is one version of it
+def hub_file(source: Source) -> Path:
     """The local copy of hf://datasets/OWNER/NAME/FILE.jsonl."""
     from huggingface_hub import hf_hub_download
 
@@ -260,6 +266,7 @@ def lines(source: str, path: Path) -> Iterator[tuple[str, object]]:
     """jsonl, read here and not by `datasets`, so that a broken line can be named. Blank lines pass."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            heartbeat.beat()
             if not line.strip():
                 continue
             try:
@@ -269,26 +276,42 @@ def lines(source: str, path: Path) -> Iterator[tuple[str, object]]:
             yield f"{source}:{number}", row
 
 
-def load_table(source: Source, path: Path | None = None, streaming: bool = False) -> Any:
-    """A file (`path`) or a hub name (no `path`) as a table, or a stream, of the `datasets` library."""
+def file_rows(name: str, path: Path) -> Iterator[tuple[str, object]]:
+    """(where, row) of a data file. Tables are streamed: the library's copies of them go by path and time, and would be
+    the old rows where a file was written again and kept its time."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        yield from lines(name, path)
+        return
     import datasets  # takes a second, and python_docs and jsonl do without
 
-    options: dict[str, Any] = {"cache_dir": source.cache_dir} | ({"streaming": True} if streaming else {})
     try:
-        if path is None:
-            return datasets.load_dataset(source.name, source.subset, split=source.split, **options)
-        options |= _csv_options(path) if path.suffix.lower() == ".csv" else {}
-        builder = "json" if path.suffix.lower() == ".jsonl" else BUILDERS[path.suffix.lower()]
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-    except Exception as error:  # the library raises a dozen kinds, and the cause is often the more telling one
-        reason = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
-        if path is not None:
-            raise ValueError(f"{source.name}: could not be read as {path.suffix[1:]}: {reason}") from error
+        options = _csv_options(path) if suffix == ".csv" else {}
+        table = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), split="train", streaming=True, **options)
+        yield from numbered(name, table)
+    except Exception as error:  # the library raises a dozen kinds
+        raise ValueError(f"{name}: could not be read as {suffix[1:]}: {_reason(error)}") from error
+
+
+def load_table(source: Source, streaming: bool = False) -> Any:
+    """A hub name as a table, or a stream, of the `datasets` library."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(
+            source.name, source.subset, split=source.split, streaming=streaming, cache_dir=source.cache_dir
+        )
+    except Exception as error:  # the library raises a dozen kinds
         raise ValueError(
             f"{source.name}: no such file here, and the hub's data set of that name (subset "
             f"{source.subset}, split {source.split}) "
-            f"could not be loaded: {reason}. Check the name and the network; {PYTHON_DOCS!r} needs neither"
+            f"could not be loaded: {_reason(error)}. Check the name and the network; {PYTHON_DOCS!r} needs neither"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The cause is often the more telling one."""
+    return f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
 
 
 def _csv_options(path: Path) -> dict:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from toolkit.batch import Example
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken entry, or none, raises
-FORMAT = 1  # of the files, and of what the tokens of a row are: raise it when either changes
+FORMAT = 2  # of the files, and of what the tokens of a row are: raise it when either changes
 
 
 class Part(NamedTuple):

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from toolkit.data.config import TEMPLATE_NAMES
 from toolkit.overrides import unknown
 
+#: for chat templates that print the date: with today's, tokens would change from day to day. Llama 3.2's own default
+TODAY = datetime(2024, 7, 26)
 ALPACA_MARKER = "### Response:\n"
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -61,7 +65,11 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
             'use "alpaca" or "plain", or set tokenizer.chat_template'
         )
     messages = row.get("messages") or [{"role": "user", "content": _plain(tokenizer, row)}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:  # transformers lets no function through as an argument, and keeps what it compiled
+        chat_template_utils._compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
+    date = TODAY.strftime("%d %b %Y")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=date)
 
 
 def _chat_marker(tokenizer: PreTrainedTokenizerBase) -> str:

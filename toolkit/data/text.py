@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import heartbeat
 from toolkit.batch import Example
 from toolkit.data.config import PYTHON_DOCS
 from toolkit.data.sources import (
+    HUB_FILES,
     SUFFIXES,
     Source,
     as_object,
     field_of,
+    file_rows,
     files_below,
-    lines,
+    hub_file,
     load_table,
     looks_like_path,
-    numbered,
     records,
 )
 
@@ -56,39 +59,41 @@ def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]
         if path.suffix.lower() == ".txt":
             yield from ({"text": text} for text in _pieces(path) if text.strip())
             continue
-        for where, row in lines(name, path) if path.suffix.lower() == ".jsonl" else _table_rows(name, path):
+        for where, row in file_rows(name, path):
             if text := _text_of(row, field, where):
                 yield {"text": text}
 
 
-def _table_rows(name: str, path: Path) -> Iterator[tuple[str, object]]:
-    """As a stream: nothing is copied into the library's cache."""
-    try:
-        yield from numbered(name, load_table(Source(name), path, streaming=True))
-    except ValueError:
-        raise
-    except Exception as error:  # the library's readers raise a dozen kinds
-        raise ValueError(f"{name}: could not be read as {path.suffix[1:]}: {error}") from error
-
-
 def local_files(source: Source) -> list[Path] | None:
-    """The files of a file's or folder's name; None for a hub name or a built-in set.
+    """The files of a file's or folder's name, or the one of a hub set that is named; None for a hub name or a built-in
+    set.
 
-    Raises ValueError for a folder without text and an unknown ending.
+    Raises ValueError for what is missing, a folder without text and an unknown ending.
     """
+    if source.name.startswith(HUB_FILES):
+        return [hub_file(source)]
     path = Path(source.name).expanduser()
     is_path = looks_like_path(source.name, path) or path.suffix.lower() == ".txt"
     if source.name == PYTHON_DOCS or not is_path:
         return None
+    if not path.exists():
+        raise ValueError(
+            f"{source.name}: the file is missing (looked at {path.absolute()}); give the path of a file or a folder"
+        )
     found = [file for file in files_below(path) if file.suffix.lower() in TEXT_SUFFIXES]
     if not found:
-        what = "holds no file with" if path.is_dir() else "is missing" if not path.exists() else "has none of"
+        what = "holds no file with" if path.is_dir() else "has none of"
         raise ValueError(f"{source.name}: {what} the endings {', '.join(TEXT_SUFFIXES)} (looked at {path.absolute()})")
     return found
 
 
-def open_stream(source: Source, field: str, rank: int, world: int) -> Any:
-    """A `datasets` stream of this rank's rows, which holds `field`, or "text" where it is made of local files."""
+def open_stream(source: Source, field: str, rank: int, world: int) -> tuple[Any, str]:
+    """A `datasets` stream of this rank's rows, and the field that is their text.
+
+    Of files each rank gets every world-th document. Were files dealt, a rank with a short one would read it several
+    times while another reads a long one once. Shards of the hub are, where their number allows: a rank need not fetch
+    what others read.
+    """
     import datasets
     from datasets.distributed import split_dataset_by_node
 
@@ -96,11 +101,10 @@ def open_stream(source: Source, field: str, rank: int, world: int) -> Any:
         raise ValueError(f"{PYTHON_DOCS!r} is not streamed, it is small; set streaming=false")
     files = local_files(source)
     if files is None:
-        return split_dataset_by_node(load_table(source, streaming=True), rank, world)
+        return split_dataset_by_node(load_table(source, streaming=True), rank, world), field
     settings = {"files": [str(file) for file in files], "field": field}
-    return split_dataset_by_node(
-        datasets.IterableDataset.from_generator(file_documents, gen_kwargs=settings), rank, world
-    )
+    documents = datasets.IterableDataset.from_generator(file_documents, gen_kwargs=settings)
+    return split_dataset_by_node(documents, rank, world, strategy="examples"), "text"
 
 
 def stream_identity(source: Source) -> str:
@@ -135,6 +139,7 @@ class BlockPacker:
 
     def add(self, texts: Sequence[str]) -> list[Example]:
         """The blocks that become full."""
+        heartbeat.beat()
         eos = self.tokenizer.eos_token_id
         for ids in self.tokenizer(list(texts), verbose=False)["input_ids"] if texts else ():
             if self.tokens:
@@ -182,8 +187,9 @@ class TextStream:
     """Blocks of text that are read while training, over and over, in the source's order. Each rank reads its own
     documents, so a step's blocks depend on the number of ranks.
 
-    The place in the stream is a small JSON state: the library's own of the last chunk of documents, what was left over
-    before it, and how many of the chunk's blocks were taken. `is_wanted` keeps held-out documents away.
+    The place in the stream is a small JSON state: the library's own of the last chunk of documents, how often this rank
+    had begun anew, what was left over before the chunk, and how many of its blocks were taken. `is_wanted` keeps
+    held-out documents away.
     """
 
     def __init__(self, source: Source, field: str, tokenizer: PreTrainedTokenizerBase, length: int,
@@ -191,7 +197,8 @@ class TextStream:
         self.source, self.field, self.is_wanted = source, field, is_wanted
         self.packer = BlockPacker(tokenizer, length)
         self._of: tuple[int, int] | None = None  # (rank, world) that it was opened for
-        self._mark: dict[str, Any] = {"source": None, "tokens": [], "starts": []}
+        self._passes = 0  # that are over
+        self._mark: dict[str, Any] = {"source": None, "passes": 0, "tokens": [], "starts": []}
         self._blocks: list[Example] = []
         self._taken = 0
 
@@ -224,6 +231,7 @@ class TextStream:
         state = states[rank]
         self._of = rank, len(states)
         self.packer.tokens, self.packer.starts = list(state["tokens"]), list(state["starts"])
+        self._passes = state["passes"]
         self._open(state["source"])
         self._blocks, self._taken = [], 0
         if state["taken"]:
@@ -233,10 +241,10 @@ class TextStream:
             self._taken = state["taken"]
 
     def _open(self, state: dict[str, Any] | None) -> None:
-        self._stream = open_stream(self.source, self.field, *self._of)
+        self._stream, field = open_stream(self.source, self.field, *self._of)
         if state is not None:
             self._stream.load_state_dict(state)
-        self._rows = iter(self._stream)
+        self._texts = filter(self.is_wanted, _texts(self._stream, field, self.source.name))
         self._opened_at = state
 
     def _refill(self) -> None:
@@ -245,9 +253,9 @@ class TextStream:
             position = self._stream.state_dict()
             self._mark = {
                 "source": position if position is not None else self._opened_at,
-                "tokens": list(self.packer.tokens), "starts": list(self.packer.starts),
+                "passes": self._passes, "tokens": list(self.packer.tokens), "starts": list(self.packer.starts),
             }  # fmt: skip
-            texts = take_chunk(self._texts())
+            texts = take_chunk(self._texts)
             if not texts:
                 ends += 1
                 if ends == 2:
@@ -255,25 +263,35 @@ class TextStream:
                         f"{self.source.name}: no usable text for rank {self._of[0]} of {self._of[1]}; use fewer "
                         "ranks, more text, or streaming=false"
                     )
+                self._passes += 1
                 self._open(None)
                 continue
+            if ends and local_files(self.source) is None:
+                self._tell_new_pass()
             ends, self._blocks, self._taken = 0, self.packer.add(texts), 0
 
-    def _texts(self) -> Iterator[str]:
-        field = "text" if local_files(self.source) is not None else self.field
-        for row in self._rows:
-            text = _text_of(row, field, self.source.name)
-            if text and self.is_wanted(text):
-                yield text
+    def _tell_new_pass(self) -> None:
+        warnings.warn(
+            f"{self.source.name}: rank {self._of[0]} of {self._of[1]} begins pass {self._passes + 1} over its "
+            "documents. Where ranks have shards of their own, documents of short ones are read more often; take fewer "
+            "steps, or a number of ranks that does not divide the number of shards",
+            stacklevel=2,
+        )
 
 
 def first_documents(
     source: Source, field: str, count: int, is_wanted: Callable[[str], bool] = lambda text: True
 ) -> Iterator[str]:
     """The first `count` wanted documents of a stream."""
-    name = "text" if local_files(source) is not None else field
-    texts = (_text_of(row, name, source.name) for row in open_stream(source, field, 0, 1))
-    return itertools.islice((text for text in texts if text and is_wanted(text)), count)
+    stream, field = open_stream(source, field, 0, 1)
+    return itertools.islice(filter(is_wanted, _texts(stream, field, source.name)), count)
+
+
+def _texts(rows: Iterable[object], field: str, where: str) -> Iterator[str]:
+    for row in rows:
+        heartbeat.beat()
+        if text := _text_of(row, field, where):
+            yield text
 
 
 def _text_of(row: object, field: str, where: str) -> str:
@@ -288,6 +306,7 @@ def _pieces(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             while piece := file.readlines(CHUNK_CHARACTERS):
+                heartbeat.beat()
                 yield "".join(piece)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None

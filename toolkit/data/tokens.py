@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import heartbeat
 from toolkit.batch import Example
 from toolkit.data.config import DataConfig
 from toolkit.data.templates import Template, get_template
@@ -114,6 +115,7 @@ def encode_prompts(
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    heartbeat.beat()
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
