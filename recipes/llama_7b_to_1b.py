@@ -2,8 +2,13 @@
 
 init cuts the student out of the teacher, recovery brings it back to language on 10 B tokens of plain text, distil is
 DistiLLM on instructions. With 100 M: recovery.train.tokens=100e6 recovery.train.batch_rows=64, 763 steps.
-Without the hub, to try it: teacher.random_weights=true teacher.num_layers=2 init.layers=1 teacher.tokenizer=FILE.model
-recovery.data.source=TEXT.jsonl distil.data.source=ROWS.jsonl
+To try it anywhere at true width, without the hub, with the sentencepiece file of a LLaMA:
+
+    ./run.sh llama_7b_to_1b teacher.tokenizer=FILE.model teacher.random_weights=true teacher.num_layers=2 \\
+        init.layers=1 init.rows=2 data.source=python_docs recovery.data.streaming=false train.batch_rows=2 \\
+        data.max_length=128 distil.data.max_prompt_length=64 recovery.train.tokens=512 distil.train.steps=2 \\
+        optimizer.warmup_steps=0 validation.rows=2 distil.validation.rouge_rows=2 distil.validation.samples=1 \\
+        teacher.ds_config=ds_configs/teacher_cpu.json student.ds_config=ds_configs/student_cpu.json
 """
 
 import sys

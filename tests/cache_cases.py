@@ -1,7 +1,9 @@
 """What the pools' ranks run for the teacher cache's tests. Nothing here is a test."""
 
+import functools
 import os
 import signal
+from pathlib import Path
 from unittest import mock
 
 
@@ -58,4 +60,31 @@ def command_that_cannot_rename(arguments, target):
         return rename(self, to)
 
     with mock.patch.object(Path, "rename", refusing):
+        return command(arguments)
+
+
+def error_of_build(folders):
+    """What `build` raises here where each rank has a folder of its own."""
+    from toolkit import distributed
+    from toolkit.teacher_cache import build
+
+    short = functools.partial(distributed.check_shared, within_s=0.5)
+    try:
+        with mock.patch.object(distributed, "check_shared", short):
+            build(folders[distributed.rank()], {}, [[]], None, None, None)
+    except ValueError as error:
+        return str(error)
+
+
+def command_of_a_late_node(arguments, folder):
+    """A command of which rank 1 sees nothing in `folder`, as over NFS for a while after another node made it."""
+    from tests.evaluation_cases import command
+    from toolkit import distributed
+
+    is_file = Path.is_file
+
+    def seen(self):
+        return is_file(self) and not (distributed.rank() == 1 and str(self.parent) == folder)
+
+    with mock.patch.object(Path, "is_file", seen):
         return command(arguments)

@@ -19,6 +19,13 @@ def run_tiny(overrides):
     return _main(overrides)
 
 
+def run_with_own(overrides_by_rank):
+    """(exit code, what was said on stderr) of a run that is started on each rank with settings of its own."""
+    from toolkit import distributed
+
+    return run_expecting_exit(overrides_by_rank[distributed.rank()])
+
+
 def run_expecting_exit(overrides, recipe=None):
     """(exit code, what was said on stderr) of a run that has to fail."""
     said = io.StringIO()
@@ -410,25 +417,21 @@ def run_telling(overrides, file):
 def run_watching_teacher_text(overrides, file_rows):
     """(how often the watchdog was told of the phase teacher_text, whether it was told of progress within each call that
     generated in it) of a run that keeps the teacher's text in files of so many rows."""
-    from toolkit import run, teacher_text
+    from toolkit import heartbeat, run, teacher_text
     from toolkit.rollout.engine import GatheredRollout
 
-    watchdogs, calls, phases, complete = [], [], [], GatheredRollout.complete
+    calls, phases, complete = [], [], GatheredRollout.complete
 
     class Watched(run.Watchdog):
-        def __enter__(self):
-            watchdogs.append(self)
-            return super().__enter__()
-
         def progress(self, phase, step=None):
             phases.append(phase)
             super().progress(phase, step)
 
     def watched(self, *args):
-        before_s = watchdogs[0].changed_s
+        before_s = heartbeat._last_s
         texts = complete(self, *args)
         if phases[-1] == "teacher_text":
-            calls.append(watchdogs[0].changed_s > before_s)
+            calls.append(heartbeat._last_s > before_s)
         return texts
 
     with (

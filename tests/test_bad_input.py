@@ -136,3 +136,16 @@ def test_weights_that_lack_a_layer_are_not_filled_with_random_numbers(refused, t
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     refused("lack 9 parameters of the configuration, the first is model.layers.2", student__path=f"{tmp_path}/short")
+
+
+def test_rows_that_are_not_the_same_on_all_nodes_are_refused(tiny, ranks2, tmp_path):
+    """As many, so that nothing would stop: ranks would take their parts of two different lists."""
+    overrides = []
+    for rank in range(2):
+        file = tmp_path / str(rank) / "rows.jsonl"
+        file.parent.mkdir()
+        lines = (tiny / "rows.jsonl").read_text().splitlines()
+        file.write_text("\n".join(lines[rank:] + lines[:rank]) + "\n")
+        overrides.append(tiny_overrides(tiny, name="two lists", data__source=str(file)))
+    (code, said), other = ranks2.run(engine_cases.run_with_own, overrides)
+    assert code == other[0] == 2 and "what has this name is not the same everywhere" in said and other[1] == ""

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA, OVERRIDES = "toolkit.data", "toolkit.overrides"
-BASICS = {"toolkit.batch", "toolkit.config", OVERRIDES}
+DATA, OVERRIDES, HEARTBEAT = "toolkit.data", "toolkit.overrides", "toolkit.heartbeat"
+BASICS = {"toolkit.batch", "toolkit.config", OVERRIDES, HEARTBEAT}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
 DECODING = {"toolkit.rollout.decode", "toolkit.rollout.packed", "toolkit.rollout.sampling", "toolkit.rollout.seq2seq"}
 ENGINES = (
@@ -25,16 +25,17 @@ ENGINES = (
 ALLOWED = {
     "toolkit.batch": set(),
     OVERRIDES: set(),
+    HEARTBEAT: set(),
     "toolkit.config": {OVERRIDES, "toolkit.data.config", "toolkit.rollout.schedule", "toolkit.divergences"},
     "toolkit.data.config": {OVERRIDES},
-    "toolkit.data": {"toolkit.batch", OVERRIDES},
+    "toolkit.data": {"toolkit.batch", OVERRIDES, HEARTBEAT},
     "toolkit.divergences": set(),
     "toolkit.rollout.schedule": set(),
     "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
     "toolkit.slurm": set(),
     "toolkit.distributed": {"toolkit.slurm"},
     "toolkit.monitor": {"toolkit.distributed"},
-    "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
+    "toolkit.faults": {"toolkit.distributed", "toolkit.config", HEARTBEAT},
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
     "toolkit.rollout.sampling": {"toolkit.rollout.schedule", "toolkit.config"},
     "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
@@ -55,7 +56,7 @@ ALLOWED = {
     "toolkit.teacher_cache.command": PURE
     | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
     | {"toolkit.run", "toolkit.inputs"},
-    "toolkit.inputs": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.teacher_cache"},
+    "toolkit.inputs": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.checkpoint", "toolkit.teacher_cache"},
     "toolkit.stages": {"toolkit.config", OVERRIDES, "toolkit.models", "toolkit.monitor"},
     "toolkit.methods": {"toolkit.config", OVERRIDES},
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint", "toolkit.teacher_cache"},

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
@@ -125,6 +125,33 @@ def test_a_stopped_stage_goes_on_and_what_is_done_is_skipped(tiny, ranks2, whole
         run_staged, settings(tiny, "stopped", "recovery.resume=never", "recovery.optimizer.lr=0.4")
     )[0]
     assert code == 2 and "the student's before training: model.safetensors had SHA-256" in errors
+    # One that was started over and stopped: nothing goes on from what it had made before.
+    again = settings(tiny, "stopped", "recovery.resume=never")
+    assert [code for code, *_ in ranks2.run(run_staged_until, ["recovery", *again], 2, signal.SIGUSR1)] == [75, 75]
+    code, _, errors, _ = ranks2.run(run_staged, ["distil", *again])[0]
+    assert code == 2 and "is not there or not finished; run the stage recovery first" in errors
+
+
+@pytest.mark.multiprocess
+def test_a_student_is_cut_anew_where_all_is_started_over_and_only_from_the_same_teacher(tiny, ranks2, tmp_path):
+    def cut(teacher, *more):
+        given = settings(tiny, "cut", f"teacher.path={teacher}", f"output_dir={tmp_path}", *more)
+        return ranks2.run(run_staged, ["init", *given])[0]
+
+    teacher, made = tmp_path / "teacher", tmp_path / "cut" / "init" / "student" / "model.safetensors"
+    shutil.copytree(tiny / "teacher", teacher)
+    assert cut(teacher)[0] == 0
+    first = made.stat().st_mtime_ns
+    assert (tmp_path / "cut" / "lock").stat().st_mtime_ns < first  # no other job works in the folder meanwhile
+    teacher = teacher.rename(tmp_path / "moved")
+    assert cut(teacher)[0] == 0 and made.stat().st_mtime_ns == first
+    assert cut(teacher, "resume=never")[0] == 0 and made.stat().st_mtime_ns > first
+    tensors = load_file(teacher / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, teacher / "model.safetensors", {"format": "pt"})
+    code, _, errors, _ = cut(teacher)
+    assert code == 2 and "teacher.model.safetensors SHA-256 was " in errors
+    code, _, errors, _ = cut(teacher, "init.data=python_docs")
+    assert code == 2 and "calibration.source was " in errors
 
 
 @pytest.mark.multiprocess
@@ -154,6 +181,11 @@ def test_a_random_teacher_is_one_and_the_same_in_all_stages(tiny, ranks2):
     assert code == 0, errors
     for stage in ("recovery", "distil"):  # nothing was left out, nothing was learned: the student is the teacher
         assert summary(tiny / "runs" / "random" / stage)["validation"]["final"]["kl_nats"] < 1e-4
+    shutil.rmtree(tiny / "runs" / "random" / "init")
+    changes[1] = "teacher.num_layers=3"
+    assert ranks2.run(run_staged, ["init", *settings(tiny, "random", *changes)])[0][0] == 0
+    made = json.loads((tiny / "runs" / "random" / "random_teacher" / "config.json").read_text())
+    assert made["num_hidden_layers"] == 3
 
 
 @pytest.mark.parametrize(
@@ -162,7 +194,13 @@ def test_a_random_teacher_is_one_and_the_same_in_all_stages(tiny, ranks2):
         (["recovry.train.steps=2"], "did you mean 'recovery'"), (["train.stps=2"], "did you mean 'train.steps'"),
         (["init.layer=2"], "did you mean 'layers'"), (["steps=2"], "write train.steps"),
         (["distil.name=other"], "set output_dir and name for all of them"),
-        (["student.path=x"], "write recovery.student.path"), (["init.layers=null"], "say what the student keeps"),
+        (["student.path=x"], "write recovery.student.path"),
+        (["student.random_weights=true"], "student.random_weights = True in stage recovery"),
+        (["distil.student.drop_layers=[0]"], "student.drop_layers = [0] in stage distil"),
+        (["recovery.student.path=x", "student.num_layers=1"], "student.num_layers = 1 in stage distil"),
+        (["student.init.mlp=8"], "student.init = 'set' in stage recovery"),
+        (["distil.student.lora.adapter=x", "distil.student.lora.rank=2"], "student.lora.adapter = 'x' in stage distil"),
+        (["init.layers=null"], "say what the student keeps"),
         (["distill", "train.steps=2"], "did you mean 'distil'"), (["init.width=best"], "init.width = 'best'"),
         (["distil.train.tokens=5"], "train.tokens = 5 counts tokens of plain text"),
     ],

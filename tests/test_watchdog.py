@@ -130,6 +130,40 @@ def test_a_rank_that_leaves_a_step_out_ends_the_job(start):
         assert f"this rank is at step {2 + rank}, the mean of all ranks is 2.5" in said
 
 
+MAIN_RANK_WORKS = """
+import sys, time
+sys.path.insert(0, {root!r})
+from toolkit import distributed, heartbeat
+from toolkit.faults import Watchdog
+def work():
+    for _ in range(20):
+        time.sleep({limit_s} / 5)
+        heartbeat.beat() if {beats} else None
+with Watchdog({limit_s}):
+    distributed.start()
+    distributed.main_rank_first(lambda: work() if distributed.rank() == 0 else None)
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("beats", [True, False])
+def test_what_rank_0_does_alone_may_take_long_while_it_goes_on(beats):
+    """The others wait for as long, without a collective that would end by itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    script = MAIN_RANK_WORKS.format(root=str(ROOT), limit_s=3, beats=beats)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        ) for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == ([0, 0] if beats else [EXIT_STUCK] * 2), said
+    assert beats or "rank 0 holds the others up" in "".join(said) or "different calls" in "".join(said)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("grace_s", "times", "message"), [
     (600, 2, "SIGTERM again: rank {rank} exits at once"),

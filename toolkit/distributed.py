@@ -23,7 +23,8 @@ from toolkit import slurm
 Result = TypeVar("Result")
 MAIN_RANK_TELLS_S = 3.0  # other ranks keep an error to themselves where rank 0 has one within this time
 SEEN_WITHIN_S = 60.0  # a file that another node made
-_entered = itertools.count()
+MAIN_RANK_LOOK_S = 0.1
+_entered, _alone_on_main = itertools.count(), itertools.count()
 
 
 class Told(ValueError):
@@ -205,8 +206,19 @@ def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
         mark.unlink()
     if blind:
         raise Told(
-            f"{folder} of rank 0 is not there for rank {', '.join(blind)} after {within_s:g} s: output_dir has to lie "
-            "on a disk of all nodes"
+            f"{folder} of rank 0 is not there for rank {', '.join(blind)} after {within_s:g} s: it has to lie on a "
+            "disk of all nodes"
+        )
+
+
+def check_alike(what: str, value: object) -> None:
+    """Raises `Told` unless all ranks have the same `value`, a hash for instance, of `what`. Collective."""
+    values = gather_objects((value, socket.gethostname()))
+    other = next((r for r, (theirs, _) in enumerate(values) if theirs != values[0][0]), None)
+    if other is not None:
+        raise Told(
+            f"{what}: rank {other} on {values[other][1]} has {values[other][0]!r}, rank 0 on {values[0][1]} has "
+            f"{values[0][0]!r}; what has this name is not the same everywhere: copy it anew, or use a disk of all nodes"
         )
 
 
@@ -218,7 +230,28 @@ def _told(error: Exception) -> str:
     return f"rank {rank()}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno} {place.name})"
 
 
+def on_main_rank(work: Callable[[], Result]) -> Result | None:
+    """Rank 0 does `work` alone, which may take longer than a collective may last; None elsewhere. Errors are as those
+    of `together`."""
+    key = f"main rank {next(_alone_on_main)}"
+
+    def one() -> Result | None:
+        if world() == 1:
+            return work()
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if rank() == 0:
+            try:
+                return work()
+            finally:
+                store.set(key, "done")
+        while not store.check([key]):
+            time.sleep(MAIN_RANK_LOOK_S)
+        return None
+
+    return together(one)
+
+
 def main_rank_first(work: Callable[[], Result]) -> Result:
     """Rank 0 does `work` alone, the others after it: for results kept in files, which the others then only read."""
-    result = together(lambda: work() if rank() == 0 else None)
+    result = on_main_rank(work)
     return together(lambda: result if rank() == 0 else work())

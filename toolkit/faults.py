@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from toolkit import distributed
+from toolkit import distributed, heartbeat
 from toolkit.config import FaultsConfig
 
 Result = TypeVar("Result")
@@ -245,13 +245,14 @@ class Sign:
     changes: int = 0  # of phase, since the start: the rank that is behind has fewer
     beat: int = 0
     waits: bool = False  # inside a collective: it is not the one that others wait for
+    idle_s: float = 0.0  # since its last progress
     where: str = ""
 
 
 class Watchdog:
     """Ends a job that stands still. A thread of each rank tells the others, through the process group's store, what the
-    rank does; where it begins no phase and no pass of a model for longer than `limit_s`, it says which rank is behind,
-    where, and exits.
+    rank does; where no rank has begun a phase or a pass of a model, or told of other progress (heartbeat.py), for
+    longer than `limit_s`, it says which rank is behind, where, and exits.
 
     The job is over `limit_s` + 5 looks (of 10 s at most) after the last progress, from before the ranks have joined on.
     """
@@ -260,12 +261,12 @@ class Watchdog:
         self.limit_s, self.look_s = limit_s, min(LOOK_EVERY_S, limit_s / 4)
         self.end = end or _last_words
         self.sign = Sign()
-        self.changed_s = time.monotonic()
         self._over = threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> Watchdog:
+        heartbeat.beat()
         self._thread.start()
         return self
 
@@ -278,16 +279,13 @@ class Watchdog:
         """This rank now does `phase`, of `step` where that changed."""
         self.sign.phase, self.sign.changes = phase, self.sign.changes + 1
         self.sign.step = self.sign.step if step is None else step
-        self.changed_s = time.monotonic()
+        heartbeat.beat()
 
     def count_passes(self, model: torch.nn.Module) -> None:
         """Each pass of `model` is progress as well: generation and evaluation make many in one phase. Every pass enters
         its input embeddings. It is no new phase: ranks make as many passes as their texts are long."""
 
-        def enter(*_: Any) -> None:
-            self.changed_s = time.monotonic()
-
-        model.get_input_embeddings().register_forward_pre_hook(enter)
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
 
     def _watch(self) -> None:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -298,7 +296,7 @@ class Watchdog:
             if store is None and world > 1 and torch.distributed.is_initialized():
                 store = _own_store(self.look_s)
             self._publish(store, rank)
-            if time.monotonic() - self.changed_s > self.limit_s:
+            if heartbeat.idle_s() > self.limit_s:
                 self._conclude(store, rank, world)
 
     def _conclude(self, store: Any, rank: int, world: int) -> None:
@@ -314,10 +312,12 @@ class Watchdog:
                 return
             self._publish(store, rank)
         signs = self._read(store, world)
-        if time.monotonic() - self.changed_s <= self.limit_s:
+        if heartbeat.idle_s() <= self.limit_s:
             return  # it went on meanwhile
         beats = [{r: sign.beat for r, sign in part.items()} for part in (first, signs)]
         silent = {r for r in range(world) if r != rank and (r not in signs or beats[0].get(r) == beats[1][r])}
+        if any(sign.idle_s <= self.limit_s for r, sign in signs.items() if r not in silent | {rank}):
+            return  # another one works, and this one waits for it
         text = verdict(signs | {rank: self.sign}, silent, self.limit_s)
         if rank != min(set(range(world)) - silent):
             self._over.wait(self.look_s)  # one rank speaks, and gets the time to
@@ -326,6 +326,7 @@ class Watchdog:
 
     def _publish(self, store: Any, rank: int) -> None:
         self.sign.beat += 1
+        self.sign.idle_s = heartbeat.idle_s()
         self.sign.where, self.sign.waits = _where(self._main)
         if store is not None:
             with suppress(Exception):  # its keeper, rank 0, is gone: what is known of the others is all there is
@@ -379,9 +380,10 @@ def _where(thread: int | None) -> tuple[str, bool]:
     while frame is not None:
         file = frame.f_code.co_filename
         inner = inner or f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
-        waits = waits or "torch/distributed/" in file or "deepspeed/comm/" in file
+        is_ours = file == f"{package}/distributed.py"  # which waits for rank 0 without a collective too
+        waits = waits or is_ours or "torch/distributed/" in file or "deepspeed/comm/" in file
         # Not the one place that all collectives go through: who called it says what is waited for.
-        if file.startswith(package) and not file.endswith("/distributed.py"):
+        if file.startswith(package) and not is_ours:
             line = f"at {Path(file).relative_to(Path(package).parent)}:{frame.f_lineno} {frame.f_code.co_name}"
             break
         frame = frame.f_back

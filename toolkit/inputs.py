@@ -3,10 +3,13 @@ each is checked on one rank and refused on all."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import IncompleteSnapshotError
 
 from toolkit import distributed
 from toolkit.config import NO_DIVERGENCE, RunConfig
@@ -24,11 +27,14 @@ from toolkit.models import (
     shared_decoder_start,
     shared_vocabulary,
 )
+from toolkit.models.files import FILES, SAFETENSORS
+from toolkit.models.load import resolve
 from toolkit.teacher_cache import TeacherCache, identity_of
 
 
 class Inputs(NamedTuple):
-    """What a run reads before it builds anything. teacher_path: "" where no teacher is named."""
+    """What a run reads before it builds anything. teacher_path: "" where no teacher is named, or none is loaded and
+    none of its files are here."""
 
     cache_dir: Path
     dtype: torch.dtype
@@ -43,14 +49,43 @@ def load_inputs(config: RunConfig) -> Inputs:
     """Collective; raises ValueError on every rank for a model, tokenizer or data that cannot be used."""
     cache_dir = default_cache_dir(config.cache_dir)
     teacher_path = ""
-    if config.has_teacher or (config.teacher.cache and config.teacher.path):
+    if config.has_teacher:
         teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
+    elif config.teacher.cache and config.teacher.path:
+        teacher_path = distributed.main_rank_first(lambda: _what_is_here(config, cache_dir))
     student_path = distributed.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
     tokenizer, vocabulary = distributed.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = distributed.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
     distributed.together(lambda: _check_positions(config, data, teacher_path, student_path))
     dtype = choose_dtype(config.precision, distributed.device())
     return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
+
+
+def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
+    """The folder of a teacher that is not loaded, "" where it is not here. Its files are compared with the cache's, so
+    far as there are any; none is fetched but the tokenizer, for a student without one of its own."""
+    teacher = config.teacher
+    asks_tokenizer = not (config.student.path or config.student.tokenizer or teacher.tokenizer)
+    try:
+        path = resolve(teacher.path)
+        is_here = Path(path).exists()
+        if path.endswith(".gguf") or teacher.drop_layers or teacher.init.wanted:  # a folder that is made of it
+            return materialize(teacher, cache_dir) if is_here or asks_tokenizer else ""
+        if is_here:
+            return path
+        small = [pattern for pattern in (*FILES, "*.py") if pattern != SAFETENSORS]
+        return snapshot_download(
+            path, allow_patterns=small, ignore_patterns=["*/*"], local_files_only=not asks_tokenizer
+        )
+    except IncompleteSnapshotError as error:
+        return error.snapshot_path
+    except (OSError, ValueError) as error:
+        if asks_tokenizer:
+            raise ValueError(
+                f"the student has no tokenizer of its own, and that of the teacher {teacher.path} could not be had: "
+                f"{error}; set student.tokenizer"
+            ) from error
+        return ""
 
 
 def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
@@ -116,26 +151,43 @@ def refuse_encoders(vocabulary: Vocabulary) -> None:
         )
 
 
-def open_cache(
+def cache_identity(
     config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: Any, vocabulary: Vocabulary
-) -> TeacherCache:
-    """The cache, checked to be whole and this run's; what it is becomes part of the run's identity `parts`."""
+) -> dict[str, Any]:
+    """What the cache makes of the run's identity `parts`. It is checked to be this run's, by its manifest alone; one
+    that was deleted after the run was finished is what the run's summary says. Collective."""
+    folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / "summary.json"
 
-    def opened() -> TeacherCache:
+    def known() -> dict[str, Any]:
         refuse_encoders(vocabulary)
-        cache, loss = TeacherCache(Path(config.teacher.cache).expanduser()), config.loss
+        cache, loss = TeacherCache(folder), config.loss
         cache.check_belongs(identity_of(
             config.teacher, config.seed, parts["teacher_sha256"], data.sha256, tokenizer, vocabulary, loss.temperature
         ))  # fmt: skip
         if loss.divergence != NO_DIVERGENCE:
             for alpha in (loss.alpha, loss.alpha if loss.alpha_end is None else loss.alpha_end):
                 cache.form.check_divergence(Divergence(loss.divergence, alpha=alpha))
+        return cache.identity | {"teacher_cache": cache.sha256}
+
+    found: dict[str, Any] = {}
+    if config.resume != "never" and not distributed.anywhere(TeacherCache.is_in(folder)):
+        saved = distributed.together(lambda: json.loads(summary.read_text()) if summary.is_file() else {})
+        found = distributed.gather_objects(saved.get("identity", {}))[0]
+    if "teacher_cache" in found:
+        found["teacher_sha256"] |= parts["teacher_sha256"]  # files that are here have to be the same ones still
+    else:
+        found = distributed.together(known)
+    names = ["teacher_cache"] if config.has_teacher else ["teacher_cache", "teacher_path", "teacher_sha256"]
+    return parts | {name: found[name] for name in names}
+
+
+def open_cache(config: RunConfig) -> TeacherCache:
+    """The cache, checked to be whole, with its index. Collective."""
+
+    def opened() -> TeacherCache:
+        cache = TeacherCache(Path(config.teacher.cache).expanduser())
         cache.check(distributed.rank(), distributed.world())
         cache.read_index()
         return cache
 
-    cache = distributed.together(opened)
-    if not config.has_teacher:
-        parts |= {name: cache.identity[name] for name in ("teacher_path", "teacher_sha256")}
-    parts["teacher_cache"] = cache.sha256
-    return cache
+    return distributed.together(opened)

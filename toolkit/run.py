@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from toolkit.config import NO_DIVERGENCE, SCORES, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, references
 from toolkit.evaluation import Validator, answer, row_seeds, score
 from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
-from toolkit.inputs import load_inputs, load_plain_text, open_cache
+from toolkit.inputs import cache_identity, load_inputs, load_plain_text, open_cache
 from toolkit.loop import DistillationLoop
 from toolkit.methods import METHODS, expanded
 from toolkit.models import (
@@ -32,10 +33,13 @@ from toolkit.models import (
     build_student,
     build_teacher,
     check_packing,
+    default_cache_dir,
     free,
+    materialize,
 )
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
+from toolkit.models.identity import file_hashes
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
 from toolkit.overrides import unknown
 from toolkit.report import Sample, final_report
@@ -76,7 +80,9 @@ def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
                 is_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
                 if isinstance(recipe, Stages) and not is_one:
                     return run_stages(recipe, overrides, watchdog)
-                return run(distributed.together(lambda: _checked(chosen(recipe, overrides))), watchdog)
+                config = distributed.together(lambda: _checked(chosen(recipe, overrides)))
+                with sole_use(config.run_dir.parent) if isinstance(recipe, Stages) else nullcontext():
+                    return run(config, watchdog)
         except GoOnLater as stopped:
             if distributed.rank() == 0:
                 distributed.say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
@@ -104,19 +110,30 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
 
     stages, runs = distributed.together(checked)
     count, summaries = len(stages.names), {}
-    if stages.is_cut:
-        watchdog.progress(INIT)
-        if all(config.resume == "never" for config in runs.values()):
-            distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
-        with StopSignals(stages.first.faults.grace_s).watched() as signals:
-            found = summaries[INIT] = distributed.main_rank_first(stages.cut)
-            _stop_if_asked(signals, "after the student was cut")
-        say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
-    for name, config in ({} if only_cut else runs).items():
-        say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
-        summaries[name] = run(config, watchdog)
+    with sole_use(stages.folder):
+        distributed.check_shared(stages.folder)
+        if stages.is_cut:
+            watchdog.progress(INIT)
+            if all(config.resume == "never" for config in runs.values()):
+                distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
+            with StopSignals(stages.first.faults.grace_s).watched() as signals:
+                found = summaries[INIT] = _cut(stages)
+                _stop_if_asked(signals, "after the student was cut")
+            say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
+        for name, config in ({} if only_cut else runs).items():
+            say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
+            summaries[name] = run(config, watchdog)
     say("\n" + stages_table(summaries))
     return summaries
+
+
+def _cut(stages: Stages) -> dict[str, Any]:
+    """The summary of the first student, made where it is not there. Collective."""
+    teacher, cache_dir, path = stages.first.teacher, default_cache_dir(stages.first.cache_dir), ""
+    if not teacher.random_weights:
+        path = distributed.main_rank_first(lambda: materialize(teacher, cache_dir))
+    hashes = file_hashes(path)
+    return distributed.main_rank_first(lambda: stages.cut(path, hashes))
 
 
 def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
@@ -141,15 +158,21 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     rows = None if isinstance(data.train, TextStream) else len(data.train)
     config = distributed.together(lambda: config.for_rows(rows))
     text, text_sha256 = distributed.main_rank_first(lambda: load_plain_text(config, tokenizer, cache_dir))
+    distributed.check_alike(f"tokens of {config.data.source}", data.sha256)
+    distributed.check_alike(f"tokens of {config.text.source}", text_sha256)
     base_path = "" if config.student.random_weights else student_path
     parts = identity(teacher_path, f"{data.sha256} {text_sha256}".strip(), dtype, base_path)
-    cache = open_cache(config, parts, data, tokenizer, vocabulary) if config.teacher.cache else None
+    if config.teacher.cache:
+        parts = cache_identity(config, parts, data, tokenizer, vocabulary)
     distributed.check_shared(run_dir)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, config.checkpoint.keep)
     resumed, notes = _find_start(config, checkpoints, parts)
     if summary := _finished(config, resumed, parts):
         return summary
-    distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
+    cache = open_cache(config) if config.teacher.cache else None
+    if config.resume == "never":  # not before all input was found to be good
+        checkpoints.clear()
+    distributed.together(lambda: _start_folder(config, resumed, (teacher_path, student_path)) if is_main else None)
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
@@ -370,7 +393,6 @@ def _find_start(
 ) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from, None for a run from the start, and what the user should know of the choice."""
     if config.resume == "never":
-        checkpoints.clear()
         return None, []
     found, passed_over = checkpoints.newest()
     notes = [f"warning: {text}; an older checkpoint is used" for text in passed_over]
@@ -405,14 +427,17 @@ def _stop_if_asked(signals: StopSignals, where: str) -> None:
         raise GoOnLater(f"stopped by a signal {where}")
 
 
-def _start_folder(config: RunConfig, resumed: Checkpoint | None) -> None:
+def _start_folder(config: RunConfig, resumed: Checkpoint | None, read_from: tuple[str, ...]) -> None:
+    """read_from: the models of this run, which may be what an earlier one left in its folder."""
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "summary.json").unlink(missing_ok=True)
     if resumed is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-        for name in ("skipped", BEST):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
+        shutil.rmtree(run_dir / "skipped", ignore_errors=True)
+        for folder in (run_dir / BEST, run_dir / "student"):
+            if folder.resolve() not in map(Path.resolve, map(Path, filter(None, read_from))):
+                shutil.rmtree(folder, ignore_errors=True)
     config.save(run_dir / "config.yaml")
 
 

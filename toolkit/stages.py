@@ -15,13 +15,17 @@ import torch
 import yaml
 
 from toolkit.config import InitConfig, ModelConfig, RunConfig
-from toolkit.models.load import default_cache_dir, load_model, load_tokenizer, made_once, materialize
-from toolkit.models.pruning import prune
+from toolkit.models.load import calibration_data, load_model, load_tokenizer, made_once, prune_model
 from toolkit.monitor import format_table
 from toolkit.overrides import unknown, with_overrides
 
 INIT, STUDENT, RANDOM_TEACHER = "init", "student", "random_teacher"
-SETTINGS = "config.yaml"
+SETTINGS, SUMMARY = "config.yaml", "summary.json"  # the latter is written last, of every stage
+#: of the calibration text, what decides which it is
+TEXT_SETTINGS = (
+    "kind", "source", "subset", "split", "text_field", "prompt_field", "response_field", "input_field",
+    "messages_field", "template", "prefix",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,23 @@ class Stages:
         self.init.validate(INIT)
         if self.is_cut and not self.init.wanted:
             raise ValueError("init.layers, hidden, heads, kv_heads and mlp are all null; say what the student keeps")
-        for name, config in list(self.runs.items())[1:]:
-            if config.student.path:
-                raise ValueError(
-                    f"student.path = {config.student.path!r} in stage {name}, which starts from what the stage before "
-                    f"it made; write {next(iter(self.runs))}.student.path for the first stage, or name one stage first "
-                    "to run it alone"
-                )
+        names = list(self.runs)
+        for name in names if self.is_cut else names[1:]:
+            student = self.runs[name].student
+            for key, value, is_other in (
+                ("path", student.path, bool(student.path)), ("random_weights", True, student.random_weights),
+                ("num_layers", student.num_layers, student.num_layers is not None),
+                ("drop_layers", list(student.drop_layers), bool(student.drop_layers)),
+                ("init", "set", student.init.wanted),
+                ("lora.adapter", student.lora.adapter, bool(student.lora.adapter)),
+            ):  # fmt: skip
+                if is_other:
+                    raise ValueError(
+                        f"student.{key} = {value!r} in stage {name}, which starts from what the stage before it made; "
+                        f"write {names[0]}.student.path for another first student"
+                        + (f" (and {names[0]}.student.{key} for it alone)" if key != "path" else "")
+                        + ", or name one stage first to run it alone"
+                    )
         return self.placed()
 
     def alone(self, name: str) -> RunConfig:
@@ -107,11 +121,11 @@ class Stages:
         if name not in self.runs:
             raise unknown("stage", name, self.names)
         config = self.placed()[name]
-        if not self.runs[name].student.path and not Path(config.student.path).is_dir():
+        if not self.runs[name].student.path and not Path(config.student.path).with_name(SUMMARY).is_file():
             before = self.names[self.names.index(name) - 1]
             raise ValueError(
-                f"{config.student.path}, what stage {name} starts from, is not there; run the stage {before} first, or "
-                "name a folder with student.path"
+                f"{config.student.path}, what stage {name} starts from, is not there or not finished; run the stage "
+                f"{before} first, or name a folder with student.path"
             )
         return config
 
@@ -120,53 +134,54 @@ class Stages:
         for name in (INIT, RANDOM_TEACHER):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def cut(self) -> dict[str, Any]:
+    def cut(self, path: str, hashes: Mapping[str, str]) -> dict[str, Any]:
         """Make the first student, where it is not there yet; returns its summary. No communication; rank 0 goes first.
 
-        Raises ValueError for sizes that cannot be, and where the one that is there was made with other settings.
+        path, hashes: of the teacher, from `materialize` and `file_hashes`; not used for one of random weights. Raises
+        ValueError for sizes that cannot be, and where the one that is there was made with other settings.
         """
-        config = self.first
-        cache_dir = default_cache_dir(config.cache_dir)
+        config, data = self.first, calibration_data(self.first.data, self.init)
         settings = {
-            INIT: dataclasses.asdict(self.init) | {"data": self.init.data or config.data.source},
-            "teacher": _identity(config.teacher, config.seed),
+            INIT: {key: value for key, value in dataclasses.asdict(self.init).items() if key != "data"},
+            "calibration": {key: getattr(data, key) for key in TEXT_SETTINGS},
+            "teacher": _identity(config.teacher, config.seed, hashes),
         }
 
         def make(folder: Path) -> None:
             started_s = time.monotonic()
-            teacher, path = config.teacher, materialize(config.teacher, cache_dir)
+            teacher, source = config.teacher, path
             if teacher.random_weights:
-                source = teacher
-                path = str(
-                    made_once(self.folder / RANDOM_TEACHER, lambda made: _write_random(source, config.seed, made))
+                shutil.rmtree(self.folder / RANDOM_TEACHER, ignore_errors=True)  # it may be of other settings
+                source = str(
+                    made_once(
+                        self.folder / RANDOM_TEACHER, lambda made: _write_random(config.teacher, config.seed, made)
+                    )
                 )
-                teacher = ModelConfig(path=path)
-            data = dataclasses.replace(config.data, **({"source": self.init.data} if self.init.data else {}))
+                teacher = ModelConfig(path=source)
             student = folder / STUDENT
             student.mkdir()
-            record = prune(
-                path, self.init, data, student, lambda: load_tokenizer(teacher, path), teacher.trust_remote_code
-            )
+            record = prune_model(teacher, source, self.init, data, student)
             found = {name: record.get("calibration", {}).get(name) for name in ("kl_nats", "top1_agreement")}
             summary = {
                 "wall_time_s": time.monotonic() - started_s, "validation": {"final": found},
                 "kept_layers": record["kept"]["layers"], "student": str(self.folder / INIT / STUDENT),
             }  # fmt: skip
             (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+            (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
 
         made = made_once(self.folder / INIT, make)
         before = yaml.safe_load((made / SETTINGS).read_text())
         changed = [
-            f"{part}.{key} was {before[part].get(key)!r}, is {value!r}"
-            for part, values in settings.items() for key, value in values.items() if before[part].get(key) != value
+            f"{part}.{key} was {old.get(key)!r}, is {now.get(key)!r}"
+            for part, now in settings.items() for old in [before.get(part, {})]
+            for key in old.keys() | now.keys() if old.get(key) != now.get(key)
         ]  # fmt: skip
         if changed:
             raise ValueError(
                 f"the student in {made} was made with other settings:\n  " + "\n  ".join(changed)
                 + "\nset these back, choose another name (name=...), or delete the folder"
             )  # fmt: skip
-        return json.loads((made / "summary.json").read_text())
+        return json.loads((made / SUMMARY).read_text())
 
 
 def stages_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
@@ -187,11 +202,13 @@ def stages_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return format_table(titles, rows)
 
 
-def _identity(teacher: ModelConfig, seed: int) -> dict[str, Any]:
-    """The settings that decide which weights are pruned."""
+def _identity(teacher: ModelConfig, seed: int, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What decides which weights are pruned."""
     if teacher.random_weights:
-        return {"shape": teacher.shape, "path": teacher.path, "num_layers": teacher.num_layers, "seed": seed}
-    return {"path": teacher.path, "drop_layers": list(teacher.drop_layers)}
+        of_weights = {"shape": teacher.shape, "path": teacher.path, "num_layers": teacher.num_layers, "seed": seed}
+    else:
+        of_weights = {f"{name} SHA-256": digest for name, digest in hashes.items()}
+    return {"tokenizer": teacher.tokenizer, **of_weights}
 
 
 def _write_random(teacher: ModelConfig, seed: int, folder: Path) -> None:

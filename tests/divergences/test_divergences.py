@@ -582,6 +582,22 @@ def test_a_stored_teacher_of_all_ids_is_the_teacher(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fkl", "rkl", "skl", "srkl"])
+def test_a_stored_tail_below_fp32s_smallest_number_has_its_logarithm(name):
+    h, w, _, _ = inputs()
+    h = torch.zeros_like(h).requires_grad_()  # a uniform student
+    ids, log_tail = torch.zeros(13, 1, dtype=torch.int), torch.full((13,), -110.0, dtype=torch.float64)
+    found = fused_linear_divergence(
+        Divergence(name), h, w, teacher_top_k=TopKTeacher(ids, torch.zeros(13, 1), log_tail.exp())
+    )
+    log_p = torch.stack([torch.zeros_like(log_tail), log_tail], -1)
+    value = of_classes(name, classes(h.double() @ w.double().T, ids), log_p)
+    assert name != "rkl" or 105 < value.min() < 110
+    torch.testing.assert_close(found.divergence_N.double(), value.detach(), rtol=1e-5, atol=0)
+    for ours, theirs in zip(gradients(found.loss, h), gradients(value.sum(), h), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-5, atol=3e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_is_not_hidden(name, backend):
     """A NaN in a hidden state of either model: that token's value is NaN, the others' are not; so is, where the student

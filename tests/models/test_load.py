@@ -1,6 +1,7 @@
 """What has to be made of a model once, and what is loaded from it; sharded loading runs on two ranks."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -172,9 +173,15 @@ def test_a_hub_name_is_fetched_whole_before_it_is_hashed(tmp_path, monkeypatch):
             (folder / "model.safetensors").unlink()
         (cached / "refs").mkdir()
         (cached / "refs" / "main").write_text(revision)
-        assert materialize(ModelConfig(path=f"someone/{name}"), tmp_path / "ours") == f"someone/{name}"
-        assert weights in file_hashes(f"someone/{name}")
-        short = materialize(ModelConfig(path=f"someone/{name}", drop_layers=(0,)), tmp_path / "ours")
+        assert materialize(ModelConfig(path=f"someone/{name}"), tmp_path / "ours") == str(folder)
+        assert weights in file_hashes(str(folder))
+        dropped = ModelConfig(path=f"someone/{name}", drop_layers=(0,))
+        short = materialize(dropped, tmp_path / "ours")
         assert len(AutoModelForCausalLM.from_pretrained(short).model.layers) == 1
+        # The model's next version under the same name is another model, and one model at two places is one.
+        shutil.copytree(folder, folder.with_name("1" * 40))
+        (cached / "refs" / "main").write_text("1" * 40)
+        other = materialize(dropped, tmp_path / "ours")
+        assert other != short and file_hashes(other) == file_hashes(short)
     with pytest.raises(ValueError, match="the model someone/missing could not be had from the hub"):
         materialize(ModelConfig(path="someone/missing"), tmp_path / "ours")

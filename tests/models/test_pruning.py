@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -36,6 +37,7 @@ from tests.tiny import make_tokenizer, tiny_overrides
 from toolkit.config import InitConfig, ModelConfig
 from toolkit.data import DataConfig
 from toolkit.models import materialize
+from toolkit.models.load import calibration_data
 from toolkit.models.pruning import command, prune
 from toolkit.models.pruning.depth import best_block, greedy
 from toolkit.models.pruning.families import FAMILIES
@@ -376,6 +378,71 @@ def test_scores_are_minitrons_formula(tmp_path, kind):
         torch.testing.assert_close(meter.found.mlp_LM[index], score(seen[f"{index} mlp"]), rtol=1e-4, atol=1e-6)
     for share_H in meter.found.shares_H.values():
         assert share_H.sum().item() == pytest.approx(1)
+
+
+def test_what_is_kept_of_a_normed_state_keeps_its_size(tmp_path, text):
+    """The factors on the norms' weights, from the states that transformers' own forward brings to each norm."""
+    model = make("llama")
+    path = save(model, tmp_path / "teacher")
+    kept = pruned(path, text, tmp_path / "student", hidden=16, heads=2)["kept"]
+    plain = pruned(path, text, tmp_path / "plain", hidden=16, heads=2, keep_scale=False)["kept"]
+    assert plain["norm_factors"] == {} and plain["hidden"] == kept["hidden"]
+    seen = {}
+
+    def see(name):
+        return lambda module, args: seen.__setitem__(name, args[0].detach().double())
+
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_pre_hook(see(name.removeprefix("model.").removeprefix("layers.")))
+    with torch.no_grad():
+        model(calibration_ids(text, TOKENIZER, 3, 32))
+    assert kept["norm_factors"].keys() == seen.keys() and len(seen) == 2 * L + 1
+    teacher, student = (load_file(folder / "model.safetensors") for folder in (Path(path), tmp_path / "student"))
+    for name, x_BTH in seen.items():
+        normed_BTH = x_BTH / x_BTH.square().mean(-1, keepdim=True).sqrt()
+        factor = normed_BTH[..., kept["hidden"]].square().mean().sqrt().item()
+        assert kept["norm_factors"][name] == pytest.approx(factor, rel=1e-4) != 1
+        full = f"model.{'layers.' if name != 'norm' else ''}{name}.weight"
+        torch.testing.assert_close(student[full], teacher[full][kept["hidden"]] * factor, rtol=1e-4, atol=1e-6)
+
+
+def test_tensors_that_the_teacher_does_without_do_not_matter(tmp_path, text):
+    """GPT-2s saved by older versions of transformers hold masks; some folders hold the weights twice."""
+    path = Path(save(make("gpt2"), tmp_path / "teacher"))
+    tensors = load_file(path / "model.safetensors")
+    tensors["transformer.h.3.attn.masked_bias"] = torch.tensor(-1e4)
+    for name in ("model", "consolidated"):
+        save_file(tensors, path / f"{name}.safetensors", metadata={"format": "pt"})
+        tensors = {f"other.{key}": tensor for key, tensor in tensors.items()}
+    record = pruned(str(path), text, tmp_path / "student", depth="1,3")
+    assert record["teacher"]["sha256"].keys() == {"model.safetensors"}
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"scale_attn_by_inverse_layer_idx": True}))
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx = True"):
+        pruned(str(path), text, tmp_path / "refused", depth="1,3")
+
+
+def test_a_tokenizer_that_is_named_lies_beside_the_student(tmp_path, text):
+    path = save(make("llama"), tmp_path / "teacher")
+    make_tokenizer(bos=True).save_pretrained(tmp_path / "words")
+    (tmp_path / "teacher" / "added_tokens.json").write_text("{}")
+    out = tmp_path / "student"
+    options = ["--teacher", path, "--tokenizer", str(tmp_path / "words"), "--row-tokens", "32"]
+    main([*options, "--out", str(out), "--depth", "0,2"])
+    assert AutoTokenizer.from_pretrained(out)("a")["input_ids"][0] == 0 and not (out / "added_tokens.json").exists()
+    for file in (tmp_path / "teacher").glob("tokenizer*"):
+        file.unlink()
+    main([*options, "--out", str(out.with_name("bare")), "--mlp", "8"])
+    assert AutoTokenizer.from_pretrained(out.with_name("bare"))("a")["input_ids"][0] == 0
+
+
+def test_calibration_text_of_its_own_is_read_as_a_whole_where_it_is_at_hand(text):
+    run = DataConfig(kind="text", source="some/set", subset="10B", streaming=True)
+    assert calibration_data(run, InitConfig()) is run
+    for name, streaming in (("python_docs", False), (text.source, False), ("other/set", True)):
+        found = calibration_data(run, InitConfig(data=name))
+        assert (found.source, found.subset, found.streaming, found.kind) == (name, None, streaming, "text")
 
 
 def test_even_and_random_are_what_they_say(tmp_path, text):

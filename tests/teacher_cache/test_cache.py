@@ -126,6 +126,21 @@ def test_a_folder_that_is_there_is_refused_before_any_work(tiny, ranks2):
     assert not (tiny / "cache taken.unfinished").exists()
 
 
+def test_nodes_without_a_shared_folder_are_told(ranks2, tmp_path):
+    for said in ranks2.run(cache_cases.error_of_build, [tmp_path / "one" / "cache", tmp_path / "two" / "cache"]):
+        assert "/cache.unfinished of rank 0 is not there for rank 1 on " in said
+
+
+def test_a_node_that_sees_the_cache_late_is_told_what_it_is(tiny, ranks2, draws):
+    given = arguments(tiny, tiny / "cache late", ["--draws", "20"])
+    for said in ("made in", "was finished before"):
+        (code, out, err, manifest), other = ranks2.run(
+            cache_cases.command_of_a_late_node, given, str(tiny / "cache late")
+        )
+        assert (code, other[0]) == (0, 0) and said in out, err
+        assert manifest == other[3] == json.loads((draws / "manifest.json").read_text())
+
+
 @pytest.mark.parametrize("divergence", ["fkl", "srkl"])
 def test_a_cached_run_equals_the_live_one_and_loads_no_teacher(tiny, ranks1, ranks2, whole, divergence):
     """To the 16 bits of a log-probability. Whatever the layout, to 1e-5 with each other."""
@@ -206,11 +221,31 @@ def test_without_the_teachers_files_and_on_after_a_stop(tiny, ranks2, draws):
     code, said, err = ranks2.run(engine_cases.run_saying, [*stopped, "teacher.path="])[0]
     assert code == 0 and "goes on from" in said and "no teacher is loaded" in said, err
     assert distance(tiny, "unnamed", "named") == 0
+    weightless = shutil.copytree(tiny / "teacher", tiny / "no weights", ignore=lambda *_: ["model.safetensors"])
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="no weights", teacher__path=str(weightless), **common))
+    assert distance(tiny, "no weights", "named") == 0
     other = tiny_overrides(tiny, name="other cache", **common)
     assert ranks2.run(engine_cases.run_until, other, 3, signal.SIGTERM)[0][0] == EXIT_LATER
     cache = made(tiny, ranks2, "cache 19 draws", ["--draws", "19"])
     code, said, err = ranks2.run(engine_cases.run_saying, [*other, f"teacher.cache={cache}"])[0]
     assert code == 2 and "the teacher cache had SHA-256" in err
+
+
+def test_a_finished_run_does_not_read_its_cache_and_does_not_miss_it(tiny, ranks2, draws, tmp_path):
+    cache = Path(damaged(draws, tmp_path / "cache", lambda folder: None))
+    changes = {"teacher.cache": str(cache), "loss.divergence": "fkl", "resume": "auto"}
+    given = tiny_overrides(tiny, name="needs no cache", **changes)
+    assert ranks2.run(engine_cases.run_saying, given)[0][0] == 0
+    for change in (flip, shutil.rmtree):
+        change(cache)
+        code, said, err = ranks2.run(engine_cases.run_saying, given)[0]
+        assert code == 0 and "this run is finished" in said, err
+    foreign = save_llama(tmp_path / "foreign", make_tokenizer(), seed=11, hidden=48, extra_rows=5)
+    code, _, err = ranks2.run(engine_cases.run_saying, [*given, f"teacher.path={foreign}"])[0]
+    assert code == 2 and "the teacher's model.safetensors had SHA-256" in err
+    (tiny / "runs" / "needs no cache" / "student" / "config.json").unlink()  # now there is something left to do
+    code, _, err = ranks2.run(engine_cases.run_saying, given)[0]
+    assert code == 2 and f"no finished teacher cache in {cache}" in err
 
 
 def damaged(cache, folder, change):

@@ -1,6 +1,7 @@
 """What a cache keeps of a distribution, against the distribution itself in float64."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.divergences import Divergence, fused_linear_divergence
 from toolkit.models.engines import Head
 from toolkit.teacher_cache import Form
-from toolkit.teacher_cache.forms import log_prob_tiles, pack_ids, unpack_ids
+from toolkit.teacher_cache.forms import SMALLEST_MASS, log_prob_tiles, pack_ids, unpack_ids
 from toolkit.teacher_cache.store import texts_of
 
 
@@ -52,6 +53,13 @@ def test_top_k_in_16_bits_is_near_the_truth(k):
         truth = torch.cat([values, tail.log().unsqueeze(-1)], -1)
         stored = torch.cat([signal.log_probs_NK, signal.tail_mass_N.log().unsqueeze(-1)], -1).double()
         assert (truth.exp() * (truth - stored)).sum(-1).abs().max() < 1e-6  # KL of the K + 1 classes to the stored
+
+
+def test_a_tail_has_no_mass_only_where_it_was_stored_so():
+    stored = np.float16([-110, -800, -math.inf])
+    packed = {"U_ids": np.array([3, 3, 3], np.uint16), "U_log_probs": np.zeros(3, np.float16), "log_tails": stored}
+    found = Form(top_k=1).signal(packed, 400).tail_mass_N
+    assert found.tolist() == pytest.approx([math.exp(-110), SMALLEST_MASS, 0], rel=1e-9, abs=0)
 
 
 def drawn(log_p_V, seeds, draws, form_seed=0):
@@ -154,6 +162,7 @@ def test_what_decides_an_answer_decides_the_key():
     keys = {texts_of(TokenBatch.from_examples([e], 0), 1.0)[0].key for e in (first, *others)}
     keys.add(texts_of(TokenBatch.from_examples([first], 0), 2.0)[0].key)
     other_prompt = Example(np.concatenate([[92], first.tokens[1:]]), first.prompt_length)  # an encoder's, same response
+    assert texts_of(TokenBatch.from_examples([first], 0), 2)[0].key in keys  # an int is the same temperature
     for example in (first, other_prompt):
         keys.add(texts_of(TokenBatch.from_examples([example], 0, decoder_start_id=0), 1.0)[0].key)
     assert len(keys) == 7

@@ -24,8 +24,9 @@ WITH_TOP_K = ("fkl", "rkl", "skl", "srkl")
 
 class TopKTeacher(NamedTuple):
     """ids_NK: token ids, different from each other in a row. log_probs_NK: their log-probabilities in nats, at the
-    temperature of the loss. tail_mass_N: the probability of all other tokens together. offset_N: nats that are added to
-    the divergence; a constant, as the entropy that random draws of a distribution have too little of."""
+    temperature of the loss. tail_mass_N: the probability of all other tokens together; float64 where that may be below
+    e^-87. offset_N: nats that are added to the divergence; a constant, as the entropy that random draws of a
+    distribution have too little of."""
 
     ids_NK: Tensor
     log_probs_NK: Tensor
@@ -91,8 +92,8 @@ def merge_top_k(task: RowTask, spec: Divergence, state: Tensor, raw_nK: Tensor, 
     tail_n = state[Row.STUDENT_MAX] / temperature + state[Row.STUDENT_SUM_T].log()
     lse_n = torch.logaddexp(tail_n, scaled_nK.logsumexp(-1))
     log_q = (torch.cat([scaled_nK, tail_n.unsqueeze(-1)], -1) - lse_n.unsqueeze(-1)).clamp(min=LOG_ZERO)
-    tail_mass_n1 = teacher.tail_mass_N.to(state.dtype).unsqueeze(-1)
-    log_p = torch.cat([teacher.log_probs_NK.to(state.dtype), tail_mass_n1.log()], -1).clamp(min=LOG_ZERO)
+    log_tail_n1 = teacher.tail_mass_N.double().log().to(state.dtype).unsqueeze(-1)
+    log_p = torch.cat([teacher.log_probs_NK.to(state.dtype), log_tail_n1], -1).clamp(min=LOG_ZERO)
     q = log_q.exp()
     alpha = None if task.alpha_n is None else task.alpha_n.unsqueeze(-1)
     f, sum_g, h, r = terms(spec, log_p, log_q.clone(), q, alpha, torch.empty_like(q), torch.empty_like(q))

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from toolkit import heartbeat
+
 SAFETENSORS, PICKLED = "*.safetensors", "pytorch_model*.bin"
 #: weights, configuration and tokenizer, beside weights in the older format
 FILES = (SAFETENSORS, "*.json", "*.model", "*.jinja", "*.txt")
+#: what a tokenizer may leave beside the weights
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
+    "chat_template*",
+)  # fmt: skip
+#: what pruning says of a model that it made
+RECORD = "pruning.json"
 
 
 def source_folder(path: str) -> Path:
@@ -17,13 +26,22 @@ def source_folder(path: str) -> Path:
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
+    from huggingface_hub.utils import tqdm
+
+    class Beating(tqdm):  # the bar of the bytes that have come
+        def update(self, n: float | None = 1) -> bool | None:
+            heartbeat.beat()
+            return super().update(n)
 
     if Path(path).is_dir():
         return Path(path)
 
     def fetched(*files: str) -> Path:
         try:
-            return Path(snapshot_download(path, allow_patterns=list(files), ignore_patterns=["consolidated*", "*/*"]))
+            unwanted = ["consolidated*", "*/*"]
+            return Path(
+                snapshot_download(path, allow_patterns=list(files), ignore_patterns=unwanted, tqdm_class=Beating)
+            )
         except IncompleteSnapshotError as error:  # without the hub: some file is not in the cache, maybe of no use here
             return Path(error.snapshot_path)
 

@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,10 +35,10 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
 
-from toolkit.config import ModelConfig
-from toolkit.data.config import DataConfig
+from toolkit.config import InitConfig, ModelConfig
+from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.divergences.products import cpu_has_bf16_products
-from toolkit.models.files import PICKLED, SAFETENSORS, source_folder
+from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, source_folder
 from toolkit.models.pruning import leave_out_layers, prune
 from toolkit.overrides import unknown
 
@@ -79,7 +80,8 @@ def resolve(path: str) -> str:
 
 
 def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = None) -> str:
-    """The path to load `model` from, after what has to be made of it once. No communication; run it on rank 0 first.
+    """The folder to load `model` from, after what has to be made of it once; of a hub model that of its newest commit.
+    No communication; run it on rank 0 first.
 
     `data` is the calibration text of `model.init`, where that names none. Raises ValueError for a local path that is
     not a model, and for sizes that cannot be cut out of it.
@@ -96,7 +98,7 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
     if _is_local(path):
         _check_folder(Path(path))
     else:
-        source_folder(path)  # fetched now: a run is known by the hashes of all files of its models
+        path = str(source_folder(path))  # all of it: a run is known by the hashes of its models' files
     if model.drop_layers:
         key = f"{Path(path).name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(path, *_contents(path))}"
         source = path
@@ -104,19 +106,36 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
             made_once(cache_dir / key, lambda folder: leave_out_layers(source, model.drop_layers, folder, trusted))
         )
     if model.init.wanted:
-        data = dataclasses.replace(data or DataConfig(), **({"source": model.init.data} if model.init.data else {}))
+        data = calibration_data(data or DataConfig(), model.init)
         text = _contents(data.source) if Path(data.source).is_file() else []
         key = f"{Path(path).name}-pruned-{_key(path, *_contents(path), model.tokenizer, model.init, data, *text)}"
         teacher = path
         path = str(
             made_once(
                 cache_dir / key,
-                lambda folder: prune(
-                    teacher, model.init, data, folder, lambda: load_tokenizer(model, teacher), trusted
-                ),
+                lambda folder: prune_model(model, teacher, model.init, data, folder),
             )
         )
     return path
+
+
+def calibration_data(data: DataConfig, init: InitConfig) -> DataConfig:
+    """The run's own data, or the text that `init` names, read as the run's would be; whole where it is at hand."""
+    if not init.data:
+        return data
+    is_here = init.data == PYTHON_DOCS or Path(init.data).exists()
+    return dataclasses.replace(data, source=init.data, subset=None, streaming=data.streaming and not is_here)
+
+
+def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfig, folder: Path) -> dict[str, Any]:
+    """Write what `init` leaves of `model`, which `materialize` put at `path`, into the empty `folder`, beside it the
+    tokenizer that `model` names; returns what pruning.json holds. Raises ValueError as `prune` does."""
+    record = prune(path, init, data, folder, lambda: load_tokenizer(model, path), model.trust_remote_code)
+    if model.tokenizer:
+        for file in [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]:
+            file.unlink()
+        load_tokenizer(model, path).save_pretrained(folder)
+    return record
 
 
 def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:

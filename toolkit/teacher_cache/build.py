@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from toolkit import distributed
+from toolkit import distributed, heartbeat
 from toolkit.batch import Example, TokenBatch
 from toolkit.checkpoint import LOCK, MANIFEST, read_json, sole_use, write_checked, write_json
 from toolkit.faults import to_disk
@@ -47,6 +47,7 @@ def plan(
     for examples, temperature in parts:
         kept: list[Example] = []
         for example in itertools.chain.from_iterable(map(_single_texts, examples)):
+            heartbeat.beat()
             (text,) = texts_of(TokenBatch.from_examples([example], pad_id, 1), temperature)
             if text.key not in seen:
                 seen.add(text.key)
@@ -78,13 +79,14 @@ def build(
 
     identity: of text, teacher and form; plain JSON types. between_shards(done, all, tokens a second) is called on every
     rank before each round of shards; what it raises passes through, and the next call goes on from there.
-    Raises ValueError on every rank for a folder that is there, or that another build has begun, and where files cannot
-    be written.
+    Raises ValueError on every rank for a folder that is there, that another build has begun, or that not all ranks see,
+    and where files cannot be written.
     """
     folder = folder.absolute()
     unfinished = folder.with_name(folder.name + ".unfinished")
     distributed.together(lambda: refuse_existing(folder))
     with sole_use(unfinished):
+        distributed.check_shared(unfinished)
         distributed.together(lambda: _begin(unfinished, identity) if distributed.rank() == 0 else None)
         there = distributed.together(lambda: [number for number in range(len(shards)) if _is_done(unfinished, number)])
         there = set(distributed.gather_objects(there)[0])  # a network file system may show ranks different folders
@@ -209,12 +211,12 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    shards = [read_shard(unfinished / name) for name in sorted(files)]
+    sums = [(len(shard["keys"]), int(shard["ends"][-1])) for shard in (read_shard(unfinished / name) for name in files)]
     manifest = {
         "format": FORMAT,
         "identity": identity,
-        "texts": sum(len(shard["keys"]) for shard in shards),
-        "positions": int(sum(shard["ends"][-1] for shard in shards)),
+        "texts": sum(texts for texts, _ in sums),
+        "positions": sum(positions for _, positions in sums),
         "bytes": sum(entry["bytes"] for entry in files.values()),
         "files": dict(sorted(files.items())),
     }

@@ -7,11 +7,11 @@ import dataclasses
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from toolkit import distributed
-from toolkit.checkpoint import MANIFEST
 from toolkit.config import RunConfig
 from toolkit.data import TextStream
 from toolkit.faults import EXIT_LATER, GoOnLater, StopSignals, Watchdog
@@ -65,7 +65,7 @@ def _run(
 ) -> dict[str, Any]:
     started_s, is_main = time.monotonic(), distributed.rank() == 0
     watchdog.progress("loading")
-    if not distributed.everywhere((folder / MANIFEST).is_file()):
+    if not _of_rank_0(lambda: TeacherCache.is_in(folder)):
         distributed.together(lambda: refuse_existing(folder))
     inputs = load_inputs(config)
     vocabulary, data, temperature = inputs.vocabulary, inputs.data, config.loss.temperature
@@ -86,9 +86,9 @@ def _run(
             "shard_tokens": options.shard_tokens,
         }  # fmt: skip
 
-    if distributed.everywhere((folder / MANIFEST).is_file()):
+    if _of_rank_0(lambda: TeacherCache.is_in(folder)):
         now = identity()
-        return distributed.together(lambda: _finished(folder, now, is_main))
+        return _of_rank_0(lambda: _finished(folder, now))
     # Validation is at temperature 1, whatever is trained at.
     parts = [(data.train, temperature), (data.validation, 1.0)]
     shards = distributed.together(
@@ -106,7 +106,7 @@ def _run(
 
     # The teacher's files are all here now, also those of a hub name.
     build(folder, identity(), shards, teacher, vocabulary, form, between_shards)
-    manifest = TeacherCache(folder).manifest
+    manifest = _of_rank_0(lambda: TeacherCache(folder).manifest)
     if is_main:
         distributed.say(f"{_summary(folder, form, manifest)}, made in {time.monotonic() - started_s:.1f} s")
     return manifest
@@ -143,11 +143,15 @@ def _recipe(name: str) -> Any:
     raise ValueError(f"{path} has neither RECIPE nor RECIPES; a recipe names its RunConfig so")
 
 
-def _finished(folder: Path, identity: dict[str, Any], is_main: bool) -> dict[str, Any]:
+def _of_rank_0(read: Callable[[], Any]) -> Any:
+    """What `read` returns on rank 0, which made the folder: over NFS other nodes may not see it yet. Collective."""
+    return distributed.gather_objects(distributed.together(lambda: read() if distributed.rank() == 0 else None))[0]
+
+
+def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     cache = TeacherCache(folder)
     cache.check_belongs(identity)
-    if is_main:
-        distributed.say(f"{_summary(folder, cache.form, cache.manifest)}, was finished before")
+    distributed.say(f"{_summary(folder, cache.form, cache.manifest)}, was finished before")
     return cache.manifest
 
 

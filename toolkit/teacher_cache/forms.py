@@ -28,6 +28,7 @@ from toolkit.models.engines import Head
 #: of a tile's working memory, per logit: products, logits, log-probabilities (fp32), their exponentials and sums (fp64)
 BYTES_PER_LOGIT = 32
 MAX_DRAWS = 2**16 - 1
+SMALLEST_MASS = torch.finfo(torch.float64).tiny  # of a tail that has any: a reverse KL to nothing is infinite
 MAX_VOCABULARY = 2**24
 
 Arrays = dict[str, np.ndarray]
@@ -113,7 +114,9 @@ class Form:
             log_probs_NK = torch.from_numpy(arrays["U_log_probs"].astype(np.float32)).view(-1, self.top_k)
             log_tail_N1 = torch.from_numpy(arrays["log_tails"].astype(np.float32)).unsqueeze(-1)
             both = torch.cat([log_probs_NK, log_tail_N1], -1).log_softmax(-1)  # rounding left the sum near 1
-            return TopKTeacher(torch.from_numpy(ids).view(-1, self.top_k), both[:, :-1], both[:, -1].exp())
+            tail_mass_N = both[:, -1].double().exp()  # fp32 has nothing below e^-104
+            tail_mass_N = tail_mass_N.clamp(min=SMALLEST_MASS).where(log_tail_N1[:, 0] != -torch.inf, 0.0)
+            return TopKTeacher(torch.from_numpy(ids).view(-1, self.top_k), both[:, :-1], tail_mass_N)
         distinct_N = arrays["distinct"].astype(np.int64)
         n, k = len(distinct_N), int(distinct_N.max(initial=1))
         is_drawn_NK = np.arange(k) < distinct_N[:, None]

@@ -6,6 +6,7 @@ predicted, and the temperature are its key. So rows may be sorted, packed or dea
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import heartbeat
 from toolkit.batch import TokenBatch
 from toolkit.checkpoint import MANIFEST, check_files, read_json
 from toolkit.config import ModelConfig
@@ -30,6 +32,8 @@ IDENTITY = (
     "data_sha256", "vocabulary_size", "vocabulary_sha256", "temperature", "teacher_path", "teacher_sha256",
     "teacher_random", "precision",
 )  # fmt: skip
+#: each open shard keeps a file descriptor, of which a process often has 1,024
+OPEN_SHARDS = 64
 DTYPES = {"I64": np.int64, "F16": np.float16, "U16": np.uint16, "U8": np.uint8}
 
 
@@ -52,7 +56,7 @@ def texts_of(batch: TokenBatch, temperature: float) -> list[Text]:
         for start, end in itertools.pairwise([*starts, int(length)]):
             predicts = predicts_BT[b, start:end]
             if targets := int(predicts.sum()):
-                head = f"{temperature!r} {end - start} {predicts.argmax()} {targets} "
+                head = f"{float(temperature)!r} {end - start} {predicts.argmax()} {targets} "
                 content = head.encode() + ids_BT[b, start:end].astype(np.int32).tobytes()
                 if batch.encoder_ids_BS is not None:
                     read = batch.encoder_ids_BS[b][batch.encoder_mask_BS[b].bool()]
@@ -63,14 +67,15 @@ def texts_of(batch: TokenBatch, temperature: float) -> list[Text]:
 
 
 class TeacherCache:
-    """A finished cache. Each shard is mapped when it is first read; processes of a machine share the pages.
+    """A finished cache: its manifest, and once `read_index` was called, its answers. The last `OPEN_SHARDS` shards that
+    were read stay mapped; processes of a machine share the pages.
 
-    Raises ValueError where `folder` holds none, or its index is not that of its manifest.
+    Raises ValueError where `folder` holds none, or its manifest is damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        if not (folder / MANIFEST).is_file():
+        if not self.is_in(folder):
             raise ValueError(
                 f"no finished teacher cache in {folder}; make one with: python -m toolkit cache-teacher RECIPE "
                 f"--top-k 64 --out {folder}"
@@ -93,8 +98,13 @@ class TeacherCache:
                 "is damaged; delete the folder and make the cache again"
             ) from error
         self.vocabulary_size = self.identity["vocabulary_size"]
-        self._shards: dict[int, Arrays] = {}
-        self._names = sorted(files)
+        self._paths = paths = [folder / name for name in sorted(files)]
+        self._shard = functools.lru_cache(OPEN_SHARDS)(lambda number: read_shard(paths[number]))
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether it is there and finished."""
+        return (folder / MANIFEST).is_file()
 
     def check(self, share: int = 0, shares: int = 1) -> None:
         """Raises ValueError, naming file and both values, for a file that is not the manifest's. Sizes of all files,
@@ -103,8 +113,8 @@ class TeacherCache:
 
     def read_index(self) -> None:
         keys, shards, rows = [], [], []
-        for number in range(len(self._names)):
-            own = self._shard(number)["keys"]
+        for number, path in enumerate(self._paths):
+            own = np.array(read_shard(path)["keys"])  # a copy, so that no shard stays mapped
             keys.append(own)
             shards.append(np.full(len(own), number, np.int32))
             rows.append(np.arange(len(own), dtype=np.int32))
@@ -170,15 +180,10 @@ class TeacherCache:
         first, first_id = (0, 0) if row == 0 else (arrays["ends"][row - 1], arrays["U_ends"][row - 1])
         end, end_id = arrays["ends"][row], arrays["U_ends"][row]
         return {
-            name: array[first_id:end_id] if name.startswith("U_") else array[first:end]
+            name: np.array(array[first_id:end_id] if name.startswith("U_") else array[first:end])
             for name, array in arrays.items()
             if name not in ("keys", "ends", "U_ends")
         }
-
-    def _shard(self, number: int) -> Arrays:
-        if number not in self._shards:
-            self._shards[number] = read_shard(self.folder / self._names[number])
-        return self._shards[number]
 
 
 class CachedTeacher:
@@ -200,6 +205,7 @@ class CachedTeacher:
 
 def read_shard(path: Path) -> Arrays:
     """The arrays of a safetensors file, mapped and not read. Raises ValueError for a file that is none."""
+    heartbeat.beat()
     try:
         raw = np.memmap(path, np.uint8, mode="r")
         size = int.from_bytes(raw[:8].tobytes(), "little")

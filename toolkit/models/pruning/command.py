@@ -9,8 +9,7 @@ from toolkit import distributed
 from toolkit.config import DEPTHS, WIDTHS, InitConfig, ModelConfig
 from toolkit.data import DataConfig
 from toolkit.data.config import TEMPLATE_NAMES
-from toolkit.models.load import default_cache_dir, load_tokenizer, made_once, materialize
-from toolkit.models.pruning.prune import prune
+from toolkit.models.load import default_cache_dir, made_once, materialize, prune_model
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "mlp")
 
@@ -52,17 +51,12 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     data.validate()
     model = ModelConfig(path=options.teacher, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code)
-    distributed.together(lambda: _make(options.out, model, init, data) if distributed.rank() == 0 else None)
+    distributed.on_main_rank(lambda: _make(options.out, model, init, data))
 
 
 def _make(out: Path, model: ModelConfig, init: InitConfig, data: DataConfig) -> None:
     path = materialize(model, default_cache_dir(""))
-    made_once(
-        out,
-        lambda folder: report(
-            prune(path, init, data, folder, lambda: load_tokenizer(model, path), model.trust_remote_code)
-        ),
-    )
+    made_once(out, lambda folder: report(prune_model(model, path, init, data, folder)))
     print(f"student: {out}")
 
 

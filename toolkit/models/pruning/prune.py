@@ -15,13 +15,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.config import InitConfig
 from toolkit.data import DataConfig
-from toolkit.models.files import source_folder
+from toolkit.models.files import RECORD, source_folder
+from toolkit.models.identity import sha256
 from toolkit.models.pruning.depth import MEASURED, best_block, check_layers, choose_layers, greedy, listed
 from toolkit.models.pruning.families import family_of, layer_count
 from toolkit.models.pruning.text import calibration_ids
 from toolkit.models.pruning.weights import LayerwiseModel, Weights, kl_to_teacher, run_choices
 from toolkit.models.pruning.width import Meter, Sizes, Statistics, Width, check_sizes, choose_width
-from toolkit.models.pruning.write import RECORD, try_out, write_part
+from toolkit.models.pruning.write import try_out, write_part
 
 
 def leave_out_layers(path: str, dropped: Sequence[int], folder: Path, trust_remote_code: bool = False) -> None:
@@ -51,7 +52,8 @@ def prune(
     """Write the model at `path`, cut down to the sizes of `init`, into the empty `folder`; returns what RECORD holds.
 
     The teacher is read layer by layer: embedding, head, one layer's weights, and hidden states of the calibration text
-    are in memory; then one shard of what is written; then the student, when it is tried out. Raises ValueError for
+    are in memory; then one shard of what is written; then the student, when it is tried out. `tokenizer` is that of
+    the calibration text; beside the student lies the teacher's. Raises ValueError for
     sizes, layers or architectures that cannot be, and for a result that does not load, run and generate.
     """
     source = source_folder(path)
@@ -113,10 +115,8 @@ def prune(
             "source": data.source, "rows": len(ids_RT), "row_tokens": ids_RT.shape[1], "sha256": _sha256_of_ids(ids_RT),
             "kl_nats": kl_nats, "top1_agreement": agreement,
         }  # fmt: skip
-        if not any(source.glob("tokenizer*")):
-            words.save_pretrained(folder)
     try_out(folder, trust_remote_code)
-    record["teacher"]["sha256"] = {file.name: _sha256(file) for file in sorted(set(Weights(source).files.values()))}
+    record["teacher"]["sha256"] = {file.name: sha256(file) for file in sorted(set(Weights(source).files.values()))}
     (folder / RECORD).write_text(json.dumps(record))
     return record
 
@@ -216,8 +216,3 @@ def _importance(found: Statistics) -> dict[str, Any]:
 
 def _sha256_of_ids(ids_RT: Tensor) -> str:
     return hashlib.sha256(ids_RT.numpy().tobytes()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from toolkit import heartbeat
 from toolkit.divergences import Divergence, fused_linear_divergence
 from toolkit.models.files import PICKLED, SAFETENSORS
 from toolkit.models.pruning.families import Family
@@ -41,7 +42,8 @@ class Weights:
         if index.is_file():  # a hub folder may hold a consolidated copy of the same tensors as well
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = sorted(folder.glob(SAFETENSORS))
+            single = folder / "model.safetensors"
+            files = [single] if single.is_file() else sorted(folder.glob(SAFETENSORS))
         if not files:
             self._read_pickled()
         for file in files:
@@ -224,6 +226,7 @@ def run_choices(
                 with watch(index, layer) if is_watched else contextlib.nullcontext():
                     following[prefix] = _in_passes(calls[index], states[prefix[:-1]])
         states = following
+        heartbeat.beat()
     ended = {}
     for choice in sorted(wanted):
         is_watched = watch is not None and choice == whole
