@@ -194,12 +194,19 @@ def draw(results: dict[str, dict], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
+    kinds = list(dict.fromkeys(name.split("-")[0] for name in results))  # what is cut: a colour; how: a kind of line
     for name, found in results.items():
+        kind, *_, how = name.split("-")
         steps = sorted(map(int, found["trained"]))
-        axes.plot(steps, [found["trained"][str(step)]["kl_nats"] for step in steps], marker="o", label=name)
+        axes.plot(
+            steps, [found["trained"][str(step)]["kl_nats"] for step in steps], marker="o", markersize=4, label=name,
+            color=f"C{kinds.index(kind)}", linestyle={"even": "--", "random": ":", "greedy": "-."}.get(how, "-"),
+        )  # fmt: skip
     axes.set(xlabel="optimizer steps", ylabel="KL to the teacher (nats a token)", yscale="log")
-    axes.legend(fontsize="small")
-    figure.savefig(file, dpi=120, bbox_inches="tight")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend(fontsize="small", frameon=False)
+    figure.savefig(file, dpi=90, bbox_inches="tight")
     print(f"picture: {file}")
 
 
