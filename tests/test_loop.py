@@ -370,3 +370,12 @@ def test_bf16_adamw_learns(tiny, ranks2):
         data__packing=True))[0]  # fmt: skip
     assert summary["precision"] == "bfloat16"
     assert summary["validation"]["final"]["kl_nats"] < 0.7 * summary["validation"]["initial"]["kl_nats"]
+
+
+def test_a_run_may_go_on_from_the_student_in_its_own_folder(tiny, ranks2):
+    overrides = tiny_overrides(tiny, name="own", train__steps=1)
+    first = ranks2.run(engine_cases.run_tiny, overrides)[0]["validation"]
+    again = [*overrides, f"student.path={tiny}/runs/own/student"]
+    second = ranks2.run(engine_cases.run_tiny, again)[0]["validation"]
+    assert second["initial"]["kl_nats"] == pytest.approx(first["final"]["kl_nats"], abs=1e-5)
+    assert second["final"] != second["initial"]

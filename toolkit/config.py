@@ -409,8 +409,8 @@ class FaultsConfig:
     """max_skipped_steps: a step whose loss or gradient is not finite is skipped; this many in a row end the run.
     spike_factor: also skip a step whose loss is above this many medians of the last `spike_window` losses
     (None: off). hang_s: where no rank shows progress for this long, the one behind is reported and the job ended;
-    longer than any pass of a model, a save or an export. grace_s: a signal ends the run after this long even where
-    no step ended.
+    longer than loading a model, any pass of it, a save or an export. grace_s: a signal ends the run after this long
+    even where no step ended.
     """
 
     max_skipped_steps: int = 3

@@ -23,8 +23,8 @@ from toolkit import slurm
 Result = TypeVar("Result")
 MAIN_RANK_TELLS_S = 3.0  # other ranks keep an error to themselves where rank 0 has one within this time
 SEEN_WITHIN_S = 60.0  # a file that another node made
-MAIN_RANK_LOOK_S = 0.1
-_entered, _alone_on_main = itertools.count(), itertools.count()
+PACE_LOOK_S = 1.0  # between two looks at whether the others are done, at most
+_entered, _paces = itertools.count(), itertools.count()
 
 
 class Told(ValueError):
@@ -230,28 +230,33 @@ def _told(error: Exception) -> str:
     return f"rank {rank()}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno} {place.name})"
 
 
-def on_main_rank(work: Callable[[], Result]) -> Result | None:
-    """Rank 0 does `work` alone, which may take longer than a collective may last; None elsewhere. Errors are as those
-    of `together`."""
-    key = f"main rank {next(_alone_on_main)}"
+def at_own_pace(work: Callable[[], Result]) -> Result:
+    """As `together`, for work that may take a rank longer than a collective may last: ranks that are done wait for the
+    others at the store, and it is the watchdog that ends them."""
+    names = [f"pace {number} {r}" for number in [next(_paces)] for r in range(world())]
 
-    def one() -> Result | None:
-        if world() == 1:
+    def wait() -> None:
+        store, pause_s = torch.distributed.distributed_c10d._get_default_store(), 0.02
+        store.set(names[rank()], "done")
+        while not store.check(names):
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, PACE_LOOK_S)
+
+    def paced() -> Result:
+        try:
             return work()
-        store = torch.distributed.distributed_c10d._get_default_store()
-        if rank() == 0:
-            try:
-                return work()
-            finally:
-                store.set(key, "done")
-        while not store.check([key]):
-            time.sleep(MAIN_RANK_LOOK_S)
-        return None
+        finally:
+            wait() if world() > 1 else None
 
-    return together(one)
+    return together(paced)
+
+
+def on_main_rank(work: Callable[[], Result]) -> Result | None:
+    """Rank 0 does `work` alone, at its own pace; None elsewhere. Errors are as those of `together`."""
+    return at_own_pace(lambda: work() if rank() == 0 else None)
 
 
 def main_rank_first(work: Callable[[], Result]) -> Result:
     """Rank 0 does `work` alone, the others after it: for results kept in files, which the others then only read."""
     result = on_main_rank(work)
-    return together(lambda: result if rank() == 0 else work())
+    return at_own_pace(lambda: result if rank() == 0 else work())

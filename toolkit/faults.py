@@ -254,7 +254,7 @@ class Watchdog:
     rank does; where no rank has begun a phase or a pass of a model, or told of other progress (heartbeat.py), for
     longer than `limit_s`, it says which rank is behind, where, and exits.
 
-    The job is over `limit_s` + 5 looks (of 10 s at most) after the last progress, from before the ranks have joined on.
+    The job is over `limit_s` + 10 looks (of 10 s at most) after the last progress, from before ranks have joined on.
     """
 
     def __init__(self, limit_s: float, end: Callable[[str, int], None] | None = None):
@@ -320,7 +320,9 @@ class Watchdog:
             return  # another one works, and this one waits for it
         text = verdict(signs | {rank: self.sign}, silent, self.limit_s)
         if rank != min(set(range(world)) - silent):
-            self._over.wait(self.look_s)  # one rank speaks, and gets the time to
+            for _ in range(4):  # one rank speaks, gets the time to, and has to hear that this one lives
+                self._over.wait(self.look_s)
+                self._publish(store, rank)
             text = ""
         self.end(text, EXIT_STUCK)
 

@@ -117,7 +117,7 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
             if all(config.resume == "never" for config in runs.values()):
                 distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
             with StopSignals(stages.first.faults.grace_s).watched() as signals:
-                found = summaries[INIT] = _cut(stages)
+                found = summaries[INIT] = _cut(stages, any(config.has_teacher for config in runs.values()))
                 _stop_if_asked(signals, "after the student was cut")
             say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
         for name, config in ({} if only_cut else runs).items():
@@ -127,9 +127,12 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
     return summaries
 
 
-def _cut(stages: Stages) -> dict[str, Any]:
-    """The summary of the first student, made where it is not there. Collective."""
+def _cut(stages: Stages, has_teacher: bool) -> dict[str, Any]:
+    """The summary of the first student, made where it is not there. Runs from stored answers alone (not `has_teacher`)
+    need no teacher once it is. Collective."""
     teacher, cache_dir, path = stages.first.teacher, default_cache_dir(stages.first.cache_dir), ""
+    if not has_teacher and distributed.everywhere(stages.is_made):
+        return distributed.main_rank_first(lambda: stages.cut(path, None))
     if not teacher.random_weights:
         path = distributed.main_rank_first(lambda: materialize(teacher, cache_dir))
     hashes = file_hashes(path)
@@ -172,7 +175,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     cache = open_cache(config) if config.teacher.cache else None
     if config.resume == "never":  # not before all input was found to be good
         checkpoints.clear()
-    distributed.together(lambda: _start_folder(config, resumed, (teacher_path, student_path)) if is_main else None)
+    distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
@@ -427,16 +430,18 @@ def _stop_if_asked(signals: StopSignals, where: str) -> None:
         raise GoOnLater(f"stopped by a signal {where}")
 
 
-def _start_folder(config: RunConfig, resumed: Checkpoint | None, read_from: tuple[str, ...]) -> None:
-    """read_from: the models of this run, which may be what an earlier one left in its folder."""
+def _start_folder(config: RunConfig, resumed: Checkpoint | None) -> None:
+    """What an earlier run left there goes, unless this one reads it: a student to go on from, its adapter."""
     run_dir = config.run_dir
+    models = config.teacher, config.student
+    read = [Path(p).expanduser().resolve() for m in models for p in (m.path, m.tokenizer, m.lora.adapter) if p]
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "summary.json").unlink(missing_ok=True)
     if resumed is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(run_dir / "skipped", ignore_errors=True)
         for folder in (run_dir / BEST, run_dir / "student"):
-            if folder.resolve() not in map(Path.resolve, map(Path, filter(None, read_from))):
+            if not any(path.is_relative_to(folder.resolve()) for path in read):
                 shutil.rmtree(folder, ignore_errors=True)
     config.save(run_dir / "config.yaml")
 

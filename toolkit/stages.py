@@ -134,18 +134,23 @@ class Stages:
         for name in (INIT, RANDOM_TEACHER):
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def cut(self, path: str, hashes: Mapping[str, str]) -> dict[str, Any]:
+    @property
+    def is_made(self) -> bool:
+        """Whether the first student is cut."""
+        return (self.folder / INIT / SUMMARY).is_file()
+
+    def cut(self, path: str, hashes: Mapping[str, str] | None) -> dict[str, Any]:
         """Make the first student, where it is not there yet; returns its summary. No communication; rank 0 goes first.
 
-        path, hashes: of the teacher, from `materialize` and `file_hashes`; not used for one of random weights. Raises
-        ValueError for sizes that cannot be, and where the one that is there was made with other settings.
+        path, hashes: of the teacher, from `materialize` and `file_hashes`; not used for one of random weights. Without
+        hashes a student that is there is of any teacher. Raises ValueError for sizes that cannot be, and where the one
+        that is there was made with other settings.
         """
         config, data = self.first, calibration_data(self.first.data, self.init)
         settings = {
             INIT: {key: value for key, value in dataclasses.asdict(self.init).items() if key != "data"},
             "calibration": {key: getattr(data, key) for key in TEXT_SETTINGS},
-            "teacher": _identity(config.teacher, config.seed, hashes),
-        }
+        } | ({} if hashes is None else {"teacher": _identity(config.teacher, config.seed, hashes)})
 
         def make(folder: Path) -> None:
             started_s = time.monotonic()

@@ -1,6 +1,7 @@
 """What has to be made of a model once, and what is loaded from it; sharded loading runs on two ranks."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ from toolkit.config import ModelConfig
 from toolkit.models import load_tokenizer, materialize, shared_vocabulary
 from toolkit.models.ds_config import OWNED, read_ds_config
 from toolkit.models.identity import file_hashes
+from toolkit.models.load import base_name
 
 
 def layers_of(model):
@@ -178,7 +180,12 @@ def test_a_hub_name_is_fetched_whole_before_it_is_hashed(tmp_path, monkeypatch):
         dropped = ModelConfig(path=f"someone/{name}", drop_layers=(0,))
         short = materialize(dropped, tmp_path / "ours")
         assert len(AutoModelForCausalLM.from_pretrained(short).model.layers) == 1
-        # The model's next version under the same name is another model, and one model at two places is one.
+        assert base_name(ModelConfig(path=f"someone/{name}"), str(folder)) == f"someone/{name}"
+        assert base_name(dropped, short) == short
+        # Where it was fetched at another time it is the same; its next version is another one, under the same name.
+        for file in folder.iterdir():
+            os.utime(file, (1e9, 1e9))
+        assert materialize(dropped, tmp_path / "ours") == short
         shutil.copytree(folder, folder.with_name("1" * 40))
         (cached / "refs" / "main").write_text("1" * 40)
         other = materialize(dropped, tmp_path / "ours")

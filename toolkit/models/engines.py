@@ -32,7 +32,7 @@ from toolkit.divergences import (
 )
 from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
-from toolkit.models.load import load_model
+from toolkit.models.load import base_name, load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
 from toolkit.rollout.schedule import philox
 
@@ -101,7 +101,7 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     if config.student.lora.rank:
         from toolkit.models.lora import add_adapters  # peft takes long to import
 
-        add_adapters(model, config.student.lora, path, config.seed)
+        add_adapters(model, config.student.lora, base_name(config.student, path), config.seed)
     if config.student.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = _StudentForward(model, config.loss, vocabulary)

@@ -8,11 +8,11 @@ from toolkit import heartbeat
 
 SAFETENSORS, PICKLED = "*.safetensors", "pytorch_model*.bin"
 #: weights, configuration and tokenizer, beside weights in the older format
-FILES = (SAFETENSORS, "*.json", "*.model", "*.jinja", "*.txt")
+FILES = (SAFETENSORS, "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.bpe", "*.spm")
 #: what a tokenizer may leave beside the weights
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
-    "chat_template*",
+    "*.bpe", "*.spm", "chat_template*",
 )  # fmt: skip
 #: what pruning says of a model that it made
 RECORD = "pruning.json"

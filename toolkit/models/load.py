@@ -95,20 +95,24 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
         path = str(made_once(cache_dir / key, lambda folder: _convert_gguf(Path(path), folder)))
     if model.random_weights:
         return path
+    name = Path(path).name
     if _is_local(path):
         _check_folder(Path(path))
+        version = _contents(path)
     else:
-        path = str(source_folder(path))  # all of it: a run is known by the hashes of its models' files
+        hub_name, path = path, str(source_folder(path))  # all of it: a run is known by the hashes of its models' files
+        version = [hub_name, Path(path).name]  # the commit: other machines fetched the same files at other times
     if model.drop_layers:
-        key = f"{Path(path).name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(path, *_contents(path))}"
+        key = f"{name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(*version)}"
         source = path
         path = str(
             made_once(cache_dir / key, lambda folder: leave_out_layers(source, model.drop_layers, folder, trusted))
         )
+        name, version = Path(path).name, _contents(path)
     if model.init.wanted:
         data = calibration_data(data or DataConfig(), model.init)
         text = _contents(data.source) if Path(data.source).is_file() else []
-        key = f"{Path(path).name}-pruned-{_key(path, *_contents(path), model.tokenizer, model.init, data, *text)}"
+        key = f"{name}-pruned-{_key(*version, model.tokenizer, model.init, data, *text)}"
         teacher = path
         path = str(
             made_once(
@@ -117,6 +121,13 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
             )
         )
     return path
+
+
+def base_name(model: ModelConfig, path: str) -> str:
+    """What others know as the base of an adapter: the hub's name of a model that is used as it is there, else `path`,
+    where `materialize` put it."""
+    is_changed = model.random_weights or model.drop_layers or model.init.wanted
+    return path if is_changed or _is_local(resolve(model.path)) else model.path
 
 
 def calibration_data(data: DataConfig, init: InitConfig) -> DataConfig:

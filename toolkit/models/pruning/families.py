@@ -117,8 +117,7 @@ def family_of(config: PretrainedConfig, what: str) -> Family:
 
 
 def layer_count(config: PretrainedConfig) -> int:
-    """Of one stack. Raises ValueError for encoder-decoders other than T5, where the two stacks differ, and for layers
-    that work at their own place only."""
+    """Of one stack. Raises ValueError for encoder-decoders other than T5, and where the two stacks differ."""
     if config.is_encoder_decoder:
         if config.model_type not in ENCODER_DECODERS:
             raise ValueError(
@@ -129,9 +128,13 @@ def layer_count(config: PretrainedConfig) -> int:
                 f"this {config.model_type} has {config.num_layers} encoder and {config.num_decoder_layers} decoder "
                 "layers; one choice of layers is made for both, so they have to be as many"
             )
+    return config.num_hidden_layers
+
+
+def check_movable(config: PretrainedConfig) -> None:
+    """Raises ValueError for layers that work at their own place only."""
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise ValueError(
             "this GPT-2 divides attention scores by the layer's number (scale_attn_by_inverse_layer_idx = True): its "
             "layers do not work at other places, so none can be left out"
         )
-    return config.num_hidden_layers

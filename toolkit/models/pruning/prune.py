@@ -18,7 +18,7 @@ from toolkit.data import DataConfig
 from toolkit.models.files import RECORD, source_folder
 from toolkit.models.identity import sha256
 from toolkit.models.pruning.depth import MEASURED, best_block, check_layers, choose_layers, greedy, listed
-from toolkit.models.pruning.families import family_of, layer_count
+from toolkit.models.pruning.families import check_movable, family_of, layer_count
 from toolkit.models.pruning.text import calibration_ids
 from toolkit.models.pruning.weights import LayerwiseModel, Weights, kl_to_teacher, run_choices
 from toolkit.models.pruning.width import Meter, Sizes, Statistics, Width, check_sizes, choose_width
@@ -35,6 +35,7 @@ def leave_out_layers(path: str, dropped: Sequence[int], folder: Path, trust_remo
     count = layer_count(config)
     if not set(dropped) <= set(range(count)) or len(set(dropped)) >= count:
         raise ValueError(f"drop_layers = {sorted(dropped)}, but {path} has layers 0 to {count - 1} and must keep one")
+    check_movable(config)
     kept = [layer for layer in range(count) if layer not in dropped]
     write_part(Weights(source), config, folder, kept)
     try_out(folder, trust_remote_code)
@@ -68,6 +69,8 @@ def prune(
             f"layers = {init.layers} with depth = {init.depth}, but {path} has {count} layers; give a number from 1 to "
             f"{count}, which is that of the listed layers where they are listed"
         )
+    if keep < count:
+        check_movable(config)
     changes_width = any(getattr(init, name) is not None for name in ("hidden", "heads", "kv_heads", "mlp"))
     measures_depth = init.depth in MEASURED and keep < count
     record: dict[str, Any] = {"teacher": {"path": path}, "settings": _settings(init)}
