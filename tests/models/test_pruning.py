@@ -596,6 +596,12 @@ def test_command(tmp_path, text, capsys):
     assert f"kept layers {','.join(map(str, record['kept']['layers']))}" in printed and "top-1 agreement" in printed
     assert record["calibration"]["rows"] == 2 and record["calibration"]["source"] == text.source
     assert list(record["teacher"]["sha256"]) == ["model.safetensors"] and (out / "tokenizer.json").is_file()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": Path(text.source).read_text()}) + "\n" for _ in range(2)))
+    again = [str(rows) if option == text.source else option for option in options] + ["--text-field", "body"]
+    main([str(tmp_path / "as text") if option == str(out) else option for option in again])
+    found = json.loads((tmp_path / "as text" / "pruning.json").read_text())
+    assert found["calibration"]["sha256"] == record["calibration"]["sha256"] and found["kept"] == record["kept"]
     assert [p.name for p in out.parent.iterdir()] == ["student"]
     with pytest.raises(ValueError, match="is there already"):
         main(options)

@@ -8,7 +8,7 @@ from pathlib import Path
 from toolkit import distributed
 from toolkit.config import DEPTHS, WIDTHS, InitConfig, ModelConfig
 from toolkit.data import DataConfig
-from toolkit.data.config import TEMPLATE_NAMES
+from toolkit.data.config import PYTHON_DOCS, TEMPLATE_NAMES
 from toolkit.models.load import default_cache_dir, made_once, materialize, prune_model
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "mlp")
@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", default=data.source, help="calibration text: a .txt file, or anything data.source takes"
     )
+    parser.add_argument(
+        "--text-field", help="read --data as plain text, this field of it: a jsonl or parquet file, a folder, a hub set"
+    )
+    parser.add_argument("--subset", help="of a hub set")
     parser.add_argument("--prompt-field", default=data.prompt_field)
     parser.add_argument("--response-field", default=data.response_field)
     parser.add_argument("--template", default=data.template, choices=TEMPLATE_NAMES)
@@ -45,9 +49,13 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )  # fmt: skip
     init.validate("init-student")
+    is_here = options.data == PYTHON_DOCS or Path(options.data).exists()
+    plain = {} if options.text_field is None else {
+        "kind": "text", "text_field": options.text_field, "streaming": not is_here,
+    }  # fmt: skip
     data = DataConfig(
-        source=options.data, prompt_field=options.prompt_field, response_field=options.response_field,
-        template=options.template,
+        source=options.data, subset=options.subset, prompt_field=options.prompt_field,
+        response_field=options.response_field, template=options.template, **plain,
     )  # fmt: skip
     data.validate()
     model = ModelConfig(path=options.teacher, tokenizer=options.tokenizer, trust_remote_code=options.trust_remote_code)
