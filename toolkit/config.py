@@ -105,7 +105,8 @@ class InitConfig:
 class ModelConfig:
     """A causal language model, and how DeepSpeed shards it.
 
-    path: hub name, folder, or .gguf file; `package:NAME` finds the one .gguf file in an installed package.
+    path: hub name (OWNER/NAME, or OWNER/NAME@REVISION), folder, or .gguf file; `package:NAME` finds the one .gguf file
+    in an installed package.
     tokenizer: hub name, folder or sentencepiece .model file; "" is the one that comes with `path`.
     random_weights: build from a configuration at random, weights are not looked for: from `shape` where it is
     given (`model_type` and the fields of its Hugging Face configuration), else from the configuration at `path`.

@@ -27,7 +27,7 @@ from toolkit.models import (
     shared_decoder_start,
     shared_vocabulary,
 )
-from toolkit.models.files import FILES, SAFETENSORS
+from toolkit.models.files import FILES, SAFETENSORS, hub_version
 from toolkit.models.load import resolve
 from toolkit.teacher_cache import TeacherCache, identity_of
 
@@ -74,9 +74,11 @@ def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
         if is_here:
             return path
         small = [pattern for pattern in (*FILES, "*.py") if pattern != SAFETENSORS]
+        name, revision = hub_version(path)
         return snapshot_download(
-            path, allow_patterns=small, ignore_patterns=["*/*"], local_files_only=not asks_tokenizer
-        )
+            name, revision=revision, allow_patterns=small, ignore_patterns=["*/*"],
+            local_files_only=not asks_tokenizer,
+        )  # fmt: skip
     except IncompleteSnapshotError as error:
         return error.snapshot_path
     except (OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 """What has to be made of a model once, and what is loaded from it; sharded loading runs on two ranks."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -189,6 +190,9 @@ def test_a_hub_name_is_fetched_whole_before_it_is_hashed(tmp_path, monkeypatch):
         shutil.copytree(folder, folder.with_name("1" * 40))
         (cached / "refs" / "main").write_text("1" * 40)
         other = materialize(dropped, tmp_path / "ours")
+        pinned = dataclasses.replace(dropped, path=f"someone/{name}@{revision}")
+        assert materialize(pinned, tmp_path / "ours") == short
+        assert materialize(ModelConfig(path=pinned.path), tmp_path / "ours") == str(folder)
         assert other != short and file_hashes(other) == file_hashes(short)
     with pytest.raises(ValueError, match="the model someone/missing could not be had from the hub"):
         materialize(ModelConfig(path="someone/missing"), tmp_path / "ours")

@@ -18,9 +18,15 @@ TOKENIZER_FILES = (
 RECORD = "pruning.json"
 
 
+def hub_version(path: str) -> tuple[str, str | None]:
+    """(OWNER/NAME, REVISION) of OWNER/NAME@REVISION; None is the newest."""
+    name, _, revision = path.partition("@")
+    return name, revision or None
+
+
 def source_folder(path: str) -> Path:
-    """`path` where it is a folder, else the hub's model of that name, fetched: its safetensors, or where it has none
-    its pytorch_model.bin.
+    """`path` where it is a folder, else the hub's model OWNER/NAME, or its version OWNER/NAME@REVISION, fetched: its
+    safetensors, or where it has none its pytorch_model.bin.
 
     Raises ValueError where it is not to be had.
     """
@@ -36,12 +42,12 @@ def source_folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
 
+    name, revision = hub_version(path)
+
     def fetched(*files: str) -> Path:
+        wanted = {"allow_patterns": list(files), "ignore_patterns": ["consolidated*", "*/*"]}
         try:
-            unwanted = ["consolidated*", "*/*"]
-            return Path(
-                snapshot_download(path, allow_patterns=list(files), ignore_patterns=unwanted, tqdm_class=Beating)
-            )
+            return Path(snapshot_download(name, revision=revision, tqdm_class=Beating, **wanted))
         except IncompleteSnapshotError as error:  # without the hub: some file is not in the cache, maybe of no use here
             return Path(error.snapshot_path)
 

@@ -38,7 +38,7 @@ from transformers.utils import cached_file
 from toolkit.config import InitConfig, ModelConfig
 from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.divergences.products import cpu_has_bf16_products
-from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, source_folder
+from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, hub_version, source_folder
 from toolkit.models.pruning import leave_out_layers, prune
 from toolkit.overrides import unknown
 
@@ -100,7 +100,8 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
         _check_folder(Path(path))
         version = _contents(path)
     else:
-        hub_name, path = path, str(source_folder(path))  # all of it: a run is known by the hashes of its models' files
+        hub_name, path = hub_version(path)[0], str(source_folder(path))  # all: a run is known by its models' hashes
+        name = Path(hub_name).name
         version = [hub_name, Path(path).name]  # the commit: other machines fetched the same files at other times
     if model.drop_layers:
         key = f"{name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(*version)}"
@@ -127,7 +128,7 @@ def base_name(model: ModelConfig, path: str) -> str:
     """What others know as the base of an adapter: the hub's name of a model that is used as it is there, else `path`,
     where `materialize` put it."""
     is_changed = model.random_weights or model.drop_layers or model.init.wanted
-    return path if is_changed or _is_local(resolve(model.path)) else model.path
+    return path if is_changed or _is_local(resolve(model.path)) else hub_version(model.path)[0]
 
 
 def calibration_data(data: DataConfig, init: InitConfig) -> DataConfig:
