@@ -149,3 +149,9 @@ def test_rows_that_are_not_the_same_on_all_nodes_are_refused(tiny, ranks2, tmp_p
         overrides.append(tiny_overrides(tiny, name="two lists", data__source=str(file)))
     (code, said), other = ranks2.run(engine_cases.run_with_own, overrides)
     assert code == other[0] == 2 and "what has this name is not the same everywhere" in said and other[1] == ""
+
+
+def test_a_sharding_that_no_checkpoint_is_made_of_is_refused_at_the_start(refused, tmp_path):
+    for sharding in ({"stage": 0}, {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": sharding}))
+        refused("checkpoints are made of ZeRO stages 1, 2 and 3", **{"student.ds_config": f"{tmp_path}/ds.json"})

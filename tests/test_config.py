@@ -68,6 +68,12 @@ def test_wrong_keys_and_types_are_named(override, told):
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["1.10", "0123", "12:30", "1_000", "0x1F", "2024-01-01", "true", "off"])
+def test_text_stays_as_it_was_typed(text):
+    assert BASE.with_overrides([f"name={text}"]).name == text
+    assert BASE.with_overrides([f"data.input_field={text}"]).data.input_field == text
+
+
 @pytest.mark.parametrize(("override", "told"), [
     ("precision=fp16", "precision = 'fp16'"),
     ("name=", "name = ''"),

@@ -369,6 +369,7 @@ def test_bf16_adamw_learns(tiny, ranks2):
         optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True,
         data__packing=True))[0]  # fmt: skip
     assert summary["precision"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tiny / "runs" / "bf16" / "student").dtype == torch.bfloat16
     assert summary["validation"]["final"]["kl_nats"] < 0.7 * summary["validation"]["initial"]["kl_nats"]
 
 
@@ -379,3 +380,18 @@ def test_a_run_may_go_on_from_the_student_in_its_own_folder(tiny, ranks2):
     second = ranks2.run(engine_cases.run_tiny, again)[0]["validation"]
     assert second["initial"]["kl_nats"] == pytest.approx(first["final"]["kl_nats"], abs=1e-5)
     assert second["final"] != second["initial"]
+
+
+@pytest.mark.parametrize("stage", [3, 2])
+def test_weight_decay_is_for_matrices(tiny, ranks2, stage):
+    """The student is its teacher: there is nothing else to learn."""
+    config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
+    name = f"decay {stage}"
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name=name, student__path=f"{tiny}/teacher", student__ds_config=config, train__steps=1,
+        optimizer__weight_decay=0.1))  # fmt: skip
+    before, after = load_file(tiny / "teacher" / "model.safetensors"), weights(tiny, name)
+    assert any(tensor.dim() == 1 for tensor in before.values())
+    for key, tensor in before.items():
+        kept = 1 - 0.5 * 0.1 if tensor.dim() > 1 else 1
+        torch.testing.assert_close(after[key], kept * tensor, rtol=1e-5, atol=1e-6)

@@ -23,6 +23,26 @@ def lines(run_dir):
     return (run_dir / "metrics.jsonl").read_text().splitlines()
 
 
+def test_lines_that_found_no_room_come_later_and_none_is_torn(tmp_path):
+    """A real limit on the file's size, as a full disk: longer than any buffer, in the middle of a line."""
+    script = (
+        "import json, resource, signal, sys\nfrom toolkit.monitor import Monitor\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"with Monitor({str(tmp_path)!r}, total_steps=60, rank=0, progress=False) as monitor:\n"
+        "    for step in range(1, 61):\n"
+        "        limit = 3333 if 5 < step < 50 else resource.RLIM_INFINITY\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "        monitor.log_step({'step': step, 'loss': 1.0, 'text': 'x' * 500})\n"
+        f"        lines = open({str(tmp_path / 'metrics.jsonl')!r}).read().splitlines()\n"
+        "        assert all(json.loads(line)['step'] == n for n, line in enumerate(lines, 1))\n"
+        "        assert step >= 50 or len(lines) == min(step, 6), (step, len(lines))\n"
+        "    assert len(lines) == 60\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "could not be written: [Errno 27] File too large" in done.stdout
+
+
 def test_one_json_line_per_step_and_at_once(tmp_path):
     monitor = Monitor(tmp_path / "new", total_steps=2, rank=0, progress=False)
     monitor.log_step({"step": 1, "loss": 0.5, "source": "REPLAY", "seconds": {"teacher": 1.5}})

@@ -4,6 +4,7 @@ import gc
 import importlib
 import io
 import json
+import os
 import shutil
 import signal
 from contextlib import redirect_stdout
@@ -41,8 +42,8 @@ def run_staged(arguments, recipe=None):
     gc.collect()  # what other tests in this process left is not this run's
     before, alive, original = count(), [], run.run
 
-    def counted(config, watchdog):
-        found = original(config, watchdog)
+    def counted(*given, **named):
+        found = original(*given, **named)
         alive.append(count() - before)
         return found
 
@@ -152,6 +153,27 @@ def test_a_student_is_cut_anew_where_all_is_started_over_and_only_from_the_same_
     assert code == 2 and "teacher.model.safetensors SHA-256 was " in errors
     code, _, errors, _ = cut(teacher, "init.data=python_docs")
     assert code == 2 and "calibration.source was " in errors
+
+
+def run_staged_with_a_signal_in_the_export(arguments):
+    from toolkit import distributed, run
+
+    def export(*given):
+        if distributed.rank() == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*given)
+
+    original = run.export_student
+    with mock.patch.object(run, "export_student", export):
+        return engine_cases.run_saying(arguments, RECIPE)
+
+
+@pytest.mark.multiprocess
+def test_a_signal_at_the_end_of_a_stage_stops_before_the_next(tiny, ranks2):
+    given, folder = settings(tiny, "late signal", "train.steps=1"), tiny / "runs" / "late signal"
+    for code, *_ in ranks2.run(run_staged_with_a_signal_in_the_export, given):
+        assert code == EXIT_LATER
+    assert (folder / "recovery" / "summary.json").is_file() and not (folder / "distil").exists()
 
 
 @pytest.mark.multiprocess

@@ -14,7 +14,7 @@ import pytest
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
-from toolkit.faults import EXIT_LATER, EXIT_STUCK, SAME_REQUEST_S, Sign, verdict
+from toolkit.faults import EXIT_LATER, EXIT_STUCK, SAME_REQUEST_S, Sign, Watchdog, _place, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 6
@@ -210,6 +210,36 @@ def test_what_follows_a_signal_does_not_need_the_main_thread(grace_s, sent_s, co
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == code and message in done.stderr
+
+
+def test_a_run_that_has_saved_nothing_is_not_to_be_repeated():
+    script = (
+        "import os, signal, threading\nfrom toolkit.faults import StopSignals\n"
+        "with StopSignals(1).watched() as signals:\n"
+        "    signals.in_vain = True\n"
+        "    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()\n"
+        f"    {BUSY}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "nothing was saved since the start" in done.stderr
+
+
+def test_a_rank_that_srun_started_knows_its_place_before_it_joins(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert _place() == (0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert _place() == (3, 4)
+    told, joined = [], {"RANK": "2", "WORLD_SIZE": "4"}
+    watchdog = Watchdog(0.2, end=lambda text, code: told.append(text))
+    with watchdog, pytest.MonkeyPatch.context() as later:
+        for name, value in joined.items():  # as `distributed.start` does, after the watchdog
+            later.setenv(name, value)
+        until_s = time.monotonic() + 20
+        while not told and time.monotonic() < until_s:
+            time.sleep(0.05)
+    assert told and "rank 2 of 4 found no other rank" in told[0]
 
 
 def test_a_forked_child_has_its_signals_to_itself():

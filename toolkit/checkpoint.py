@@ -281,7 +281,11 @@ class Checkpoint:
     def _group(self, rank: int, group: str) -> dict[str, np.ndarray]:
         file = self._open(rank_file(rank))
         names = [key for key in file.keys() if key.startswith(group + "/")]  # noqa: SIM118 (safe_open is not a dict)
-        return {name.removeprefix(group + "/"): file.get_tensor(name).numpy() for name in names}
+        return {name.removeprefix(group + "/"): file.get_tensor(name).numpy().copy() for name in names}
+
+    def close(self) -> None:
+        """Let go of its files: while they are mapped, a checkpoint that is pruned keeps its room on the disk."""
+        self._files.clear()
 
     def _open(self, name: str) -> Any:
         if name not in self._files:

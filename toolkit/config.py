@@ -186,7 +186,7 @@ class LossConfig:
     less than in the rest of the micro-batch (DistiLLM-2). So it depends on train.micro_rows and on the number of ranks.
     Not with data.packing, where a row holds several texts. Costs one more product with each head.
     head_mass: akl's. temperature divides both models' logits.
-    cross_entropy_weight: share of the text's own next token beside the divergence.
+    cross_entropy_weight: share of the text's own next token beside the divergence; on the student's text, its own too.
     memory_budget_mib: bound on the logit tiles; None is the operation's default.
     """
 

@@ -30,6 +30,8 @@ Result = TypeVar("Result")
 EXIT_LATER = 75
 #: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
 EXIT_STUCK = 70
+#: Exit code of a run that was stopped before it had saved anything, as of other errors: a repetition would do the same.
+EXIT_IN_VAIN = 2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 END_OF_WATCH = 0  # no signal has this number
 #: signals this soon after the first are the same request: on Ctrl-C, a terminal and a launcher both send one
@@ -58,6 +60,7 @@ class StopSignals:
 
     def __init__(self, grace_s: float):
         self.grace_s, self.received = grace_s, False
+        self.in_vain = False  # steps were done and nothing of them was saved: the next start would only repeat them
         self._previous: dict[int, Any] = {}
 
     @contextmanager
@@ -110,10 +113,11 @@ class StopSignals:
             elif reasons and now_s - asked_s > SAME_REQUEST_S:
                 _last_words(f"{reasons[0]} again: rank {distributed.rank()} exits at once", EXIT_LATER)
             if asked_s is not None and now_s - asked_s > self.grace_s:
-                _last_words(
-                    f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
-                    f"{distributed.rank()} exits; the newest checkpoint stands", EXIT_LATER,
-                )  # fmt: skip
+                late = f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
+                late += f"{distributed.rank()} exits; "
+                if self.in_vain:
+                    _last_words(f"{late}nothing was saved since the start: set checkpoint.every_steps", EXIT_IN_VAIN)
+                _last_words(f"{late}the newest checkpoint stands", EXIT_LATER)
 
 
 def _forget_signals() -> None:
@@ -288,9 +292,9 @@ class Watchdog:
         model.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
 
     def _watch(self) -> None:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         store = None
         while not self._over.wait(self.look_s):
+            rank, world = _place()
             # A collective in C++ that never lets Python run again stops this thread too; this switch needs no Python.
             faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__)
             if store is None and world > 1 and torch.distributed.is_initialized():
@@ -343,6 +347,13 @@ class Watchdog:
             except Exception:
                 break
         return found
+
+
+def _place() -> tuple[int, int]:
+    """(rank, world), before this process has joined as well: srun's own variables are translated only then."""
+    env = os.environ
+    rank, world = env.get("RANK", env.get("SLURM_PROCID", 0)), env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1))
+    return int(rank), int(world)
 
 
 def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:

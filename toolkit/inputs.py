@@ -13,7 +13,7 @@ from huggingface_hub.errors import IncompleteSnapshotError
 
 from toolkit import distributed
 from toolkit.config import NO_DIVERGENCE, RunConfig
-from toolkit.data import Data, TextStream, load_data, load_text
+from toolkit.data import Data, TextStream, end_with_turns, load_data, load_text
 from toolkit.data.store import longest
 from toolkit.divergences import Divergence
 from toolkit.models import (
@@ -27,7 +27,7 @@ from toolkit.models import (
     shared_decoder_start,
     shared_vocabulary,
 )
-from toolkit.models.files import FILES, SAFETENSORS, hub_version
+from toolkit.models.files import SMALL_FILES, hub_version
 from toolkit.models.load import resolve
 from toolkit.teacher_cache import TeacherCache, identity_of
 
@@ -73,10 +73,9 @@ def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
             return materialize(teacher, cache_dir) if is_here or asks_tokenizer else ""
         if is_here:
             return path
-        small = [pattern for pattern in (*FILES, "*.py") if pattern != SAFETENSORS]
         name, revision = hub_version(path)
         return snapshot_download(
-            name, revision=revision, allow_patterns=small, ignore_patterns=["*/*"],
+            name, revision=revision, allow_patterns=[*SMALL_FILES, "*.py"], ignore_patterns=["*/*"],
             local_files_only=not asks_tokenizer,
         )  # fmt: skip
     except IncompleteSnapshotError as error:
@@ -97,6 +96,8 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
     teacher = load_tokenizer(config.teacher, teacher_path) if asks_teacher else None
     has_own = has_own or teacher is None
     student = load_tokenizer(config.student, student_path) if has_own else teacher
+    for tokenizer in filter(None, (teacher, student)):
+        end_with_turns(tokenizer, config.data.template if config.data.kind == "instructions" else "")
     starts = decoder_start_id(config.student, student_path)
     theirs = decoder_start_id(config.teacher, teacher_path) if config.has_teacher else starts
     if starts is not None and config.packs:

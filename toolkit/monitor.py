@@ -5,6 +5,7 @@ Numbers arrive here already summed over ranks; only rank 0 writes.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -56,7 +57,8 @@ class Monitor:
         self.started_s = time.monotonic()
         path = Path(run_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a+b")
+        self.file = path.open("a+b", buffering=0)
+        self._unwritten = b""  # lines that found no room yet
         if keep_bytes is not None and keep_bytes < self.file.seek(0, 2):
             self.file.truncate(keep_bytes)
         if _ends_torn(self.file):  # a run killed inside a write must not spoil the first line of the next one
@@ -90,15 +92,27 @@ class Monitor:
                 f"a metrics record needs an integer 'step', this one has {step!r}; its keys: {list(record)}"
             )
         line = json.dumps(_to_json(record, "record"), allow_nan=False)
-        self.file.write(line.encode() + b"\n")
+        self._unwritten += line.encode() + b"\n"
         try:
-            self.file.flush()
-        except OSError as error:  # the line stays in the buffer, and goes with a later one
+            self._write()
+        except OSError as error:  # the line goes with a later one
             self.note(f"warning: {self.file.name} could not be written: {error}")
         if self.deepspeed_monitor is not None:
             events = [(name, value, step) for name, value in _scalars(record) if name != "step"]
             self.deepspeed_monitor.write_events(events)
         self._show(step, record)
+
+    def _write(self) -> None:
+        """All lines that wait, or none of them."""
+        end = self.file.seek(0, 2)
+        try:
+            written = self.file.write(self._unwritten)
+            if written < len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self.file.truncate(end)
+            raise
+        self._unwritten = b""
 
     def position(self) -> int:
         """Bytes of metrics that are safely on disk now; 0 on other ranks."""
@@ -115,8 +129,9 @@ class Monitor:
     def close(self) -> None:
         """Closes the file and the bar; more than once is harmless."""
         if self.is_writer:
-            with suppress(OSError):  # told when it was written
-                self.file.close()
+            with suppress(OSError, ValueError):  # told when it was written; closed before
+                self._write()
+            self.file.close()
             if self.bar is not None:
                 self.bar.close()
 

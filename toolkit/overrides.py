@@ -41,7 +41,7 @@ def with_overrides(config: Config, overrides: list[str]) -> Config:
             raise ValueError(f"the value of {text!r} is not valid YAML: {error}") from None
         if isinstance(parsed, bool) and value.strip().lower() not in ("true", "false"):
             parsed = value.strip()  # YAML reads off, on, yes and no as booleans; a schedule's policy is "off"
-        config = with_value(config, key.strip(), parsed)
+        config = _replaced(config, key.strip().split("."), parsed, key.strip(), value.strip())
     return config
 
 
@@ -50,7 +50,8 @@ def with_value(config: Config, key: str, value: Any) -> Config:
     return _replaced(config, key.split("."), value, key)
 
 
-def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
+def _replaced(section: Any, keys: list[str], value: Any, full_key: str, text: str | None = None) -> Any:
+    """text: what `value` was read from, for settings that are text themselves: to YAML 1.10 is 1.1, and 0123 is 83."""
     hints = typing.get_type_hints(type(section))
     if keys[0] not in hints:
         prefix = full_key[: len(full_key) - len(".".join(keys))]
@@ -62,7 +63,7 @@ def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
     old, hint = getattr(section, keys[0]), hints[keys[0]]
     if dataclasses.is_dataclass(hint):
         if len(keys) > 1:
-            return dataclasses.replace(section, **{keys[0]: _replaced(old, keys[1:], value, full_key)})
+            return dataclasses.replace(section, **{keys[0]: _replaced(old, keys[1:], value, full_key, text)})
         if not isinstance(value, dict):
             raise ValueError(
                 f"{full_key} is a section; set one of its keys, as in {full_key}.{_field_names(hint)[0]}=..."
@@ -74,7 +75,8 @@ def _replaced(section: Any, keys: list[str], value: Any, full_key: str) -> Any:
         if isinstance(old, dict):
             return dataclasses.replace(section, **{keys[0]: {**old, ".".join(keys[1:]): value}})
         raise ValueError(f"{full_key}: {keys[0]} is a single setting and has no key {'.'.join(keys[1:])!r}")
-    typed = _typed(value, hint, full_key)
+    is_text = text is not None and hint in (str, str | None) and not isinstance(value, str | list | dict | None)
+    typed = _typed(text if is_text else value, hint, full_key)
     undone = section.after(keys[0]) if hasattr(section, "after") and typed is not None else {}
     return dataclasses.replace(section, **undone | {keys[0]: typed})
 

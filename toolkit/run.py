@@ -122,7 +122,7 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
             say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
         for name, config in ({} if only_cut else runs).items():
             say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
-            summaries[name] = run(config, watchdog)
+            summaries[name] = run(config, watchdog, is_last=name == stages.names[-1])
     say("\n" + stages_table(summaries))
     return summaries
 
@@ -139,14 +139,17 @@ def _cut(stages: Stages, has_teacher: bool) -> dict[str, Any]:
     return distributed.main_rank_first(lambda: stages.cut(path, hashes))
 
 
-def run(config: RunConfig, watchdog: Watchdog) -> dict[str, Any]:
+def run(config: RunConfig, watchdog: Watchdog, is_last: bool = True) -> dict[str, Any]:
     """Train the student of `config`, write its run folder, print the report; goes on where an earlier start ended.
 
     Raises ValueError for wrong input, GoOnLater where a signal stopped it.
     """
     try:
         with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
-            return _run(config, signals, watchdog)
+            summary = _run(config, signals, watchdog)
+            if not is_last:  # a signal that came after the last step is not lost with this run
+                _stop_if_asked(signals, f"after {config.name}, which is finished")
+            return summary
     finally:
         gc.collect()  # engines are in cycles with their hooks
         if torch.cuda.is_available():

@@ -5,7 +5,7 @@ import pytest
 
 from toolkit import heartbeat
 from toolkit.batch import TokenBatch
-from toolkit.data import DataConfig, encode_prompts, get_template, load_data, split_rows, tokenize_rows
+from toolkit.data import DataConfig, encode_prompts, end_with_turns, get_template, load_data, split_rows, tokenize_rows
 from toolkit.data.templates import ALPACA_MARKER
 
 MARKERS = {"chat": "<|end|>\n<|assistant|>\n", "alpaca": ALPACA_MARKER}
@@ -183,6 +183,25 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day(new_tok
     for the_row, text in ((row(), "What does it return?"), (row() | turns, "Two?")):
         (prompt,) = encode_prompts([the_row], tokenizer, DataConfig())
         assert tokenizer.decode(prompt) == f"{date}{text}"
+
+
+@pytest.mark.parametrize(("eos", "after", "wanted"), [
+    ("<s>", "<|end|>\n", "<|end|>"), ("<s>", " <|end|>", "<|end|>"), ("<s>", "\n\n", "<s>"),
+    ("<|end|>", "<|end|>", "<|end|>"),
+])  # fmt: skip
+def test_an_answer_ends_as_a_turn_does(new_tokenizer, eos, after, wanted):
+    tokenizer = new_tokenizer()
+    tokenizer.eos_token = eos
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|user|>{{ m['content'] }}" + after + "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    end_with_turns(tokenizer, "plain")
+    assert tokenizer.eos_token == eos
+    end_with_turns(tokenizer, "chat")
+    assert tokenizer.eos_token == wanted
+    (example,) = tokenize_rows([row()], tokenizer, DataConfig()).examples
+    assert example.response[-1] == tokenizer.convert_tokens_to_ids(wanted)
 
 
 def test_tokenizing_tells_that_it_goes_on(tokenizer, monkeypatch):

@@ -4,7 +4,7 @@ from toolkit.data.config import DataConfig, TextConfig
 from toolkit.data.dataset import PromptDataset
 from toolkit.data.load import Data, load_data, load_text, split_rows
 from toolkit.data.sources import load_rows, references
-from toolkit.data.templates import TEMPLATES, get_template
+from toolkit.data.templates import TEMPLATES, end_with_turns, get_template
 from toolkit.data.text import TextStream
 from toolkit.data.tokens import Tokenized, encode_prompts, tokenize_rows
 
@@ -17,6 +17,7 @@ __all__ = [
     "TextStream",
     "Tokenized",
     "encode_prompts",
+    "end_with_turns",
     "get_template",
     "load_data",
     "load_rows",

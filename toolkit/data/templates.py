@@ -72,6 +72,23 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=date)
 
 
+def end_with_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    """Make the token that ends a turn in the chat template the tokenizer's EOS, where it is another one, as Gemma's
+    <end_of_turn> is: a model that was tuned on turns ends its answers with it, so learned answers have to as well."""
+    if template != "chat" or tokenizer.chat_template is None:
+        return
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+    except Exception:  # a template that takes no such conversation says nothing of its turns
+        return
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    added = tokenizer.added_tokens_decoder
+    if ids and ids[0] in added and added[ids[0]].special and ids[0] != tokenizer.eos_token_id:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
+
+
 def _chat_marker(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template writes after the user's text, up to where the assistant begins."""
     probe = "the user's text"

@@ -18,7 +18,7 @@ from toolkit import distributed
 from toolkit.batch import Example
 from toolkit.checkpoint import sole_use
 from toolkit.config import ModelConfig
-from toolkit.data import load_rows, references, tokenize_rows
+from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.data.minillm import SETS
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
@@ -152,6 +152,7 @@ class _Loaded:
         given = ModelConfig(path=name, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code)
         path = distributed.main_rank_first(lambda: materialize(given, default_cache_dir(config.cache_dir)))
         tokenizer = distributed.main_rank_first(lambda: load_tokenizer(given, path))
+        end_with_turns(tokenizer, config.data.template)
         dtype = choose_dtype(config.precision, distributed.device())
         model = distributed.main_rank_first(lambda: load_model(given, path, None, dtype))
         files = json.dumps(sorted(file_hashes(path).items()))

@@ -45,9 +45,16 @@ def read_ds_config(path: str) -> dict[str, Any]:
 
 def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[str, Any]:
     """The student's file, with batch, precision and clipping from `config`."""
+    given = read_ds_config(config.student.ds_config)
+    sharding = given.get("zero_optimization", {})
+    if sharding.get("stage") not in (1, 2, 3) or sharding.get("offload_optimizer", {}).get("device") == "nvme":
+        raise ValueError(
+            f"{config.student.ds_config}: zero_optimization = {sharding}, and checkpoints are made of ZeRO stages 1, 2 "
+            "and 3 with the optimizer on the device or in CPU memory; see ds_configs/student_zero2.json"
+        )
     rows, accumulation = config.train.batch_rows + config.text_rows, config.accumulation(world)
     return {
-        **without_monitors(read_ds_config(config.student.ds_config)),  # the loop's monitor writes there
+        **without_monitors(given),  # the loop's monitor writes there
         "train_micro_batch_size_per_gpu": rows // (accumulation * world),
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": rows,

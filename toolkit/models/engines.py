@@ -412,10 +412,17 @@ def logit_rules(config: Any) -> tuple[float, float | None]:
 
 
 def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict) -> torch.optim.Optimizer:
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # Weight decay pulls matrices towards 0; the gain of a norm or a bias has no reason to be there.
+    groups = [[p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]]
+    groups.append([p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1])
+    parameters = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in zip(groups, (config.weight_decay, 0.0), strict=True) if group
+    ]  # fmt: skip
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
+        return torch.optim.SGD(parameters, lr=config.lr)
+    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)

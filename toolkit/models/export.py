@@ -45,7 +45,7 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         config.use_cache = True
         # A shell without storage: save_pretrained needs a model's class and configuration, the tensors are given.
         with torch.device("meta"):
-            shell = type(model)(config)
+            shell = type(model)(config).to(next(iter(weights.values())).dtype)  # which config.json will name
         shell.generation_config = model.generation_config
         plain = {lora.plain_name(name): weight for name, weight in weights.items()} if lora else weights
         shell.save_pretrained(unfinished, state_dict=plain)

@@ -8,7 +8,8 @@ from toolkit import heartbeat
 
 SAFETENSORS, PICKLED = "*.safetensors", "pytorch_model*.bin"
 #: weights, configuration and tokenizer, beside weights in the older format
-FILES = (SAFETENSORS, "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.bpe", "*.spm")
+SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.bpe", "*.spm")
+FILES = (SAFETENSORS, *SMALL_FILES)
 #: what a tokenizer may leave beside the weights
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
@@ -24,9 +25,9 @@ def hub_version(path: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def source_folder(path: str) -> Path:
+def source_folder(path: str, with_weights: bool = True) -> Path:
     """`path` where it is a folder, else the hub's model OWNER/NAME, or its version OWNER/NAME@REVISION, fetched: its
-    safetensors, or where it has none its pytorch_model.bin.
+    safetensors, or where it has none its pytorch_model.bin; not `with_weights`, none of them.
 
     Raises ValueError where it is not to be had.
     """
@@ -52,8 +53,10 @@ def source_folder(path: str) -> Path:
             return Path(error.snapshot_path)
 
     try:
-        folder = fetched(*FILES, "*.py")
-        if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        folder = fetched(*(FILES if with_weights else SMALL_FILES), "*.py")
+        if with_weights and not any(
+            (folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
+        ):
             fetched(f"{PICKLED}*")
         return folder
     except OSError as error:

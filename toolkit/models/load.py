@@ -94,7 +94,7 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
         key = f"{Path(path).stem}-{_key(path, stat.st_size, stat.st_mtime_ns)}"
         path = str(made_once(cache_dir / key, lambda folder: _convert_gguf(Path(path), folder)))
     if model.random_weights:
-        return path
+        return path if not path or _is_local(path) else str(source_folder(path, with_weights=False))
     name = Path(path).name
     if _is_local(path):
         _check_folder(Path(path))
