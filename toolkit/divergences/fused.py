@@ -16,6 +16,8 @@ from toolkit.divergences.spec import Divergence
 from toolkit.divergences.tiles import FusedLoss, Problem, Side, Tiles
 from toolkit.divergences.top_k import TopKTeacher, check_top_k
 
+SCALED_BYTES = 2**22  # of a gradient in the computing dtype at a time
+
 
 def fused_linear_divergence(
     spec: Divergence,
@@ -164,7 +166,13 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """total * factor in `dtype`, in one pass; none for a factor of 1 on a CPU, where reading it costs nothing."""
     if total.dtype == dtype and factor.device.type == "cpu" and factor == 1:
         return total
-    return torch.mul(total, factor, out=total.new_empty(total.shape, dtype=dtype))
+    scaled = total.new_empty(total.shape, dtype=dtype)
+    rows = len(total)
+    if total.device.type == "cpu":  # where the product is whole in the wider dtype before it is rounded
+        rows = max(1, SCALED_BYTES // (max(1, total[:1].numel()) * total.itemsize))
+    for wide, narrow in zip(total.split(max(1, rows)), scaled.split(max(1, rows)), strict=True):
+        torch.mul(wide, factor, out=narrow)
+    return scaled
 
 
 def _run_tiles(hidden_NS: Tensor, problem: Problem, wanted: tuple[bool, bool, bool]):
