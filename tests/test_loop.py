@@ -1,6 +1,7 @@
 """The whole loop on real ranks: weights after some steps against a dense float64 reference and other layouts."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -395,3 +396,13 @@ def test_weight_decay_is_for_matrices(tiny, ranks2, stage):
     for key, tensor in before.items():
         kept = 1 - 0.5 * 0.1 if tensor.dim() > 1 else 1
         torch.testing.assert_close(after[key], kept * tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_an_exported_student_ends_where_it_was_taught_to(tiny, ranks2, tmp_path):
+    """Its own generation settings name another end than the chat template's turns have."""
+    folder = shutil.copytree(tiny / "student", tmp_path / "student")
+    found = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(found | {"eos_token_id": 0}))
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="ends", student__path=str(folder), train__steps=1))
+    exported = AutoModelForCausalLM.from_pretrained(tiny / "runs" / "ends" / "student")
+    assert exported.generation_config.eos_token_id == [0, 1]

@@ -12,7 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit import distributed
 from toolkit.faults import to_disk
@@ -46,7 +46,7 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         # A shell without storage: save_pretrained needs a model's class and configuration, the tensors are given.
         with torch.device("meta"):
             shell = type(model)(config).to(next(iter(weights.values())).dtype)  # which config.json will name
-        shell.generation_config = model.generation_config
+        shell.generation_config = _ending_with(model.generation_config, tokenizer.eos_token_id)
         plain = {lora.plain_name(name): weight for name, weight in weights.items()} if lora else weights
         shell.save_pretrained(unfinished, state_dict=plain)
         tokenizer.save_pretrained(unfinished)
@@ -67,6 +67,15 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         if is_writer:
             shutil.rmtree(folder.with_name(folder.name + ".unfinished"), ignore_errors=True)
         raise distributed.Told(f"the student could not be written to {folder}: {error}") from error
+
+
+def _ending_with(settings: GenerationConfig, eos_id: int) -> GenerationConfig:
+    """A copy in which a text ends at `eos_id` too: the token that the student has learned to end with."""
+    settings = copy.deepcopy(settings)
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    if eos_id not in ends:
+        settings.eos_token_id = [*(end for end in ends if end is not None), eos_id]
+    return settings
 
 
 @contextmanager
