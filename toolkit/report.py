@@ -43,7 +43,7 @@ def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
         ]))  # fmt: skip
     share = summary["time_share"]
     seconds = [[name, f"{part * summary['wall_time_s']:.1f}", f"{part:.1%}"] for name, part in share.items()]
-    parts.append(format_table(["phase", "seconds", "share"], seconds))
+    parts.append(format_table(["phase", "seconds", "share"], [row for row in seconds if row[1] != "0.0"]))
     sources = ", ".join(f"{count} {name}" for name, count in summary["source_counts"].items())
     parts.append(
         f"{summary['steps']} steps ({sources}; phi {summary['phi_final']:.2f}), {summary['tokens']:,} tokens, "
