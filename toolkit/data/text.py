@@ -229,6 +229,11 @@ class TextStream:
         Raises ValueError where the stream is not that of these states.
         """
         state = states[rank]
+        if "passes" not in state:
+            raise ValueError(
+                f"the place in {self.source.name} was written by a version that dealt documents to ranks in another way, "
+                "so it says nothing here; start the run over with resume=never"
+            )
         self._of = rank, len(states)
         self.packer.tokens, self.packer.starts = list(state["tokens"]), list(state["starts"])
         self._passes = state["passes"]
