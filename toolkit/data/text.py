@@ -231,7 +231,7 @@ class TextStream:
         state = states[rank]
         if "passes" not in state:
             raise ValueError(
-                f"the place in {self.source.name} was written by a version that dealt documents to ranks in another way, "
+                f"the place in {self.source.name} was written by a version that dealt documents in another way, "
                 "so it says nothing here; start the run over with resume=never"
             )
         self._of = rank, len(states)
