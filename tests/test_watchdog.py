@@ -14,7 +14,8 @@ import pytest
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
-from toolkit.faults import EXIT_LATER, EXIT_STUCK, SAME_REQUEST_S, Sign, Watchdog, _place, verdict
+from toolkit.distributed import started_as
+from toolkit.faults import EXIT_LATER, EXIT_STUCK, SAME_REQUEST_S, Sign, Watchdog, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 6
@@ -227,10 +228,10 @@ def test_a_run_that_has_saved_nothing_is_not_to_be_repeated():
 def test_a_rank_that_srun_started_knows_its_place_before_it_joins(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert _place() == (0, 1)
+    assert started_as() == (0, 1)
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert _place() == (3, 4)
+    assert started_as() == (3, 4)
     told, joined = [], {"RANK": "2", "WORLD_SIZE": "4"}
     watchdog = Watchdog(0.2, end=lambda text, code: told.append(text))
     with watchdog, pytest.MonkeyPatch.context() as later:

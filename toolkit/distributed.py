@@ -88,7 +88,7 @@ def _is_told_here(error: ValueError, key: str) -> bool:
     """Whether this rank prints it: rank 0 does, and another one whose error rank 0 does not share."""
     if not torch.distributed.is_initialized():
         is_first_of_node = "RANK" not in os.environ and os.environ.get("SLURM_LOCALID") == "0"  # nodes may differ
-        return is_first_of_node or (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+        return is_first_of_node or started_as()[0] == 0
     if world() == 1 or isinstance(error, Told):
         return rank() == 0
     store = torch.distributed.distributed_c10d._get_default_store()
@@ -119,6 +119,13 @@ def say(text: str, stream: Any = None, write: Callable[..., None] = print) -> No
 def stop() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def started_as() -> tuple[int, int]:
+    """(rank, world) by the launcher's variables, before this process has joined as well: `start` translates srun's."""
+    env = os.environ
+    rank_text = env.get("RANK") or env.get("SLURM_PROCID") or 0
+    return int(rank_text), int(env.get("WORLD_SIZE") or env.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def rank() -> int:
@@ -233,7 +240,8 @@ def _told(error: Exception) -> str:
 def at_own_pace(work: Callable[[], Result]) -> Result:
     """As `together`, for work that may take a rank longer than a collective may last: ranks that are done wait for the
     others at the store, and it is the watchdog that ends them."""
-    names = [f"pace {number} {r}" for number in [next(_paces)] for r in range(world())]
+    number = next(_paces)
+    names = [f"pace {number} {r}" for r in range(world())]
 
     def wait() -> None:
         store, pause_s = torch.distributed.distributed_c10d._get_default_store(), 0.02

@@ -294,7 +294,7 @@ class Watchdog:
     def _watch(self) -> None:
         store = None
         while not self._over.wait(self.look_s):
-            rank, world = _place()
+            rank, world = distributed.started_as()
             # A collective in C++ that never lets Python run again stops this thread too; this switch needs no Python.
             faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__)
             if store is None and world > 1 and torch.distributed.is_initialized():
@@ -347,13 +347,6 @@ class Watchdog:
             except Exception:
                 break
         return found
-
-
-def _place() -> tuple[int, int]:
-    """(rank, world), before this process has joined as well: srun's own variables are translated only then."""
-    env = os.environ
-    rank, world = env.get("RANK", env.get("SLURM_PROCID", 0)), env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1))
-    return int(rank), int(world)
 
 
 def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:

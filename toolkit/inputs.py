@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import IncompleteSnapshotError
 
 from toolkit import distributed
 from toolkit.config import NO_DIVERGENCE, RunConfig
@@ -27,7 +25,7 @@ from toolkit.models import (
     shared_decoder_start,
     shared_vocabulary,
 )
-from toolkit.models.files import SMALL_FILES, hub_version
+from toolkit.models.files import source_folder
 from toolkit.models.load import resolve
 from toolkit.teacher_cache import TeacherCache, identity_of
 
@@ -71,15 +69,7 @@ def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
         is_here = Path(path).exists()
         if path.endswith(".gguf") or teacher.drop_layers or teacher.init.wanted:  # a folder that is made of it
             return materialize(teacher, cache_dir) if is_here or asks_tokenizer else ""
-        if is_here:
-            return path
-        name, revision = hub_version(path)
-        return snapshot_download(
-            name, revision=revision, allow_patterns=[*SMALL_FILES, "*.py"], ignore_patterns=["*/*"],
-            local_files_only=not asks_tokenizer,
-        )  # fmt: skip
-    except IncompleteSnapshotError as error:
-        return error.snapshot_path
+        return path if is_here else str(source_folder(path, with_weights=False, may_fetch=asks_tokenizer))
     except (OSError, ValueError) as error:
         if asks_tokenizer:
             raise ValueError(

@@ -4,6 +4,7 @@ import shutil
 from fnmatch import fnmatch
 from unittest import mock
 
+import huggingface_hub
 import pytest
 
 from tests.tiny import make_tokenizer, save_llama, tiny_overrides
@@ -48,7 +49,7 @@ def test_of_a_hub_name_what_is_cached(tiny, hub, student):
     (cached / "snapshots" / revision / "model.safetensors").unlink()
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
-    with mock.patch.object(inputs, "snapshot_download", wraps=inputs.snapshot_download) as fetch:
+    with mock.patch.object(huggingface_hub, "snapshot_download", wraps=huggingface_hub.snapshot_download) as fetch:
         found = loaded(tiny, **{"teacher.path": "someone/teacher"}, **student)
     assert found.teacher_path == str(cached / "snapshots" / revision)
     (wanted,) = fetch.call_args_list

@@ -25,12 +25,15 @@ def hub_version(path: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def source_folder(path: str, with_weights: bool = True) -> Path:
+def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) -> Path:
     """`path` where it is a folder, else the hub's model OWNER/NAME, or its version OWNER/NAME@REVISION, fetched: its
-    safetensors, or where it has none its pytorch_model.bin; not `with_weights`, none of them.
+    safetensors, or where it has none its pytorch_model.bin; not `with_weights`, none of them. What is in the cache
+    already, where it `may_fetch` nothing.
 
     Raises ValueError where it is not to be had.
     """
+    if Path(path).is_dir():
+        return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError
     from huggingface_hub.utils import tqdm
@@ -40,13 +43,11 @@ def source_folder(path: str, with_weights: bool = True) -> Path:
             heartbeat.beat()
             return super().update(n)
 
-    if Path(path).is_dir():
-        return Path(path)
-
     name, revision = hub_version(path)
 
     def fetched(*files: str) -> Path:
         wanted = {"allow_patterns": list(files), "ignore_patterns": ["consolidated*", "*/*"]}
+        wanted |= {"local_files_only": not may_fetch}
         try:
             return Path(snapshot_download(name, revision=revision, tqdm_class=Beating, **wanted))
         except IncompleteSnapshotError as error:  # without the hub: some file is not in the cache, maybe of no use here

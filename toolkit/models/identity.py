@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
-
-from huggingface_hub import try_to_load_from_cache
 
 from toolkit import distributed, heartbeat
 from toolkit.models.files import FILES, RECORD
 
 
 def file_hashes(path: str) -> dict[str, str]:
-    """SHA-256 of the weights, configuration and tokenizer at `path`, a folder or a hub name in the cache.
+    """SHA-256 of the weights, configuration and tokenizer in the folder `path`; of "" there are none.
 
     The files are dealt over the ranks. Collective.
     """
     rank, world = distributed.rank(), distributed.world()
     files = _model_files(path)
-    hashes = distributed.together(lambda: {file.name: sha256(file) for file in files[rank::world]})
+    hashes = distributed.together(lambda: {file.name: _known(file) for file in files[rank::world]})
     return {name: digest for part in distributed.gather_objects(hashes) for name, digest in sorted(part.items())}
+
+
+def _known(path: Path) -> str:
+    """Stages of one process have the same teacher: its files are read once."""
+    stat = path.stat()
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256(path)
 
 
 def sha256(path: Path) -> str:
@@ -29,11 +39,6 @@ def sha256(path: Path) -> str:
 
 
 def _model_files(path: str) -> list[Path]:
-    folder = Path(path)
-    if path and not folder.is_dir():
-        cached = try_to_load_from_cache(path, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    found = (
-        {file for pattern in (*FILES, "*.bin") for file in folder.glob(pattern)} if path and folder.is_dir() else set()
-    )
+    patterns = (*FILES, "*.bin") if path else ()
+    found = {file for pattern in patterns for file in Path(path).glob(pattern)}
     return sorted(file for file in found if file.name != RECORD)  # it says where the teacher lay: one model, two texts

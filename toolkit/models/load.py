@@ -135,8 +135,13 @@ def calibration_data(data: DataConfig, init: InitConfig) -> DataConfig:
     """The run's own data, or the text that `init` names, read as the run's would be; whole where it is at hand."""
     if not init.data:
         return data
-    is_here = init.data == PYTHON_DOCS or Path(init.data).exists()
-    return dataclasses.replace(data, source=init.data, subset=None, streaming=data.streaming and not is_here)
+    streaming = data.streaming and not is_at_hand(init.data)
+    return dataclasses.replace(data, source=init.data, subset=None, streaming=streaming)
+
+
+def is_at_hand(source: str) -> bool:
+    """Whether text is built in or local: nothing of it has to be streamed."""
+    return source == PYTHON_DOCS or Path(source).exists()
 
 
 def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfig, folder: Path) -> dict[str, Any]:

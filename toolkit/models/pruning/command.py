@@ -8,8 +8,8 @@ from pathlib import Path
 from toolkit import distributed
 from toolkit.config import DEPTHS, WIDTHS, InitConfig, ModelConfig
 from toolkit.data import DataConfig
-from toolkit.data.config import PYTHON_DOCS, TEMPLATE_NAMES
-from toolkit.models.load import default_cache_dir, made_once, materialize, prune_model
+from toolkit.data.config import TEMPLATE_NAMES
+from toolkit.models.load import default_cache_dir, is_at_hand, made_once, materialize, prune_model
 
 SIZES = ("layers", "hidden", "heads", "kv_heads", "mlp")
 
@@ -49,9 +49,8 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )  # fmt: skip
     init.validate("init-student")
-    is_here = options.data == PYTHON_DOCS or Path(options.data).exists()
     plain = {} if options.text_field is None else {
-        "kind": "text", "text_field": options.text_field, "streaming": not is_here,
+        "kind": "text", "text_field": options.text_field, "streaming": not is_at_hand(options.data),
     }  # fmt: skip
     data = DataConfig(
         source=options.data, subset=options.subset, prompt_field=options.prompt_field,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from toolkit.config import InitConfig
 from toolkit.data import DataConfig
-from toolkit.models.files import RECORD, source_folder
+from toolkit.models.files import RECORD
 from toolkit.models.identity import sha256
 from toolkit.models.pruning.depth import MEASURED, best_block, check_layers, choose_layers, greedy, listed
 from toolkit.models.pruning.families import check_movable, family_of, layer_count
@@ -26,11 +26,11 @@ from toolkit.models.pruning.write import try_out, write_part
 
 
 def leave_out_layers(path: str, dropped: Sequence[int], folder: Path, trust_remote_code: bool = False) -> None:
-    """Write the model at `path` without the layers `dropped` into `folder`.
+    """Write the model in the folder `path` without the layers `dropped` into `folder`.
 
     Raises ValueError for layers that are not there, and for a result that does not load and generate.
     """
-    source = source_folder(path)
+    source = Path(path)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     count = layer_count(config)
     if not set(dropped) <= set(range(count)) or len(set(dropped)) >= count:
@@ -50,14 +50,15 @@ def prune(
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write the model at `path`, cut down to the sizes of `init`, into the empty `folder`; returns what RECORD holds.
+    """Write the model in the folder `path`, cut down to the sizes of `init`, into the empty `folder`; returns what
+    RECORD holds.
 
     The teacher is read layer by layer: embedding, head, one layer's weights, and hidden states of the calibration text
     are in memory; then one shard of what is written; then the student, when it is tried out. `tokenizer` is that of
-    the calibration text; beside the student lies the teacher's. Raises ValueError for
-    sizes, layers or architectures that cannot be, and for a result that does not load, run and generate.
+    the calibration text; beside the student lies the teacher's. Raises ValueError for sizes, layers or architectures
+    that cannot be, and for a result that does not load, run and generate.
     """
-    source = source_folder(path)
+    source = Path(path)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     count = layer_count(config)
     layers = listed(init.depth)
