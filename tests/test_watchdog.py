@@ -15,7 +15,8 @@ import pytest
 from tests import engine_cases
 from tests.tiny import tiny_overrides
 from toolkit.distributed import started_as
-from toolkit.faults import EXIT_LATER, EXIT_STUCK, SAME_REQUEST_S, Sign, Watchdog, verdict
+from toolkit.faults import EXIT_LATER, SAME_REQUEST_S
+from toolkit.watchdog import EXIT_STUCK, Sign, Watchdog, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 6
@@ -135,7 +136,7 @@ MAIN_RANK_WORKS = """
 import sys, time
 sys.path.insert(0, {root!r})
 from toolkit import distributed, heartbeat
-from toolkit.faults import Watchdog
+from toolkit.watchdog import Watchdog
 def work():
     for _ in range(10):
         time.sleep({limit_s} / 5)

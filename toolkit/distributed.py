@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
-from toolkit import slurm
+from toolkit import operators, slurm
 
 Result = TypeVar("Result")
 MAIN_RANK_TELLS_S = 3.0  # other ranks keep an error to themselves where rank 0 has one within this time
@@ -47,6 +47,7 @@ def start(hang_s: float = 1800.0) -> None:
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # or the first messages of all ranks use GPU 0
     if local_size := os.environ.get("LOCAL_SIZE"):  # the deepspeed launcher's name for it
         os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
+    operators.outlive_killed_builds()
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=min(hang_s, 1e8) + 600))
 
 
@@ -107,13 +108,25 @@ def _is_told_here(error: ValueError, key: str) -> bool:
 
 
 def say(text: str, stream: Any = None, write: Callable[..., None] = print) -> None:
-    """Prints a line (on stdout by default). A reader that is gone, `| tee` after Ctrl-C, is no reason to lose a run."""
+    """Prints a line (on stdout by default). A reader that is gone, `| tee` after Ctrl-C, or a full disk is no reason to
+    lose a run."""
     stream = stream or sys.stdout
     try:
         write(text, file=stream)
         stream.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the flush at exit would change the exit code
+    except OSError:
+        pass
+
+
+def last_words(text: str, code: int) -> NoReturn:
+    """Say `text` on stderr, if there is any, and end this process now, from any thread."""
+    try:
+        if text:
+            say(text, sys.stderr)
+    finally:
+        os._exit(code)
 
 
 def stop() -> None:

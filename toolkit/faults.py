@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
-import json
 import math
 import os
 import select
@@ -15,21 +13,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import torch
 
-from toolkit import distributed, heartbeat
+from toolkit import distributed
 from toolkit.config import FaultsConfig
 
 Result = TypeVar("Result")
 #: Exit code of a run that saved itself and wants to be started again with the same command (sysexits' EX_TEMPFAIL).
 EXIT_LATER = 75
-#: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
-EXIT_STUCK = 70
 #: Exit code of a run that was stopped before it had saved anything, as of other errors: a repetition would do the same.
 EXIT_IN_VAIN = 2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -39,8 +35,6 @@ SAME_REQUEST_S = 2.0
 #: seconds between two looks at the launcher
 LAUNCHER_LOOK_S = 1.0
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-#: seconds between two looks at a rank, at most
-LOOK_EVERY_S = 10.0
 
 
 class GoOnLater(Exception):
@@ -109,15 +103,19 @@ class StopSignals:
             if reasons and asked_s is None:
                 self.received, asked_s = True, now_s
                 if distributed.rank() == 0:
-                    _say(f"{reasons[0]}: the run saves and stops where its step ends; a second signal exits at once")
+                    distributed.say(
+                        f"{reasons[0]}: the run saves and stops where its step ends; a second signal exits at once",
+                        sys.stderr,
+                    )
             elif reasons and now_s - asked_s > SAME_REQUEST_S:
-                _last_words(f"{reasons[0]} again: rank {distributed.rank()} exits at once", EXIT_LATER)
+                distributed.last_words(f"{reasons[0]} again: rank {distributed.rank()} exits at once", EXIT_LATER)
             if asked_s is not None and now_s - asked_s > self.grace_s:
                 late = f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
                 late += f"{distributed.rank()} exits; "
                 if self.in_vain:
-                    _last_words(f"{late}nothing was saved since the start: set checkpoint.every_steps", EXIT_IN_VAIN)
-                _last_words(f"{late}the newest checkpoint stands", EXIT_LATER)
+                    late += "nothing was saved since the start: set checkpoint.every_steps"
+                    distributed.last_words(late, EXIT_IN_VAIN)
+                distributed.last_words(f"{late}the newest checkpoint stands", EXIT_LATER)
 
 
 def _forget_signals() -> None:
@@ -212,9 +210,10 @@ class Halving:
                 said = str(error).split("\n")[0][:200]
             # Outside the `except`: there, the error's traceback would keep the failed attempt's tensors alive.
             self.size = max(self.least, tried // 2)
-            _say(
+            distributed.say(
                 f"rank {distributed.rank()}: out of memory in {self.what}; {tried:g} {self.unit} become "
-                f"{self.size:g} ({said})"
+                f"{self.size:g} ({said})",
+                sys.stderr,
             )
             gc.collect()
             if torch.cuda.is_available():
@@ -238,187 +237,3 @@ def to_disk(*paths: Path) -> None:
                 raise
         finally:
             os.close(handle)
-
-
-@dataclass
-class Sign:
-    """What a rank last told of itself."""
-
-    step: int = 0
-    phase: str = "start"
-    changes: int = 0  # of phase, since the start: the rank that is behind has fewer
-    beat: int = 0
-    waits: bool = False  # inside a collective: it is not the one that others wait for
-    idle_s: float = 0.0  # since its last progress
-    where: str = ""
-
-
-class Watchdog:
-    """Ends a job that stands still. A thread of each rank tells the others, through the process group's store, what the
-    rank does; where no rank has begun a phase or a pass of a model, or told of other progress (heartbeat.py), for
-    longer than `limit_s`, it says which rank is behind, where, and exits.
-
-    The job is over `limit_s` + 10 looks (of 10 s at most) after the last progress, from before ranks have joined on.
-    """
-
-    def __init__(self, limit_s: float, end: Callable[[str, int], None] | None = None):
-        self.limit_s, self.look_s = limit_s, min(LOOK_EVERY_S, limit_s / 4)
-        self.end = end or _last_words
-        self.sign = Sign()
-        self._over = threading.Event()
-        self._main = threading.main_thread().ident
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
-
-    def __enter__(self) -> Watchdog:
-        heartbeat.beat()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join(2 * self.look_s)
-        faulthandler.cancel_dump_traceback_later()
-
-    def progress(self, phase: str, step: int | None = None) -> None:
-        """This rank now does `phase`, of `step` where that changed."""
-        self.sign.phase, self.sign.changes = phase, self.sign.changes + 1
-        self.sign.step = self.sign.step if step is None else step
-        heartbeat.beat()
-
-    def count_passes(self, model: torch.nn.Module) -> None:
-        """Each pass of `model` is progress as well: generation and evaluation make many in one phase. Every pass enters
-        its input embeddings. It is no new phase: ranks make as many passes as their texts are long."""
-
-        model.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
-
-    def _watch(self) -> None:
-        store = None
-        while not self._over.wait(self.look_s):
-            rank, world = distributed.started_as()
-            # A collective in C++ that never lets Python run again stops this thread too; this switch needs no Python.
-            faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__)
-            if store is None and world > 1 and torch.distributed.is_initialized():
-                store = _own_store(self.look_s)
-            self._publish(store, rank)
-            if heartbeat.idle_s() > self.limit_s:
-                self._conclude(store, rank, world)
-
-    def _conclude(self, store: Any, rank: int, world: int) -> None:
-        if store is None and world > 1:
-            self.end(
-                f"watchdog: rank {rank} of {world} found no other rank within {self.limit_s:g} s (faults.hang_s), "
-                f"{self.sign.where}",
-                EXIT_STUCK,
-            )
-        first = self._read(store, world)
-        for _ in range(2):  # time for a living rank to be heard
-            if self._over.wait(self.look_s):
-                return
-            self._publish(store, rank)
-        signs = self._read(store, world)
-        if heartbeat.idle_s() <= self.limit_s:
-            return  # it went on meanwhile
-        beats = [{r: sign.beat for r, sign in part.items()} for part in (first, signs)]
-        silent = {r for r in range(world) if r != rank and (r not in signs or beats[0].get(r) == beats[1][r])}
-        if any(sign.idle_s <= self.limit_s for r, sign in signs.items() if r not in silent | {rank}):
-            return  # another one works, and this one waits for it
-        text = verdict(signs | {rank: self.sign}, silent, self.limit_s)
-        if rank != min(set(range(world)) - silent):
-            for _ in range(4):  # one rank speaks, gets the time to, and has to hear that this one lives
-                self._over.wait(self.look_s)
-                self._publish(store, rank)
-            text = ""
-        self.end(text, EXIT_STUCK)
-
-    def _publish(self, store: Any, rank: int) -> None:
-        self.sign.beat += 1
-        self.sign.idle_s = heartbeat.idle_s()
-        self.sign.where, self.sign.waits = _where(self._main)
-        if store is not None:
-            with suppress(Exception):  # its keeper, rank 0, is gone: what is known of the others is all there is
-                store.set(f"watchdog/{rank}", json.dumps(asdict(self.sign)))
-
-    def _read(self, store: Any, world: int) -> dict[int, Sign]:
-        found = {}
-        for rank in range(world if store is not None else 0):
-            try:
-                if store.check([f"watchdog/{rank}"]):
-                    found[rank] = Sign(**json.loads(store.get(f"watchdog/{rank}")))
-            except Exception:
-                break
-        return found
-
-
-def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
-    """Which rank the others wait for, and what each does."""
-    heard = {rank: sign for rank, sign in signs.items() if rank not in silent}
-    last = min((sign.step, sign.changes) for sign in heard.values())
-    behind = [rank for rank, sign in heard.items() if (sign.step, sign.changes) == last]
-    if len(behind) == len(heard):  # all in the same phase: whoever is in no collective holds the others up
-        behind = [rank for rank in behind if not heard[rank].waits] or behind
-    lines = [f"watchdog: no progress for {limit_s:g} s (faults.hang_s), the job is ended."]
-    if silent:
-        lines.append(f"rank {_listed(silent)} does not answer: its process is dead or stopped.")
-    elif len(behind) < len(heard):
-        sign = heard[behind[0]]
-        lines.append(f"rank {_listed(behind)} holds the others up, in phase {sign.phase} of step {sign.step}.")
-    elif len({sign.where for sign in heard.values()}) > 1:
-        lines.append("The ranks wait in different calls: one of them is out of step.")
-    else:
-        lines.append("All ranks stand in the same place: network, file system, or a phase longer than the limit.")
-    for rank, sign in sorted(signs.items()):
-        heard_of = "last heard of " if rank in silent else ""
-        lines.append(
-            f"  rank {rank}: {heard_of}in phase {sign.phase} of step {sign.step}"
-            f"{', waiting for other ranks' if sign.waits else ''}, {sign.where}"
-        )
-    return "\n".join(lines)
-
-
-def _listed(ranks: Any) -> str:
-    return ", ".join(map(str, sorted(ranks)))
-
-
-def _where(thread: int | None) -> tuple[str, bool]:
-    """(the innermost line of this package that a thread is in, and where that has led; whether it is a collective)"""
-    frame = sys._current_frames().get(thread)
-    package, inner, waits, line = str(Path(__file__).resolve().parent), "", False, ""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        inner = inner or f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
-        is_ours = file == f"{package}/distributed.py"  # which waits for rank 0 without a collective too
-        waits = waits or is_ours or "torch/distributed/" in file or "deepspeed/comm/" in file
-        # Not the one place that all collectives go through: who called it says what is waited for.
-        if file.startswith(package) and not is_ours:
-            line = f"at {Path(file).relative_to(Path(package).parent)}:{frame.f_lineno} {frame.f_code.co_name}"
-            break
-        frame = frame.f_back
-    return (f"{line}, in {inner}" if line and not line.endswith(inner) else line or f"at {inner}"), waits
-
-
-def _own_store(timeout_s: float) -> Any:
-    """A connection of its own to the process group's store: the main thread may hold the other one for minutes."""
-    from datetime import timedelta
-
-    try:
-        return torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=timedelta(seconds=max(1.0, timeout_s)),
-        )  # fmt: skip
-    except Exception as error:
-        _say(f"watchdog: rank {distributed.rank()} cannot reach the others ({error})")
-        return None
-
-
-def _say(text: str) -> None:
-    """On stderr, if anyone still reads it."""
-    with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def _last_words(text: str, code: int) -> None:
-    try:
-        if text:
-            _say(text)
-    finally:
-        os._exit(code)

@@ -24,7 +24,7 @@ from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_
 from toolkit.config import NO_DIVERGENCE, SCORES, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, references
 from toolkit.evaluation import Validator, answer, row_seeds, score
-from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals, Watchdog
+from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals
 from toolkit.inputs import cache_identity, load_inputs, load_plain_text, open_cache
 from toolkit.loop import DistillationLoop
 from toolkit.methods import METHODS, expanded
@@ -50,6 +50,7 @@ from toolkit.rollout.vllm import VllmRollout
 from toolkit.stages import INIT, Stages, stages_table
 from toolkit.teacher_cache import CachedTeacher
 from toolkit.teacher_text import teacher_text, text_folder
+from toolkit.watchdog import Watchdog
 
 TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
 OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "export")

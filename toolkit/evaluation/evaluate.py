@@ -25,7 +25,6 @@ from toolkit.evaluation.metrics import METRICS, metric, spread
 from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, EvaluationConfig, protocol
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
-from toolkit.faults import Watchdog
 from toolkit.models import (
     Vocabulary,
     choose_dtype,
@@ -43,6 +42,7 @@ from toolkit.models.identity import file_hashes
 from toolkit.monitor import format_table
 from toolkit.overrides import unknown, with_overrides
 from toolkit.rollout.engine import GatheredRollout
+from toolkit.watchdog import Watchdog
 
 KL = "kl"  # measured on the data's own responses, without generation
 

@@ -14,7 +14,7 @@ from typing import Any
 from toolkit import distributed
 from toolkit.config import RunConfig
 from toolkit.data import TextStream
-from toolkit.faults import EXIT_LATER, GoOnLater, StopSignals, Watchdog
+from toolkit.faults import EXIT_LATER, GoOnLater, StopSignals
 from toolkit.inputs import load_inputs, refuse_encoders
 from toolkit.models import build_teacher
 from toolkit.models.ds_config import read_ds_config
@@ -22,6 +22,7 @@ from toolkit.models.identity import file_hashes
 from toolkit.run import chosen
 from toolkit.teacher_cache import Form, TeacherCache, build, identity_of, plan
 from toolkit.teacher_cache.build import refuse_existing
+from toolkit.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 
