@@ -52,7 +52,7 @@ def rank_main(rank: int, world: int, port: int, log: Path, overrides: list[str])
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
-    from toolkit.run import main
+    from toolkit.recipe import main
 
     main(RunConfig(), overrides)
 

@@ -26,8 +26,8 @@ from toolkit.config import (
     TrainConfig,
     ValidationConfig,
 )
+from toolkit.recipe import main
 from toolkit.rollout.schedule import ScheduleConfig
-from toolkit.run import main
 from toolkit.stages import Stages
 
 SHAPE_7B = dict(

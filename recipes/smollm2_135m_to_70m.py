@@ -20,8 +20,8 @@ from toolkit.config import (
     TrainConfig,
     ValidationConfig,
 )
+from toolkit.recipe import main
 from toolkit.rollout.schedule import ScheduleConfig
-from toolkit.run import main
 from toolkit.stages import Stages
 
 SHARED = dict(

@@ -19,8 +19,8 @@ from toolkit.config import (
     TrainConfig,
     ValidationConfig,
 )
+from toolkit.recipe import main
 from toolkit.rollout.schedule import ScheduleConfig
-from toolkit.run import main
 
 RECIPE = RunConfig(
     name="t5_summarization",

@@ -11,7 +11,7 @@ import torch
 
 from toolkit.config import RunConfig
 from toolkit.loop import DistillationLoop
-from toolkit.run import main
+from toolkit.recipe import main
 
 
 def run_tiny(overrides):
@@ -417,12 +417,12 @@ def run_telling(overrides, file):
 def run_watching_teacher_text(overrides, file_rows):
     """(how often the watchdog was told of the phase teacher_text, whether it was told of progress within each call that
     generated in it) of a run that keeps the teacher's text in files of so many rows."""
-    from toolkit import heartbeat, run, teacher_text
+    from toolkit import heartbeat, recipe, teacher_text
     from toolkit.rollout.engine import GatheredRollout
 
     calls, phases, complete = [], [], GatheredRollout.complete
 
-    class Watched(run.Watchdog):
+    class Watched(recipe.Watchdog):
         def progress(self, phase, step=None):
             phases.append(phase)
             super().progress(phase, step)
@@ -435,7 +435,7 @@ def run_watching_teacher_text(overrides, file_rows):
         return texts
 
     with (
-        mock.patch.object(run, "Watchdog", Watched),
+        mock.patch.object(recipe, "Watchdog", Watched),
         mock.patch.object(teacher_text, "FILE_ROWS", file_rows),
         mock.patch.object(GatheredRollout, "complete", watched),
     ):

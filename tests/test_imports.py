@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, OVERRIDES, HEARTBEAT = "toolkit.data", "toolkit.overrides", "toolkit.heartbeat"
+WATCHDOG, RECIPE = "toolkit.watchdog", "toolkit.recipe"
 BASICS = {"toolkit.batch", "toolkit.config", OVERRIDES, HEARTBEAT}
 PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
 DECODING = {"toolkit.rollout.decode", "toolkit.rollout.packed", "toolkit.rollout.sampling", "toolkit.rollout.seq2seq"}
@@ -33,9 +34,11 @@ ALLOWED = {
     "toolkit.rollout.schedule": set(),
     "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
     "toolkit.slurm": set(),
-    "toolkit.distributed": {"toolkit.slurm"},
+    "toolkit.operators": set(),
+    "toolkit.distributed": {"toolkit.slurm", "toolkit.operators"},
     "toolkit.monitor": {"toolkit.distributed"},
-    "toolkit.faults": {"toolkit.distributed", "toolkit.config", HEARTBEAT},
+    "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
+    WATCHDOG: {"toolkit.distributed", HEARTBEAT},
     "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
     "toolkit.rollout.sampling": {"toolkit.rollout.schedule", "toolkit.config"},
     "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
@@ -49,13 +52,13 @@ ALLOWED = {
         "toolkit.distributed",
         "toolkit.rollout.engine",
     },
-    "toolkit.evaluation": ENGINES | {"toolkit.checkpoint", "toolkit.teacher_cache"},
+    "toolkit.evaluation": ENGINES | {WATCHDOG, "toolkit.checkpoint", "toolkit.teacher_cache"},
     "toolkit.checkpoint": ENGINES,
     "toolkit.teacher_text": ENGINES,
     "toolkit.teacher_cache": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint"},
     "toolkit.teacher_cache.command": PURE
     | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
-    | {"toolkit.run", "toolkit.inputs"},
+    | {RECIPE, WATCHDOG, "toolkit.inputs"},
     "toolkit.inputs": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.checkpoint", "toolkit.teacher_cache"},
     "toolkit.stages": {"toolkit.config", OVERRIDES, "toolkit.models", "toolkit.monitor"},
     "toolkit.methods": {"toolkit.config", OVERRIDES},
@@ -108,9 +111,9 @@ def test_only_run_imports_the_loop():
     assert importers - {"toolkit.loop"} == {"toolkit.run"}
 
 
-def test_only_entry_points_import_run():
-    importers = {module for module, names in modules() if "toolkit.run" in names}
-    assert importers <= {"toolkit.cli", "toolkit.__main__", "toolkit.teacher_cache.command"}
+def test_only_entry_points_import_a_run():
+    importers = {name: {module for module, names in modules() if name in names} for name in ("toolkit.run", RECIPE)}
+    assert importers == {"toolkit.run": {RECIPE}, RECIPE: {"toolkit.cli", "toolkit.teacher_cache.command"}}
 
 
 def test_the_package_imports_no_tests_and_no_recipes():

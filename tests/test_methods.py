@@ -13,7 +13,7 @@ from toolkit.config import RunConfig
 from toolkit.divergences import Divergence
 from toolkit.methods import METHODS, expanded, with_method
 from toolkit.models.engines import Head, mean_log_probs, sequence_alpha
-from toolkit.run import chosen
+from toolkit.recipe import chosen
 
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 400, "n_positions": 128},

@@ -34,20 +34,20 @@ def settings(tiny, name, *more):
 
 def run_staged(arguments, recipe=None):
     """(exit code, stdout, stderr, elements of live tensors that each stage left behind so far) on this rank."""
-    from toolkit import run
+    from toolkit import recipe as staged
 
     def count():
         return sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu")
 
     gc.collect()  # what other tests in this process left is not this run's
-    before, alive, original = count(), [], run.run
+    before, alive, original = count(), [], staged.run
 
     def counted(*given, **named):
         found = original(*given, **named)
         alive.append(count() - before)
         return found
 
-    with mock.patch.object(run, "run", counted):
+    with mock.patch.object(staged, "run", counted):
         return *engine_cases.run_saying(arguments, recipe or RECIPE), alive
 
 
@@ -268,7 +268,7 @@ def test_recipes_are_valid_and_help_says_their_stages(name, capsys):
     for config in recipe.chained().values():
         config.validate()
     assert recipe.names == ["init", "recovery", "distil"]
-    from toolkit.run import main
+    from toolkit.recipe import main
 
     said = io.StringIO()
     with redirect_stdout(said):

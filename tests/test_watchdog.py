@@ -27,7 +27,7 @@ sys.path.insert(0, {root!r})
 import torch
 from toolkit.config import RunConfig
 from toolkit.loop import DistillationLoop
-from toolkit.run import main
+from toolkit.recipe import main
 original, fault = DistillationLoop.choose_examples, os.environ["FAULT"]
 step_of = DistillationLoop.step
 def step(self, index):

@@ -65,7 +65,7 @@ def _hang_s(arguments: list[str]) -> float:
 
 
 def _quiet() -> None:
-    from toolkit.run import quiet_libraries
+    from toolkit.recipe import quiet_libraries
 
     quiet_libraries()
 

@@ -1,4 +1,4 @@
-"""What goes wrong from outside: signals, steps that are not finite, ranks that hang, memory that runs out."""
+"""What goes wrong from outside: signals, steps that are not finite, memory that runs out, disks."""
 
 from __future__ import annotations
 
@@ -85,6 +85,11 @@ class StopSignals:
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; alike on all ranks. Collective."""
         return distributed.anywhere(self.received)
+
+    def stop_if_asked(self, where: str) -> None:
+        """Raises GoOnLater where a signal came to any rank. Collective."""
+        if self.agreed():
+            raise GoOnLater(f"stopped by a signal {where}")
 
     def _handle(self, number: int, frame: Any) -> None:
         self.received = True

@@ -1,53 +1,41 @@
-"""A run from its config: builds every object, once; trains; measures; exports. `main` is what a recipe calls."""
+"""A run from its config: builds every object, once; trains; measures; exports."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
-import os
 import shutil
-import sys
 import time
-import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 
 from toolkit import distributed
 from toolkit.checkpoint import Checkpoint, Checkpoints, compare, identity, sole_use, write_json
 from toolkit.config import NO_DIVERGENCE, SCORES, RunConfig, SamplingSettings
 from toolkit.data import Data, PromptDataset, TextStream, references
-from toolkit.evaluation import Validator, answer, row_seeds, score
-from toolkit.faults import EXIT_LATER, GoOnLater, StepGuard, StopSignals
+from toolkit.evaluation import Validation, Validator, answer, row_seeds, score
+from toolkit.faults import StepGuard, StopSignals
 from toolkit.inputs import cache_identity, load_inputs, load_plain_text, open_cache
 from toolkit.loop import DistillationLoop
-from toolkit.methods import METHODS, expanded
 from toolkit.models import (
     NoTeacher,
     build_student,
     build_teacher,
     check_packing,
-    default_cache_dir,
     free,
-    materialize,
 )
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.export import export_student
-from toolkit.models.identity import file_hashes
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
-from toolkit.overrides import unknown
 from toolkit.report import Sample, final_report
 from toolkit.rollout.engine import GatheredRollout
 from toolkit.rollout.replay import ReplayBuffer
 from toolkit.rollout.schedule import Schedule
 from toolkit.rollout.vllm import VllmRollout
-from toolkit.stages import INIT, Stages, stages_table
 from toolkit.teacher_cache import CachedTeacher
 from toolkit.teacher_text import teacher_text, text_folder
 from toolkit.watchdog import Watchdog
@@ -57,87 +45,8 @@ OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "expor
 CHECKPOINTS, BEST = "checkpoints", "best"
 GENERATING = "while the teacher generated; what it wrote is kept"
 UNEXPORTED = "after the last step, before the student was exported"
-
-
-Recipe = RunConfig | Mapping[str, RunConfig] | Stages
-
-
-def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
-    several runs the first argument names one; of one with stages it may, and all are run where it does not.
-
-    Returns the summary (of stages, one for each). Wrong input ends every rank with exit code 2 and one message; a run
-    that a signal stopped ends with EXIT_LATER, and the same command goes on with it.
-    """
-    given = sys.argv[1:] if arguments is None else arguments
-    overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
-    quiet_libraries()
-    with distributed.one_message():
-        if {"-h", "--help"} & set(overrides):
-            return _help(recipe)
-        try:
-            with Watchdog(_hang_s(recipe, overrides)) as watchdog:
-                distributed.start(watchdog.limit_s)
-                is_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
-                if isinstance(recipe, Stages) and not is_one:
-                    return run_stages(recipe, overrides, watchdog)
-                config = distributed.together(lambda: _checked(chosen(recipe, overrides)))
-                with sole_use(config.run_dir.parent) if isinstance(recipe, Stages) else nullcontext():
-                    return run(config, watchdog)
-        except GoOnLater as stopped:
-            if distributed.rank() == 0:
-                distributed.say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
-            sys.exit(EXIT_LATER)
-
-
-def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict[str, dict[str, Any]]:
-    """Cut the student, then each run from the student of the one before it; `init` as the first argument only cuts.
-
-    A stage whose result is there is skipped, one that was stopped goes on. Each frees its engines before the next one
-    begins. Raises as `run` does.
-    """
-    only_cut = arguments[:1] == [INIT]
-
-    def checked() -> tuple[Stages, dict[str, RunConfig]]:
-        stages = recipe.with_overrides(expanded(arguments[only_cut:]))
-        runs = stages.chained()
-        for config in runs.values():
-            _checked(config)
-        return stages, runs
-
-    def say(text: str) -> None:
-        if distributed.rank() == 0:
-            distributed.say(text)
-
-    stages, runs = distributed.together(checked)
-    count, summaries = len(stages.names), {}
-    with sole_use(stages.folder):
-        distributed.check_shared(stages.folder)
-        if stages.is_cut:
-            watchdog.progress(INIT)
-            if all(config.resume == "never" for config in runs.values()):
-                distributed.together(lambda: stages.clear() if distributed.rank() == 0 else None)
-            with StopSignals(stages.first.faults.grace_s).watched() as signals:
-                found = summaries[INIT] = _cut(stages, any(config.has_teacher for config in runs.values()))
-                _stop_if_asked(signals, "after the student was cut")
-            say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
-        for name, config in ({} if only_cut else runs).items():
-            say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
-            summaries[name] = run(config, watchdog, is_last=name == stages.names[-1])
-    say("\n" + stages_table(summaries))
-    return summaries
-
-
-def _cut(stages: Stages, has_teacher: bool) -> dict[str, Any]:
-    """The summary of the first student, made where it is not there. Runs from stored answers alone (not `has_teacher`)
-    need no teacher once it is. Collective."""
-    teacher, cache_dir, path = stages.first.teacher, default_cache_dir(stages.first.cache_dir), ""
-    if not has_teacher and distributed.everywhere(stages.is_made):
-        return distributed.main_rank_first(lambda: stages.cut(path, None))
-    if not teacher.random_weights:
-        path = distributed.main_rank_first(lambda: materialize(teacher, cache_dir))
-    hashes = file_hashes(path)
-    return distributed.main_rank_first(lambda: stages.cut(path, hashes))
+#: sampled ones, to be scored; greedy ones, to be shown
+Answers = tuple[list[str], list[str]]
 
 
 def run(config: RunConfig, watchdog: Watchdog, is_last: bool = True) -> dict[str, Any]:
@@ -149,7 +58,7 @@ def run(config: RunConfig, watchdog: Watchdog, is_last: bool = True) -> dict[str
         with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
             summary = _run(config, signals, watchdog)
             if not is_last:  # a signal that came after the last step is not lost with this run
-                _stop_if_asked(signals, f"after {config.name}, which is finished")
+                signals.stop_if_asked(f"after {config.name}, which is finished")
             return summary
     finally:
         gc.collect()  # engines are in cycles with their hooks
@@ -227,7 +136,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
 
                 def between_files() -> None:
                     watchdog.progress("teacher_text")
-                    _stop_if_asked(signals, GENERATING)
+                    signals.stop_if_asked(GENERATING)
 
                 train = teacher_text(train, teacher_rollout, config, folder, between_files)
         loop = DistillationLoop(
@@ -280,31 +189,10 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         timer.take()
     free(teacher, student)
 
+    answers = {"initial": before, "final": after, **({"teacher": theirs} if theirs else {})}
     wall_time_s = run_state()["wall_time_s"]
-    phases = {name: timer.totals.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
-    train_time_s = sum(timer.totals.values()) - sum(phases[name] for name in OTHER_PHASES)
-    phases["other"] = wall_time_s - sum(phases.values())
-    summary = {
-        "steps": config.train.steps,
-        "tokens": loop.tokens,
-        "wall_time_s": wall_time_s,
-        "train_time_s": train_time_s,
-        "tokens_per_s": loop.tokens / train_time_s,
-        "ranks": distributed.world(),
-        "precision": str(dtype).removeprefix("torch."),
-        "peak_rss_gib": distributed.sum_over_ranks([peak_rss_gib()])[0],
-        "validation": {"initial": initial.metrics(), "final": final.metrics()},
-        "best": loop.best and {"by": validation.best, **loop.best._asdict(), "student": str(run_dir / BEST)},
-        "rouge_l": _rouge_scores(data, initial=before, final=after, **({"teacher": theirs} if theirs else {})),
-        "time_share": {name: seconds / wall_time_s for name, seconds in phases.items()},
-        "source_counts": loop.source_counts,
-        "skipped_steps": loop.guard.skipped,
-        "phi_final": schedule.phi,
-        "phi_history": schedule.history,
-        "data": data.counts,
-        "identity": parts,
-        "student": str(run_dir / "student"),
-    }
+    summary = _summary(loop, data, {"initial": initial, "final": final}, answers, dtype, wall_time_s)
+    summary |= {"identity": parts, "student": str(run_dir / "student")}
     samples = [
         Sample(
             data.validation_rows[i]["prompt"],
@@ -323,66 +211,39 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     return summary
 
 
-def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
-    """The recipe, or the one of its runs or stages that the first argument names, with the other arguments applied.
-
-    Raises ValueError where it names none.
-    """
-    arguments = expanded(arguments)
-    if isinstance(recipe, RunConfig):
-        return recipe.with_overrides(arguments)
-    name, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("", arguments)
-    kind, known = ("stage", recipe.runs) if isinstance(recipe, Stages) else ("run", recipe)
-    if not name:
-        raise ValueError(f"this recipe has several {kind}s; name one first: {', '.join(known)}")
-    if name not in known:
-        raise unknown(kind, name, known)
-    if isinstance(recipe, Stages):
-        return recipe.with_overrides(rest).alone(name)
-    return recipe[name].with_overrides(rest)
-
-
-def _help(recipe: Recipe) -> dict[str, Any]:
-    """Prints what the recipe says of itself, its runs, and its settings."""
-    parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
-    parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
-    settings = {"": recipe} if isinstance(recipe, RunConfig) else {}
-    if isinstance(recipe, Stages):
-        parts.append(
-            f"Stages, one after another: {', '.join(recipe.names)}. The name of one before the settings runs it alone. "
-            "\nsection.key=value is for all of them, STAGE.section.key=value for one."
-        )
-        parts.append("Settings of init, to be changed with init.key=value:")
-        parts.append(yaml.safe_dump(dataclasses.asdict(recipe.init), sort_keys=False))
-        settings = recipe.runs
-    elif not settings:
-        parts.append(f"Runs, one of which is named before the settings: {', '.join(recipe)}")
-    for name, config in settings.items():
-        parts.append(f"Settings{f' of {name}' if name else ''}, to be changed with section.key=value:")
-        parts.append(yaml.safe_dump(config.to_dict(), sort_keys=False))
-    if os.environ.get("RANK", "0") == "0":
-        distributed.say("\n\n".join(parts))
-    return {}
+def _summary(
+    loop: DistillationLoop, data: Data, validation: Mapping[str, Validation], answers: Mapping[str, Answers],
+    dtype: torch.dtype, wall_time_s: float,
+) -> dict[str, Any]:  # fmt: skip
+    """What summary.json says of a run that has taken its steps. Collective."""
+    config, seconds = loop.config, loop.timer.totals
+    phases = {name: seconds.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
+    train_time_s = sum(seconds.values()) - sum(phases[name] for name in OTHER_PHASES)
+    phases["other"] = wall_time_s - sum(phases.values())
+    best = loop.best
+    return {
+        "steps": config.train.steps,
+        "tokens": loop.tokens,
+        "wall_time_s": wall_time_s,
+        "train_time_s": train_time_s,
+        "tokens_per_s": loop.tokens / train_time_s,
+        "ranks": distributed.world(),
+        "precision": str(dtype).removeprefix("torch."),
+        "peak_rss_gib": distributed.sum_over_ranks([peak_rss_gib()])[0],
+        "validation": {name: found.metrics() for name, found in validation.items()},
+        "best": best and {"by": config.validation.best, **best._asdict(), "student": str(config.run_dir / BEST)},
+        "rouge_l": _rouge_scores(data, answers),
+        "time_share": {name: spent_s / wall_time_s for name, spent_s in phases.items()},
+        "source_counts": loop.source_counts,
+        "skipped_steps": loop.guard.skipped,
+        "phi_final": loop.schedule.phi,
+        "phi_history": loop.schedule.history,
+        "data": data.counts,
+    }
 
 
-def _hang_s(recipe: Recipe, arguments: list[str]) -> float:
-    """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
-    try:
-        if not isinstance(recipe, Stages):
-            return chosen(recipe, arguments).faults.hang_s
-        overrides = expanded([text for text in arguments if "=" in text])
-        return max(config.faults.hang_s for config in recipe.with_overrides(overrides).runs.values())
-    except ValueError:
-        return RunConfig().faults.hang_s
-
-
-def quiet_libraries() -> None:
-    """No warnings about what deepspeed calls in torch, no bars over weight shards: a run's own lines stay readable."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _checked(config: RunConfig) -> RunConfig:
+def checked(config: RunConfig) -> RunConfig:
+    """`config`, as far as it can be checked without its files. Raises ValueError."""
     config.validate()
     config.accumulation(distributed.world())
     for section in (config.teacher, config.student) if config.has_teacher else (config.student,):
@@ -429,11 +290,6 @@ def _finished(config: RunConfig, resumed: Checkpoint | None, parts: dict[str, An
     return summary
 
 
-def _stop_if_asked(signals: StopSignals, where: str) -> None:
-    if signals.agreed():
-        raise GoOnLater(f"stopped by a signal {where}")
-
-
 def _start_folder(config: RunConfig, resumed: Checkpoint | None) -> None:
     """What an earlier run left there goes, unless this one reads it: a student to go on from, its adapter."""
     run_dir = config.run_dir
@@ -450,8 +306,8 @@ def _start_folder(config: RunConfig, resumed: Checkpoint | None) -> None:
     config.save(run_dir / "config.yaml")
 
 
-def _ask(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any) -> tuple[list[str], list[str]]:
-    """(sampled answers to be scored, greedy answers to be shown) to the first validation rows."""
+def _ask(config: RunConfig, data: Data, rollout: GatheredRollout, tokenizer: Any) -> Answers:
+    """To the first validation rows."""
     samples = _answers(config, data, rollout, tokenizer, config.validation.samples, temperature=0.0)
     return _sampled(config, data, rollout, tokenizer), samples
 
@@ -474,7 +330,7 @@ def _scores(data: Data, texts: list[str], name: str) -> dict[str, float]:
     return {name: score(name, texts, [references(row) for row in data.validation_rows[: len(texts)]])}
 
 
-def _rouge_scores(data: Data, **answers: tuple[list[str], list[str]]) -> dict[str, float] | None:
+def _rouge_scores(data: Data, answers: Mapping[str, Answers]) -> dict[str, float] | None:
     rows = len(answers["final"][0])
     if not rows:
         return None

@@ -19,7 +19,7 @@ from toolkit.inputs import load_inputs, refuse_encoders
 from toolkit.models import build_teacher
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.identity import file_hashes
-from toolkit.run import chosen
+from toolkit.recipe import chosen
 from toolkit.teacher_cache import Form, TeacherCache, build, identity_of, plan
 from toolkit.teacher_cache.build import refuse_existing
 from toolkit.watchdog import Watchdog
