@@ -103,7 +103,7 @@ def train(settings: dict, options: argparse.Namespace) -> Path:
     """The folder of a run of the quickstart recipe, made where it is not there yet."""
     run = options.out / str(settings["name"])
     if not (run / "summary.json").is_file():
-        given = [f"{key}={value}" for key, value in settings.items()]
+        given = [f"{key}={json.dumps(value, default=str)}" for key, value in settings.items()]
         subprocess.run([sys.executable, str(ROOT / "recipes" / "quickstart.py"), *given, *options.override], check=True)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return run

@@ -17,54 +17,63 @@ BASE = RunConfig(
     optimizer=OptimizerConfig(min_lr=1e-7, weight_decay=1e-2, max_grad_norm=1.0),
     validation=ValidationConfig(every_steps=200, rows=500, rouge_rows=500, best="rouge_l"),
 )  # fmt: skip
-OPENWEBTEXT = "Skylion007/openwebtext"
 Settings = dict[str, Any]
 NONE: Settings = {}
+TEXT = {"text.source": "Skylion007/openwebtext"}
+#: --kd-ratio 0.5: the loss is the sum of its halves, twice the scripts', and so are gradients and their bound
+HALF_CROSS_ENTROPY = {"loss.cross_entropy_weight": 1.0, "optimizer.max_grad_norm": 2.0}
 #: methods whose student starts from the data, not from the 3 epochs of `init`
 FROM_SCRATCH = ("sft", "kd", "seqkd")
 
 
+def batch(rows: int, accumulation: int = 1) -> Settings:
+    """So many rows in a micro-batch on each GPU."""
+    return {"train.batch_rows": rows * accumulation * GPUS, "train.micro_rows": rows}
+
+
 class Size(NamedTuple):
-    """A model of a table: its hub name, rows a GPU, learning rates with and without a teacher, epochs."""
+    """A model of a table: its hub name; rows a GPU, learning rate and epochs of the script for DistiLLM; and by run
+    what the scripts of others have in their place. Methods without a script take DistiLLM's."""
 
     path: str
     rows: int
     lr: float
-    sft_lr: float
     epochs: int
+    others: dict[str, Settings] = NONE
 
 
-def fine_tuned(family: str, name: str, size: Size, epochs: int | None = None, settings: Settings = NONE) -> RunConfig:
-    """A model of its own, without a teacher: the teacher of a table, or where a student starts."""
-    return _run(family, name, "sft", size, settings | {"train.epochs": epochs or size.epochs})
+def teacher(family: str, size: Size, settings: Settings = NONE) -> RunConfig:
+    """The teacher of a table, fine-tuned on its data."""
+    return _run(family, "teacher", "sft", size, settings)
 
 
 def rows(
     family: str, students: dict[str, Size], with_text: tuple[str, ...], settings: Settings = NONE
 ) -> dict[str, RunConfig]:
-    """For each student a run of each method; those in `with_text` also learn OpenWebText with weight 1."""
+    """For each student `init` and a run of each method; those in `with_text` also learn OpenWebText with weight 1."""
     found = {}
     for label, size in students.items():
-        found[f"{label}/init"] = fine_tuned(family, f"{label}-init", size, 3, settings | {"optimizer.lr": size.lr})
-        for method in METHODS:
+        for run in ("init", *METHODS):
             own = dict(settings)
-            if method not in FROM_SCRATCH:
+            if run == "init":
+                own["train.epochs"] = 3
+            elif run not in FROM_SCRATCH:
                 own["student.path"] = f"runs/{family}-{label}-init/student"
-            if method in with_text:
-                own["text.source"] = OPENWEBTEXT
-            if method == "minillm":
+            if run in with_text:
+                own |= TEXT
+            if run == "minillm":
                 own |= {
                     "optimizer.lr": 5e-6, "optimizer.min_lr": 5e-6, "optimizer.warmup_steps": 100, "train.epochs": 10
                 }  # fmt: skip
-            found[f"{label}/{method}"] = _run(family, f"{label}-{method}", method, size, own)
+            method = "sft" if run == "init" else run
+            found[f"{label}/{run}"] = _run(family, f"{label}-{run}", method, size, own | size.others.get(run, NONE))
     return found
 
 
 def _run(family: str, name: str, method: str, size: Size, settings: Settings) -> RunConfig:
     given = {
-        "name": f"{family}-{name}", "student.path": size.path, "train.batch_rows": size.rows * GPUS,
-        "train.micro_rows": size.rows, "train.epochs": size.epochs,
-        "optimizer.lr": size.sft_lr if method == "sft" else size.lr,
+        "name": f"{family}-{name}", "student.path": size.path, "train.epochs": size.epochs, "optimizer.lr": size.lr,
+        **batch(size.rows),
     }  # fmt: skip
     if method != "sft":
         given["teacher.path"] = f"runs/{family}-teacher/student"

@@ -2,6 +2,13 @@
 
 init cuts the student out of the teacher, recovery brings it back to language on 10 B tokens of plain text, distil is
 DistiLLM on instructions. With 100 M: recovery.train.tokens=100e6 recovery.train.batch_rows=64, 763 steps.
+
+The teacher named here was never fine-tuned on instructions: it rarely ends an answer, and the student of distil would
+learn that. So first make one that does, then name it for that stage (docs/initialisation.md):
+
+    ./run.sh openllama2 teacher
+    deepspeed recipes/llama_7b_to_1b.py distil.teacher.path=runs/openllama2-teacher/student
+
 To try it anywhere at true width, without the hub, with the sentencepiece file of a LLaMA:
 
     ./run.sh llama_7b_to_1b teacher.tokenizer=FILE.model teacher.random_weights=true teacher.num_layers=2 \\

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes._paper import Size, fine_tuned, rows
+from recipes._paper import HALF_CROSS_ENTROPY, Size, batch, rows, teacher
 from toolkit.recipe import main
 
 LORA = {
@@ -19,13 +19,15 @@ LORA = {
 ADAPTIVE = {"schedule.phi_initial": 0.2, "schedule.epsilon": 0.2}
 WITH_TEXT = ("imitkd", "gkd", "minillm", "distillm_skl", "distillm_srkl", "distillm2")
 RECIPES = {
-    "teacher": fine_tuned(
-        "openllama2", "teacher", Size("openlm-research/open_llama_7b_v2", 4, 5e-4, 5e-4, 20), settings=LORA
-    ),
-    **rows(
-        "openllama2", {"3b": Size("openlm-research/open_llama_3b_v2", 8, 5e-4, 5e-4, 10)}, WITH_TEXT, LORA | ADAPTIVE
-    ),
-}
+    "teacher": teacher("openllama2", Size("openlm-research/open_llama_7b_v2", 4, 5e-4, 20), LORA),
+    **rows("openllama2", {
+        "3b": Size("openlm-research/open_llama_3b_v2", 8, 5e-4, 10, {
+            "sft": {"train.epochs": 20},
+            "kd": {"optimizer.lr": 1e-5, **batch(4), **HALF_CROSS_ENTROPY},
+            "seqkd": HALF_CROSS_ENTROPY,
+        }),
+    }, WITH_TEXT, LORA | ADAPTIVE),
+}  # fmt: skip
 
 if __name__ == "__main__":
     main(RECIPES)

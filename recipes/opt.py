@@ -9,16 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes._paper import Size, fine_tuned, rows
+from recipes._paper import Size, batch, rows, teacher
 from toolkit.methods import METHODS
 from toolkit.recipe import main
 
 RECIPES = {
-    "teacher": fine_tuned("opt", "teacher", Size("facebook/opt-2.7b", 4, 5e-5, 5e-5, 10)),
+    "teacher": teacher("opt", Size("facebook/opt-2.7b", 4, 5e-5, 10)),
     **rows("opt", {
-        "0.1b": Size("facebook/opt-125m", 8, 5e-5, 5e-4, 20),
-        "0.3b": Size("facebook/opt-350m", 8, 5e-5, 5e-5, 20),
-        "1.3b": Size("facebook/opt-1.3b", 8, 5e-5, 5e-5, 10),
+        "0.1b": Size("facebook/opt-125m", 8, 5e-5, 20, {"sft": {"optimizer.lr": 5e-4, **batch(8, 4)}}),
+        "0.3b": Size("facebook/opt-350m", 8, 5e-5, 20, {"sft": batch(8, 4)}),
+        "1.3b": Size("facebook/opt-1.3b", 8, 5e-5, 10, {"sft": batch(8, 4), "init": batch(2)}),
     }, tuple(name for name in METHODS if name != "sft")),
 }  # fmt: skip
 

@@ -53,18 +53,27 @@ def run_recording_sources(overrides):
 
 
 def run_recording_texts(overrides):
-    """For each call that generates its prompts, and the seeds of its texts, on this rank."""
+    """For each call of a training step that generates: its prompts, the seeds of its texts, and these, on this rank.
+    And what each step learns from."""
     from toolkit.rollout.engine import GatheredRollout
 
-    seen, original = [], GatheredRollout.complete
+    calls, learned, original = [], [], GatheredRollout.complete
 
-    def complete(self, prompts, sampling):
-        seen.append(([prompt.tolist() for prompt in prompts], list(sampling.seeds)))
-        return original(self, prompts, sampling)
+    def choose(loop, step, choose_examples):
+        def complete(self, prompts, sampling):
+            found = original(self, prompts, sampling)
+            texts = [example.tokens.tolist() for example in found]
+            calls.append(([prompt.tolist() for prompt in prompts], list(sampling.seeds), texts))
+            return found
 
-    with mock.patch.object(GatheredRollout, "complete", complete):
+        with mock.patch.object(GatheredRollout, "complete", complete):
+            source, examples = choose_examples(loop, step)
+        learned.append([example.tokens.tolist() for example in examples])
+        return source, examples
+
+    with choosing(choose):
         _main(overrides)
-    return seen
+    return calls, learned
 
 
 def run_generating_aside(overrides, fail=False):
@@ -182,13 +191,14 @@ def with_student(folder, work, **changes):
 
     from tests.tiny import tiny_overrides
     from toolkit import distributed
-    from toolkit.models import build_student, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.models import build_student, decoder_start_id, load_tokenizer, materialize, shared_vocabulary
 
     overrides = tiny_overrides(folder, train__micro_rows=8 // distributed.world(), **changes)
     config = RunConfig().with_overrides(overrides)
     path = materialize(config.student, Path(config.cache_dir))
     tokenizer = load_tokenizer(config.student, path)
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
+    vocabulary = vocabulary._replace(decoder_start_id=decoder_start_id(config.student, path))
     return work(config, build_student(config, path, torch.float32, vocabulary), tokenizer, vocabulary)
 
 
@@ -655,8 +665,8 @@ def loss_step(folder, memory_budget_mib):
     config = RunConfig().with_overrides(overrides)
     paths = [materialize(model, Path(config.cache_dir)) for model in (config.teacher, config.student)]
     tokenizer = load_tokenizer(config.student, paths[1])
-    vocabulary = shared_vocabulary(tokenizer, tokenizer)
     start = decoder_start_id(config.student, paths[1])
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)._replace(decoder_start_id=start)
     teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
     student = build_student(config, paths[1], torch.float32, vocabulary)
     draw = np.random.default_rng(5)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -155,3 +156,25 @@ def test_a_sharding_that_no_checkpoint_is_made_of_is_refused_at_the_start(refuse
     for sharding in ({"stage": 0}, {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}):
         (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": sharding}))
         refused("checkpoints are made of ZeRO stages 1, 2 and 3", **{"student.ds_config": f"{tmp_path}/ds.json"})
+
+
+def test_weights_of_another_shape(refused, tiny, tmp_path):
+    """Under ZeRO-3 only rank 0 hears of it."""
+    folder = shutil.copytree(tiny / "student", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
+    refused("could not be loaded: ", student__path=str(folder))
+
+
+def test_a_quantised_model_is_refused(refused, tiny, tmp_path):
+    """It would be whole on every rank."""
+    folder = shutil.copytree(tiny / "teacher", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    refused("are quantised (quantization_config of config.json)", teacher__path=str(folder))
+
+
+def test_a_monitor_that_cannot_start_is_told_before_models_are_loaded(refused, tmp_path):
+    config = json.loads(Path("ds_configs/student_cpu.json").read_text())
+    (tmp_path / "ds.json").write_text(json.dumps(config | {"comet": {"enabled": True}}))
+    refused("enables (comet) could not be started: ", student__ds_config=f"{tmp_path}/ds.json")

@@ -115,6 +115,7 @@ def test_text_stays_as_it_was_typed(text):
     ("rollout.capacity=0", "rollout.capacity = 0"),
     ("rollout.windows=0", "rollout.windows = 0"),
     ("rollout={windows: 3, capacity: 16}", "rollout.windows = 3 of train.batch_rows = 8 sequences do not fit"),
+    ("rollout.capacity=7", "rollout.windows = 1 of train.batch_rows = 8 sequences do not fit"),
     ("rollout.engine=vlm", "did you mean 'vllm'"),
     ("rollout.engine=vllm", "rollout.server = ''"),
     ("rollout={engine: vllm, server: 'localhost:8000'}", "as in http://localhost:8000"),

@@ -17,6 +17,7 @@ ENGINES = (
     | {
         "toolkit.models",
         "toolkit.rollout.engine",
+        "toolkit.rollout.check",
         "toolkit.distributed",
         "toolkit.monitor",
         "toolkit.faults",
@@ -45,6 +46,7 @@ ALLOWED = {
     "toolkit.rollout.packed": {"toolkit.divergences"},
     "toolkit.rollout.seq2seq": {"toolkit.models", "toolkit.rollout.sampling", "toolkit.rollout.decode"},
     "toolkit.rollout.engine": ENGINES,
+    "toolkit.rollout.check": ENGINES,
     "toolkit.rollout.vllm": {
         "toolkit.batch",
         "toolkit.config",
@@ -60,7 +62,7 @@ ALLOWED = {
     | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
     | {RECIPE, WATCHDOG, "toolkit.inputs"},
     "toolkit.inputs": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.checkpoint", "toolkit.teacher_cache"},
-    "toolkit.stages": {"toolkit.config", OVERRIDES, "toolkit.models", "toolkit.monitor"},
+    "toolkit.stages": {"toolkit.config", DATA, OVERRIDES, "toolkit.models", "toolkit.monitor"},
     "toolkit.methods": {"toolkit.config", OVERRIDES},
     "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint", "toolkit.teacher_cache"},
 }

@@ -278,17 +278,32 @@ def test_one_gather_makes_the_text_of_several_windows(tiny, ranks2):
     many = ranks2.run(
         engine_cases.run_recording_texts, tiny_overrides(tiny, name="windows", rollout__windows=3, **changes)
     )
-    for apart, joined in zip(one, many, strict=True):
-        assert [len(prompts) for prompts, _ in apart] == [4] * 6
-        assert [len(prompts) for prompts, _ in joined] == [12, 12]
-        asked = [[ids for prompts, _ in calls for ids in prompts] for calls in (apart, joined)]
+    for (apart, _), (joined, _) in zip(one, many, strict=True):
+        assert [len(prompts) for prompts, *_ in apart] == [4] * 6
+        assert [len(prompts) for prompts, *_ in joined] == [12, 12]
+        asked = [[ids for prompts, *_ in calls for ids in prompts] for calls in (apart, joined)]
         assert asked[0] == asked[1]
         assert joined[0][1][:4] == apart[0][1]
-    seeds = [seed for rank in many for _, seeds in rank for seed in seeds]
+    seeds = [seed for calls, _ in many for _, seeds, _ in calls for seed in seeds]
     assert len(set(seeds)) == len(seeds) == 48
     records = [json.loads(line) for line in (tiny / "runs" / "windows" / "metrics.jsonl").open()]
     assert [record["source"] for record in records] == ["generate", "replay", "replay"] * 2
     assert [records[at]["staleness_steps"] for at in (0, 1, 2)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_every_text_is_learned_once_where_each_step_asks_for_its_own(tiny, ranks2, windows):
+    """With train_on_fresh a window made ahead waits for its step, whatever else the buffer holds."""
+    overrides = tiny_overrides(
+        tiny, name=f"fresh {windows}", schedule__policy="on_policy", rollout__train_on_fresh=True, train__steps=7,
+        rollout__windows=windows,
+    )  # fmt: skip
+    for calls, learned in ranks2.run(engine_cases.run_recording_texts, overrides):
+        made = [text for *_, texts in calls for text in texts]
+        assert [text for step in learned for text in step] == made[: 7 * 4]
+    records = [json.loads(line) for line in (tiny / "runs" / f"fresh {windows}" / "metrics.jsonl").open()]
+    wanted = [0] * 7 if windows == 1 else [0, 1, 2, 0, 1, 2, 0]
+    assert [record["staleness_steps"] for record in records] == wanted
 
 
 def test_training_is_exact_after_sharded_generation(tiny, ranks2):
@@ -402,7 +417,8 @@ def test_an_exported_student_ends_where_it_was_taught_to(tiny, ranks2, tmp_path)
     """Its own generation settings name another end than the chat template's turns have."""
     folder = shutil.copytree(tiny / "student", tmp_path / "student")
     found = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(found | {"eos_token_id": 0}))
+    # A temperature without do_sample is loaded with a warning, and not saved without an error.
+    (folder / "generation_config.json").write_text(json.dumps(found | {"eos_token_id": 0, "temperature": 0.9}))
     ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="ends", student__path=str(folder), train__steps=1))
     exported = AutoModelForCausalLM.from_pretrained(tiny / "runs" / "ends" / "student")
-    assert exported.generation_config.eos_token_id == [0, 1]
+    assert exported.generation_config.eos_token_id == [0, 1] and exported.generation_config.do_sample

@@ -144,6 +144,20 @@ def test_no_bar_where_stderr_is_a_file(tmp_path):
     assert Monitor(tmp_path, total_steps=1, rank=0).bar is None
 
 
+def test_a_monitor_that_fails_loses_no_run_and_is_told_once(tmp_path, capsys):
+    class Down:
+        def write_events(self, events):
+            if events[0][2] < 4:
+                raise ConnectionError("no route")
+
+    with Monitor(tmp_path, total_steps=5, rank=0, deepspeed_monitor=Down(), progress=False) as monitor:
+        for step in range(1, 6):
+            monitor.log_step({"step": step, "loss": 1.0})
+    said = capsys.readouterr().out
+    assert said.count("warning: deepspeed's monitors miss step") == 1 and "step 1: ConnectionError: no route" in said
+    assert len(lines(tmp_path)) == 5
+
+
 WRITER = """
 import os, sys
 import deepspeed

@@ -226,6 +226,24 @@ def test_a_run_that_has_saved_nothing_is_not_to_be_repeated():
     assert done.returncode == 2 and "nothing was saved since the start" in done.stderr
 
 
+def test_a_job_that_is_too_short_for_its_start_is_not_repeated_for_ever(tmp_path):
+    """One start may be ended early, by a preemption; the second in a row shows that the time does not do."""
+    script = (
+        "import os, pathlib, signal, sys, threading\nfrom toolkit.faults import StopSignals\n"
+        "with StopSignals(0.5).watched() as signals:\n"
+        f"    signals.count_start(pathlib.Path({str(tmp_path / 'starts')!r}))\n"
+        "    signals.kept() if sys.argv[1:] else None\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1)).start()\n"
+        f"    {BUSY}"
+    )
+    codes = []
+    for kept in ([], [], ["kept"], [], []):
+        done = subprocess.run([sys.executable, "-c", script, *kept], cwd=ROOT, capture_output=True, text=True)
+        codes.append(done.returncode)
+    assert codes == [EXIT_LATER, 2, EXIT_LATER, EXIT_LATER, 2]
+    assert "2 starts in a row have saved nothing: give the job more time" in done.stderr
+
+
 def test_a_rank_that_srun_started_knows_its_place_before_it_joins(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

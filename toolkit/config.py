@@ -474,10 +474,17 @@ class RunConfig:
         for section in (self.data, self.text, self.loss, self.train, self.optimizer, self.schedule, self.rollout,
                         self.validation, self.checkpoint, self.faults):  # fmt: skip
             section.validate()
-        if self.rollout.windows * self.train.batch_rows > self.rollout.capacity and self.rollout.windows > 1:
+        made = self.rollout.windows * self.train.batch_rows
+        if self.schedule.policy != "off" and made > self.rollout.capacity:
             raise ValueError(
                 f"rollout.windows = {self.rollout.windows} of train.batch_rows = {self.train.batch_rows} sequences do "
-                f"not fit into rollout.capacity = {self.rollout.capacity}; raise it or lower rollout.windows"
+                f"not fit into rollout.capacity = {self.rollout.capacity}: text would be thrown away unread; raise the "
+                f"capacity to {made} or more"
+            )
+        if self.rollout.engine == "vllm" and self.schedule.policy == "off":
+            raise ValueError(
+                'rollout.engine = "vllm" with schedule.policy = "off": the student never speaks in training, and a '
+                'server would be waited for in vain; set rollout.engine = "local"'
             )
         if self.rollout.engine == "vllm" and self.rollout.server_timeout_s >= self.faults.hang_s:
             raise ValueError(
@@ -613,8 +620,12 @@ class RunConfig:
     @property
     def generates(self) -> bool:
         """Whether prompts are answered in this run."""
-        asked = self.validation.rouge_rows or self.validation.samples
-        return self.schedule.policy != "off" or self.data.responses == "teacher" or bool(asked)
+        return self.schedule.policy != "off" or self.data.responses == "teacher" or self.asks_models
+
+    @property
+    def asks_models(self) -> bool:
+        """Whether validation prompts are answered, by the student and its teacher."""
+        return bool(self.validation.rouge_rows or self.validation.samples)
 
     @property
     def text_rows(self) -> int:

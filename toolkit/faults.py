@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 EXIT_LATER = 75
 #: Exit code of a run that was stopped before it had saved anything, as of other errors: a repetition would do the same.
 EXIT_IN_VAIN = 2
+#: starts in a row that faults.grace_s may end with nothing saved: one was preempted early, two have too little time
+MOST_VAIN_STARTS = 2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 END_OF_WATCH = 0  # no signal has this number
 #: signals this soon after the first are the same request: on Ctrl-C, a terminal and a launcher both send one
@@ -55,6 +57,8 @@ class StopSignals:
     def __init__(self, grace_s: float):
         self.grace_s, self.received = grace_s, False
         self.in_vain = False  # steps were done and nothing of them was saved: the next start would only repeat them
+        self._starts: Path | None = None
+        self.vain_starts = 0  # of which nothing was saved, in a row, this one included
         self._previous: dict[int, Any] = {}
 
     @contextmanager
@@ -81,6 +85,26 @@ class StopSignals:
             thread.join()
             os.close(told)
             os.close(tell)
+
+    def count_start(self, file: Path) -> None:
+        """Counts, in `file`, the starts of a run of which nothing is saved; `kept` ends the count. Collective."""
+        self._starts = file
+
+        def count() -> int:
+            text = file.read_text().strip() if file.is_file() else ""
+            before = int(text) if text.isdigit() else 0
+            with suppress(OSError):  # a finished run's archive
+                file.write_text(f"{before + 1}\n")
+            return before + 1
+
+        found = distributed.together(lambda: count() if distributed.rank() == 0 else 0)
+        self.vain_starts = distributed.gather_objects(found)[0]
+
+    def kept(self) -> None:
+        """What this start did is saved."""
+        self.in_vain, self.vain_starts = False, 0
+        if self._starts is not None and distributed.rank() == 0:
+            self._starts.unlink(missing_ok=True)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; alike on all ranks. Collective."""
@@ -119,6 +143,9 @@ class StopSignals:
                 late += f"{distributed.rank()} exits; "
                 if self.in_vain:
                     late += "nothing was saved since the start: set checkpoint.every_steps"
+                    distributed.last_words(late, EXIT_IN_VAIN)
+                if self.vain_starts >= MOST_VAIN_STARTS:
+                    late += f"{self.vain_starts} starts in a row have saved nothing: give the job more time"
                     distributed.last_words(late, EXIT_IN_VAIN)
                 distributed.last_words(f"{late}the newest checkpoint stands", EXIT_LATER)
 

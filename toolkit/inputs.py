@@ -20,6 +20,7 @@ from toolkit.models import (
     choose_dtype,
     decoder_start_id,
     default_cache_dir,
+    generation_ends,
     load_tokenizer,
     materialize,
     shared_decoder_start,
@@ -46,6 +47,8 @@ class Inputs(NamedTuple):
 def load_inputs(config: RunConfig) -> Inputs:
     """Collective; raises ValueError on every rank for a model, tokenizer or data that cannot be used."""
     cache_dir = default_cache_dir(config.cache_dir)
+    distributed.together(lambda: cache_dir.mkdir(parents=True, exist_ok=True) if distributed.rank() == 0 else None)
+    distributed.check_shared(cache_dir)  # or each node makes all of it for itself, every rank of it at once
     teacher_path = ""
     if config.has_teacher:
         teacher_path = distributed.main_rank_first(lambda: materialize(config.teacher, cache_dir))
@@ -95,13 +98,16 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
             "an encoder-decoder student reads prompt and response apart: data.packing, text.source and data.kind = "
             '"text" are for models without an encoder; set them to false, "" and "instructions"'
         )
-    vocabulary = shared_vocabulary(teacher or student, student)
+    ends = [end for path in {teacher_path, student_path} for end in generation_ends(path)]
+    vocabulary = shared_vocabulary(teacher or student, student, ends)
     return student, vocabulary._replace(decoder_start_id=shared_decoder_start(theirs, starts))
 
 
 def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_dir: Path) -> Data:
     data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.decoder_start_id is not None)
-    if not isinstance(data.train, TextStream) and len(data.train) < config.train.batch_rows:
+    if isinstance(data.train, TextStream):
+        data.train.check(distributed.rank(), distributed.world())  # now, not at the first step
+    elif len(data.train) < config.train.batch_rows:
         raise ValueError(
             f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "
             f"{config.train.batch_rows} ({distributed.world()} ranks); use more data, fewer ranks or a smaller batch"
@@ -127,7 +133,9 @@ def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_p
 
 def load_plain_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
     text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
-    if text is not None and not isinstance(text, TextStream) and len(text) < config.text_rows:
+    if isinstance(text, TextStream):
+        text.check(distributed.rank(), distributed.world())
+    elif text is not None and len(text) < config.text_rows:
         raise ValueError(
             f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, "
             f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"

@@ -190,6 +190,8 @@ class DistillationLoop:
         if source is Source.GENERATE and self.windows_ahead:
             self.windows_ahead -= 1
             source = Source.REPLAY
+            if self.config.rollout.train_on_fresh:  # what was made for this step, and not any of the buffer
+                return source, self.replay.newest(rows, skip=self.windows_ahead * rows)
         # The buffer is filled before it is drawn from. Ranks agree: shards differ after a change of world size.
         if source is Source.REPLAY and not distributed.everywhere(self.replay.is_ready(rows, step)):
             source = Source.GENERATE
@@ -275,7 +277,8 @@ class DistillationLoop:
                     **self.run_state(),
                 }
                 self.checkpoints.save(self.done, self.student.engine, self.replay, state)
-                self.has_saved, self.signals.in_vain = True, False
+                self.has_saved = True
+                self.signals.kept()
             except ValueError as error:
                 if self.config.checkpoint.on_failure == "stop":
                     raise

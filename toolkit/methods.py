@@ -9,12 +9,24 @@ from typing import Any, NamedTuple
 from toolkit.config import RunConfig
 from toolkit.overrides import unknown
 
+#: What a method has where it says nothing else, so that none is left with a part of the one that was set before it.
+COMMON = {
+    "loss.cross_entropy_weight": 0.0, "loss.student_text_divergence": "", "loss.alpha": 0.1, "loss.alpha_end": None,
+    "loss.alpha_per_sequence": False, "loss.beta": 0.5, "loss.head_mass": 0.5, "schedule.mixed_share": 0.5,
+    "data.responses": "data", "rollout.train_on_fresh": False,
+}  # fmt: skip
+
 
 class Method(NamedTuple):
-    """What a method is, where it is from, and the settings that make it."""
+    """What a method is, where it is from, and what it has of its own."""
 
     what: str
-    settings: dict[str, Any]
+    own: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that makes the method, in the order in which they are applied."""
+        return COMMON | self.own
 
 
 NO_TEACHER = {"loss.divergence": "none", "loss.cross_entropy_weight": 1.0, "schedule.policy": "off"}

@@ -59,6 +59,7 @@ class Monitor:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+b", buffering=0)
         self._unwritten = b""  # lines that found no room yet
+        self._misses = False  # whether deepspeed's monitors could not be reached last time
         if keep_bytes is not None and keep_bytes < self.file.seek(0, 2):
             self.file.truncate(keep_bytes)
         if _ends_torn(self.file):  # a run killed inside a write must not spoil the first line of the next one
@@ -99,7 +100,13 @@ class Monitor:
             self.note(f"warning: {self.file.name} could not be written: {error}")
         if self.deepspeed_monitor is not None:
             events = [(name, value, step) for name, value in _scalars(record) if name != "step"]
-            self.deepspeed_monitor.write_events(events)
+            try:
+                self.deepspeed_monitor.write_events(events)
+                self._misses = False
+            except Exception as error:  # a full disk, a service that is down: metrics.jsonl holds the step
+                if not self._misses:
+                    self.note(f"warning: deepspeed's monitors miss step {step}: {type(error).__name__}: {error}")
+                self._misses = True
         self._show(step, record)
 
     def _write(self) -> None:
@@ -134,6 +141,9 @@ class Monitor:
             self.file.close()
             if self.bar is not None:
                 self.bar.close()
+            if self.deepspeed_monitor is not None:
+                _finish(self.deepspeed_monitor)
+                self.deepspeed_monitor = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -191,7 +201,7 @@ def monitor_master(ds_config: Mapping[str, Any], run_dir: str | Path, rank: int)
     None on ranks other than 0 and where no section is enabled. Files go to run_dir/tensorboard and
     run_dir/csv_monitor unless the section says otherwise. deepspeed's process group must exist.
 
-    Raises ValueError (pydantic's) for an unknown key in a section, ImportError for a service not installed.
+    Raises ValueError for an unknown key in a section (pydantic's), and for a service that cannot be started.
     """
     sections = {name: dict(ds_config[name]) for name in MONITOR_SECTIONS if ds_config.get(name, {}).get("enabled")}
     if rank != 0 or not sections:
@@ -202,7 +212,27 @@ def monitor_master(ds_config: Mapping[str, Any], run_dir: str | Path, rank: int)
 
     for name in {"tensorboard", "csv_monitor"} & sections.keys():
         sections[name] = {"output_path": str(run_dir), "job_name": name} | sections[name]
-    return MonitorMaster(get_monitor_config(sections))
+    config = get_monitor_config(sections)
+    try:
+        return MonitorMaster(config)
+    except Exception as error:  # each service has errors of its own
+        raise ValueError(
+            f"the monitors that the student's ds_config enables ({', '.join(sections)}) could not be started: "
+            f"{type(error).__name__}: {error}; install what is missing, or take the section out"
+        ) from error
+
+
+def _finish(master: Any) -> None:
+    """End what `master` opened: the next stage of this process would log on into its W&B run, which takes no step that
+    it has seen."""
+    with suppress(Exception):
+        if master.wandb_monitor is not None and master.wandb_monitor.enabled:
+            import wandb
+
+            wandb.finish()
+    with suppress(Exception):
+        if master.tb_monitor is not None and master.tb_monitor.enabled:
+            master.tb_monitor.summary_writer.close()
 
 
 class PhaseTimer:

@@ -40,7 +40,7 @@ def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
     quiet_libraries()
     with distributed.one_message():
         if {"-h", "--help"} & set(overrides):
-            return _help(recipe)
+            return _help(recipe, overrides)
         try:
             with Watchdog(_hang_s(recipe, overrides)) as watchdog:
                 distributed.start(watchdog.limit_s)
@@ -125,8 +125,9 @@ def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
     return recipe[name].with_overrides(rest)
 
 
-def _help(recipe: Recipe) -> dict[str, Any]:
-    """Prints what the recipe says of itself, its runs, and its settings."""
+def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
+    """Prints what the recipe says of itself, its runs, and its settings: of several runs, those of the one that is
+    named, else of the first. Raises ValueError where one is named that is not there."""
     parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
     parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
     settings = {"": recipe} if isinstance(recipe, RunConfig) else {}
@@ -139,7 +140,13 @@ def _help(recipe: Recipe) -> dict[str, Any]:
         parts.append(yaml.safe_dump(dataclasses.asdict(recipe.init), sort_keys=False))
         settings = recipe.runs
     elif not settings:
-        parts.append(f"Runs, one of which is named before the settings: {', '.join(recipe)}")
+        name = next((text for text in arguments if "=" not in text and not text.startswith("-")), next(iter(recipe)))
+        if name not in recipe:
+            raise unknown("run", name, recipe)
+        parts.append(
+            f"Runs, one of which is named before the settings (before --help, to see its own): {', '.join(recipe)}"
+        )
+        settings = {name: recipe[name]}
     for name, config in settings.items():
         parts.append(f"Settings{f' of {name}' if name else ''}, to be changed with section.key=value:")
         parts.append(yaml.safe_dump(config.to_dict(), sort_keys=False))

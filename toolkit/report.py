@@ -36,7 +36,7 @@ def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
     for sample in samples:
         parts.append("\n".join([
             f"> {sample.prompt}",
-            _block("documentation", sample.reference),
+            _block("reference", sample.reference),
             *([] if sample.teacher is None else [_block("teacher", sample.teacher)]),
             _block("student before", sample.student_before),
             _block("student after", sample.student_after),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import shutil
 import time
@@ -28,12 +29,13 @@ from toolkit.models import (
     check_packing,
     free,
 )
-from toolkit.models.ds_config import read_ds_config
+from toolkit.models.ds_config import read_ds_config, student_ds_config, teacher_ds_config
 from toolkit.models.export import export_student
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
 from toolkit.report import Sample, final_report
+from toolkit.rollout.check import check_generation
 from toolkit.rollout.engine import GatheredRollout
-from toolkit.rollout.replay import ReplayBuffer
+from toolkit.rollout.replay import ReplayBuffer, local_capacity
 from toolkit.rollout.schedule import Schedule
 from toolkit.rollout.vllm import VllmRollout
 from toolkit.teacher_cache import CachedTeacher
@@ -42,7 +44,7 @@ from toolkit.watchdog import Watchdog
 
 TRAINING_PHASES = ("teacher", "rollout", "student", "optimizer")
 OTHER_PHASES = ("teacher_text", "validation", "evaluation", "checkpoint", "export")
-CHECKPOINTS, BEST = "checkpoints", "best"
+CHECKPOINTS, BEST, STARTS = "checkpoints", "best", "starts_in_vain"
 GENERATING = "while the teacher generated; what it wrote is kept"
 UNEXPORTED = "after the last step, before the student was exported"
 #: sampled ones, to be scored; greedy ones, to be shown
@@ -56,7 +58,9 @@ def run(config: RunConfig, watchdog: Watchdog, is_last: bool = True) -> dict[str
     """
     try:
         with StopSignals(config.faults.grace_s).watched() as signals, sole_use(config.run_dir):
+            signals.count_start(config.run_dir / STARTS)
             summary = _run(config, signals, watchdog)
+            signals.kept()
             if not is_last:  # a signal that came after the last step is not lost with this run
                 signals.stop_if_asked(f"after {config.name}, which is finished")
             return summary
@@ -89,6 +93,9 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     if config.resume == "never":  # not before all input was found to be good
         checkpoints.clear()
     distributed.together(lambda: _start_folder(config, resumed) if is_main else None)
+    # Before the models are loaded: a service that is not installed is told in seconds.
+    sections = read_ds_config(config.student.ds_config)
+    deepspeed_monitor = distributed.together(lambda: monitor_master(sections, run_dir, distributed.rank()))
 
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
@@ -104,13 +111,16 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     limits = settings.batch_rows, settings.cache_mib, settings.gather
     student_rollout = GatheredRollout(student.engine, vocabulary, *limits)
     teacher_rollout = GatheredRollout(teacher.engine, vocabulary, *limits) if config.has_teacher else None
+    if config.generates:
+        check_generation("student", student_rollout)
+    if teacher_rollout and (config.asks_models or config.data.responses == "teacher"):
+        check_generation("teacher", teacher_rollout)
     rollout = student_rollout
     if settings.engine == "vllm":
         watchdog.progress("vLLM server")
         rollout = VllmRollout(config, student, tokenizer, vocabulary)
         rollout.start()
     timer = PhaseTimer(sync=torch.cuda.synchronize if torch.cuda.is_available() else None, watch=watchdog.progress)
-    deepspeed_monitor = monitor_master(read_ds_config(config.student.ds_config), run_dir, distributed.rank())
     saved = {} if resumed is None else resumed.state
     done, keep_bytes = (0, None) if resumed is None else (saved["loop"]["done"], saved["metrics_bytes"])
     kept: dict[str, Any] = {"identity": parts, "before": saved.get("before"), "wall_time_s": 0.0}
@@ -134,8 +144,12 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
             with timer.phase("teacher_text"):
                 folder = text_folder(cache_dir, parts, config)
 
+                files = itertools.count()
+
                 def between_files() -> None:
                     watchdog.progress("teacher_text")
+                    if next(files):
+                        signals.kept()
                     signals.stop_if_asked(GENERATING)
 
                 train = teacher_text(train, teacher_rollout, config, folder, between_files)
@@ -245,9 +259,11 @@ def _summary(
 def checked(config: RunConfig) -> RunConfig:
     """`config`, as far as it can be checked without its files. Raises ValueError."""
     config.validate()
-    config.accumulation(distributed.world())
-    for section in (config.teacher, config.student) if config.has_teacher else (config.student,):
-        read_ds_config(section.ds_config)
+    student_ds_config(config, "bf16", distributed.world())
+    if config.has_teacher:
+        teacher_ds_config(config, "bf16")
+    if config.schedule.policy != "off":
+        local_capacity(config.rollout.capacity, 0, distributed.world())
     return config
 
 

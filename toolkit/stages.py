@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from toolkit.config import InitConfig, ModelConfig, RunConfig
+from toolkit.data.config import DataConfig
 from toolkit.models.load import calibration_data, load_model, load_tokenizer, made_once, prune_model
 from toolkit.monitor import format_table
 from toolkit.overrides import unknown, with_overrides
@@ -24,7 +25,7 @@ SETTINGS, SUMMARY = "config.yaml", "summary.json"  # the latter is written last,
 #: of the calibration text, what decides which it is
 TEXT_SETTINGS = (
     "kind", "source", "subset", "split", "text_field", "prompt_field", "response_field", "input_field",
-    "messages_field", "template", "prefix",
+    "messages_field", "template", "template_args", "system", "prefix",
 )  # fmt: skip
 
 
@@ -175,11 +176,12 @@ class Stages:
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
 
         made = made_once(self.folder / INIT, make)
-        before = yaml.safe_load((made / SETTINGS).read_text())
+        before, defaults = yaml.safe_load((made / SETTINGS).read_text()), dataclasses.asdict(DataConfig())
         changed = [
             f"{part}.{key} was {old.get(key)!r}, is {now.get(key)!r}"
             for part, now in settings.items() for old in [before.get(part, {})]
-            for key in old.keys() | now.keys() if old.get(key) != now.get(key)
+            for key in old.keys() | now.keys()
+            if old.get(key, defaults.get(key)) != now.get(key)  # one that is newer than the student had its default
         ]  # fmt: skip
         if changed:
             raise ValueError(

@@ -59,7 +59,10 @@ def teacher_text(
 def text_folder(cache_dir: Path, identity: dict[str, Any], config: RunConfig) -> Path:
     """Where the text of this teacher, data and sampling is kept. identity: toolkit.checkpoint.identity's."""
     sampling = {field.name: getattr(config.rollout, field.name) for field in dataclasses.fields(SamplingSettings)}
-    parts = [identity["teacher_sha256"], identity["data_sha256"], sampling, config.max_new_tokens, config.seed]
+    data_sha256 = identity["data_sha256"].split()[0]  # without that of the plain text beside it
+    parts = [
+        identity["teacher_sha256"], identity["precision"], data_sha256, sampling, config.max_new_tokens, config.seed
+    ]  # fmt: skip
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir / f"teacher-text-{key}"
 

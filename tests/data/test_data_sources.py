@@ -1,4 +1,5 @@
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -187,6 +188,12 @@ def test_hub_names_are_passed_on_and_their_failure_explained(monkeypatch):
         ),
         ({"on_bad_row": "ignore"}, "data.on_bad_row = 'ignore' is not one of stop, skip"),
         ({"on_long_response": "cut"}, "data.on_long_response = 'cut' is not one of truncate, skip, stop"),
+        ({"on_long_prompt": "cut"}, "data.on_long_prompt = 'cut' is not one of truncate, skip, stop"),
+        ({"system": "x", "template": "alpaca"}, "data.system = 'x' is for a chat template, but data.template = 'alp"),
+        ({"template_args": {"a": 1}, "template": "plain"}, r"data.template_args = {'a': 1} is for a chat template"),
+        ({"template_args": {"messages": []}}, "'messages' is given to every chat template"),
+        ({"template_args": {"today": datetime.date(2024, 7, 26)}}, "what JSON cannot keep"),
+        ({"template_args": {"a": {1: 2}}}, "what JSON cannot keep"),
         ({"source": ""}, "data.source = ''"),
         ({"input_field": "prompt"}, r"\['prompt', 'response', 'prompt'\]; give a different name"),
         ({"validation_fraction": 1.0}, "data.validation_fraction = 1.0"),
@@ -240,6 +247,19 @@ def test_conversations_without_an_answer_are_bad_rows(write_jsonl, turns, messag
     assert f"{source}:2: " in stopped(source, messages_field="talk")
     assert message in stopped(source, messages_field="talk")
     assert load_rows(DataConfig(messages_field="talk", on_bad_row="skip"), source)[1] == 1
+
+
+@pytest.mark.parametrize("turns", [TURNS, SHAREGPT])
+@pytest.mark.parametrize("row, settings", [
+    ({}, {}), ({"prompt": "Two?"}, {}), ({}, {"prompt_field": "talk"}), ({}, {"messages_field": "messages"}),
+    ({"prompt": "Two?"}, {"response_field": "talk"}),
+])  # fmt: skip
+def test_a_field_of_turns_is_pointed_at(write_jsonl, turns, row, settings):
+    source = write_jsonl([row | {"talk": turns}])
+    assert "; 'talk' is a conversation, set data.messages_field=talk, or set" in stopped(source, **settings)
+    assert load_rows(DataConfig(messages_field="talk"), source)[1] == 0
+    no_turns = write_jsonl([row | {"talk": [{"title": "x"}], "n": []}])
+    assert "is a conversation" not in stopped(no_turns, **settings)
 
 
 MINILLM = dict(prompt_field="instruction", input_field="input", response_field="output")

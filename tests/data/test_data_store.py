@@ -102,7 +102,8 @@ def test_the_same_data_is_tokenised_once_wherever_it_lies(tmp_path, write_jsonl,
             assert (one.validation_rows, one.counts, one.sha256) == (data.validation_rows, data.counts, data.sha256)
     with open(second, "a") as file:
         file.write(json.dumps(rows[0]) + "\n")
-    for change in ({"source": second}, {"template": "plain"}, {"max_length": 300}, {"validation_fraction": 0.2}):
+    for change in ({"source": second}, {"template": "plain"}, {"max_length": 300}, {"validation_fraction": 0.2},
+                   {"system": "Be brief."}, {"template_args": {"role": "x"}}):  # fmt: skip
         assert load_it(dataclasses.replace(config, **change))[1], change
     assert load_it(config, bos_tokenizer)[1] and load_it(config, seed=1)[1]
     assert tokenizer_sha256(tokenizer) != tokenizer_sha256(bos_tokenizer)

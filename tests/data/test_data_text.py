@@ -10,10 +10,13 @@ import pytest
 
 from toolkit import heartbeat
 from toolkit.batch import TokenBatch
+from toolkit.config import RunConfig
 from toolkit.data import DataConfig, TextConfig, TextStream, load_data, load_text
 from toolkit.data.python_docs import python_docs_rows
 from toolkit.data.sources import Source, content_sha256
 from toolkit.data.text import CHUNK_CHARACTERS, blocks, first_documents, is_held_out, read_documents
+from toolkit.inputs import _load_data, load_plain_text
+from toolkit.models import Vocabulary
 
 DOCUMENTS = [f"Document {n}: " + "the number of a file. " * (n * 7 % 11) for n in range(60)]
 
@@ -150,14 +153,18 @@ def test_a_stream_goes_on_exactly_where_its_state_says(tmp_path, tokenizer, worl
     def window(streams, step):
         return [[e.tokens.tolist() for e in s.window_examples(step, rank, world, 3)] for rank, s in enumerate(streams)]
 
-    streams = new()
+    streams, checked = new(), new()
     wanted, states = [], []
+    for rank, stream in enumerate(checked):
+        stream.check(rank, world)
     for step in range(45):
         wanted.append(window(streams, step))
         states.append(json.loads(json.dumps([s.state_dict() for s in streams])))
+    assert [window(checked, step) for step in range(45)] == wanted and [s.state_dict() for s in checked] == states[-1]
     for stop in (0, 3, 10, 24, 39):
         resumed = new()
         for rank, stream in enumerate(resumed):
+            stream.check(rank, world)
             stream.load_state_dict(states[stop], rank)
         assert [window(resumed, step) for step in range(stop + 1, 45)] == wanted[stop + 1 :]
     # in one pass each document is read by one rank only, and the stream starts over
@@ -250,8 +257,38 @@ def test_a_stream_with_nothing_for_a_rank_stops(tmp_path, tokenizer):
     assert TextStream(Source(str(path)), "text", tokenizer, 16).window_examples(0, 0, 2, 2)
     with pytest.raises(ValueError, match="no usable text for rank 1 of 2"):
         TextStream(Source(str(path)), "text", tokenizer, 16).window_examples(0, 1, 2, 2)
+    TextStream(Source(str(path)), "text", tokenizer, 16).check(0, 2)
+    with pytest.raises(ValueError, match="no usable text for rank 1 of 2"):
+        TextStream(Source(str(path)), "text", tokenizer, 16).check(1, 2)
+    with pytest.raises(ValueError, match="no usable text for rank 0 of 1"):
+        TextStream(Source(str(path)), "text", tokenizer, 16, lambda text: False).check(0, 1)
     with pytest.raises(ValueError, match="python_docs' is not streamed"):
         TextStream(Source("python_docs"), "text", tokenizer, 16).window_examples(0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("section", ["data", "text"])
+def test_a_stream_that_cannot_be_read_is_refused_before_a_model_loads(tmp_path, tokenizer, section):
+    good = write(tmp_path, "jsonl")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"other": "words"}\n')
+    field = {"data": "text_field", "text": "field"}[section]
+    config = RunConfig().with_settings({
+        "data.kind": "text", "data.validation_source": str(good), "data.text_field": "body", "data.max_length": 16,
+        f"{section}.streaming": True, f"{section}.{field}": "body", "train.batch_rows": 1,
+    })  # fmt: skip
+
+    def load(source):
+        asked = config.with_settings({f"{section}.source": source})
+        if section == "text":
+            return load_plain_text(asked, tokenizer, tmp_path)[0]
+        return _load_data(asked, tokenizer, Vocabulary(400, (1,), 1), tmp_path).train
+
+    for source, message in ((bad, "no field 'body'"), ("no/such-set", "no/such-set: no such file here, and the hub's")):
+        with pytest.raises(ValueError, match=message):
+            load(str(source))
+    assert "Document 0:" in decoded(
+        tokenizer, load(str(good)).window_examples(0, 0, 1, 1)
+    )  # it begins at its beginning
 
 
 @pytest.mark.parametrize("config, message", [

@@ -5,7 +5,7 @@ import pytest
 
 from toolkit import heartbeat
 from toolkit.batch import TokenBatch
-from toolkit.data import DataConfig, encode_prompts, end_with_turns, get_template, load_data, split_rows, tokenize_rows
+from toolkit.data import DataConfig, end_with_turns, get_template, load_data, split_rows, tokenize_rows
 from toolkit.data.templates import ALPACA_MARKER
 
 MARKERS = {"chat": "<|end|>\n<|assistant|>\n", "alpaca": ALPACA_MARKER}
@@ -29,8 +29,9 @@ def test_chat_prompt_response_and_eos(tokenizer):
 def test_alpaca_is_the_standard_text(tokenizer):
     head = "Below is an instruction that describes a task"
     tail = "Write a response that appropriately completes the request.\n\n### Instruction:\nDo {it}\n\n"
-    assert get_template("alpaca").prompt(tokenizer, row("Do {it}")) == f"{head}. {tail}### Response:\n"
-    assert get_template("alpaca").prompt(tokenizer, row("Do {it}", input="{x}")) == (
+    prompt = get_template("alpaca").prompt
+    assert prompt(tokenizer, row("Do {it}"), DataConfig()) == f"{head}. {tail}### Response:\n"
+    assert prompt(tokenizer, row("Do {it}", input="{x}"), DataConfig()) == (
         f"{head}, paired with an input that provides further context. {tail}### Input:\n{{x}}\n\n### Response:\n"
     )
 
@@ -55,9 +56,7 @@ def test_the_response_and_its_eos_are_predicted_and_the_prompt_is_not(tokenizer,
 def test_an_overlong_prompt_keeps_its_end_and_the_marker(tokenizer, template):
     text = " ".join(f"word{n}" for n in range(200)) + " LAST"
     config = DataConfig(template=template, max_prompt_length=40, max_length=60)
-    full = encode_prompts(
-        [row(text)], tokenizer, DataConfig(template=template, max_prompt_length=9999, max_length=10000)
-    )[0]
+    full = one(tokenizer, row(text), template=template, max_prompt_length=9999, max_length=10000).prompt.tolist()
     part = tokenize_rows([row(text)], tokenizer, config)
     prompt = part.examples[0].prompt
     assert prompt.tolist() == full[-40:] and len(full) > 40
@@ -89,6 +88,20 @@ def test_long_responses_are_cut_without_eos_or_skipped_or_stop(tokenizer):
         tokenize_rows(rows, tokenizer, DataConfig(**settings, on_long_response="stop"))
 
 
+def test_long_prompts_are_skipped_or_stop(tokenizer):
+    rows, settings = [row(), row("number " * 50)], {"template": "plain", "max_prompt_length": 10, "max_length": 30}
+    part = tokenize_rows(rows, tokenizer, DataConfig(**settings, on_long_prompt="skip"))
+    assert part.rows == rows[:1] and part.counts == {"skipped_long_prompts": 1}
+    with pytest.raises(
+        ValueError, match=r"usable row 2 \('number .* \d+ prompt tokens with data.max_prompt_length = 10; raise it"
+    ):
+        tokenize_rows(rows, tokenizer, DataConfig(**settings, on_long_prompt="stop"))
+    whole = len(one(tokenizer, row(), template="plain").prompt)  # one that just fits is none of them
+    assert (
+        one(tokenizer, row(), template="plain", max_prompt_length=whole, on_long_prompt="stop").prompt_length == whole
+    )
+
+
 def test_a_response_that_just_fits_is_whole(tokenizer):
     length = len(one(tokenizer, row()).tokens)
     for max_length, is_whole in ((length, True), (length - 1, False)):
@@ -111,6 +124,8 @@ def test_tokenizers_that_cannot_serve_are_refused(new_tokenizer, tokenizer):
         one(new_tokenizer(eos=False), row(), template="plain")
     with pytest.raises(ValueError, match=r'max_prompt_length = 3, but the end of a "alpaca" prompt .* needs \d+'):
         one(tokenizer, row(), template="alpaca", max_prompt_length=3)
+    with pytest.raises(ValueError, match=r"max_prompt_length = 1, .* needs 2"):  # an encoder's EOS is no prompt
+        tokenize_rows([row()], tokenizer, DataConfig(template="plain", max_prompt_length=1), for_encoder=True)
     with pytest.raises(ValueError, match="did you mean 'plain'"):
         get_template("plan")
 
@@ -181,8 +196,68 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day(new_tok
     date = "26 Jul 2024, Friday, 2024-07-26: "
     turns = {"messages": [{"role": "user", "content": "Two?"}]}
     for the_row, text in ((row(), "What does it return?"), (row() | turns, "Two?")):
-        (prompt,) = encode_prompts([the_row], tokenizer, DataConfig())
-        assert tokenizer.decode(prompt) == f"{date}{text}"
+        assert tokenizer.decode(one(tokenizer, the_row).prompt) == f"{date}{text}"
+    asked = one(tokenizer, row(), template_args={"date_string": "1 Jan 2030"}).prompt
+    assert tokenizer.decode(asked).startswith("1 Jan 2030, Friday")
+
+
+SYSTEM = "<|system|>\nBe brief.<|end|>\n"
+
+
+def test_a_system_turn_goes_before_rows_without_one(tokenizer):
+    own = {"messages": [{"role": "system", "content": "Be long."}, {"role": "user", "content": "Two?"}]}
+    none = {"messages": own["messages"][1:]}
+    for the_row, wanted in (
+        (row("Two?"), SYSTEM + "<|user|>\nTwo?<|end|>\n<|assistant|>\n"),
+        (row("Two?", input="x"), SYSTEM + "<|user|>\nTwo?\n\nx<|end|>\n<|assistant|>\n"),
+        (row() | none, SYSTEM + "<|user|>\nTwo?<|end|>\n<|assistant|>\n"),
+        (row() | own, SYSTEM.replace("brief", "long") + "<|user|>\nTwo?<|end|>\n<|assistant|>\n"),
+    ):
+        assert tokenizer.decode(one(tokenizer, the_row, system="Be brief.").prompt) == wanted
+    assert len(none["messages"]) == 1  # the rows are kept as they were
+
+
+def test_arguments_of_a_chat_template(new_tokenizer):
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is false %}<think></think>{% endif %}"
+    ends = [
+        tokenizer.decode(one(tokenizer, row(), template_args=args).prompt).endswith("<|assistant|>\n<think></think>")
+        for args in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+    ]
+    assert ends == [False, False, True]
+    with pytest.raises(ValueError, match="does not read 'thinking'; mend the name"):
+        one(tokenizer, row(), template_args={"thinking": False})
+
+
+ALTERNATE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+)
+
+
+def test_turns_that_the_template_refuses_are_a_bad_row(new_tokenizer):
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = ALTERNATE
+    twice = {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}
+    rows = [row("One?"), row("user: a\nuser: b") | twice, row("Three?")]
+    with pytest.raises(ValueError, match=(
+        r"usable row 2 \('user: a.*\): the tokenizer's chat template refuses the turns user, user: Roles must "
+        'alternate; mend the row, or set data.on_bad_row to "skip"'
+    )):  # fmt: skip
+        tokenize_rows(rows, tokenizer, DataConfig())
+    part = tokenize_rows(rows, tokenizer, DataConfig(on_bad_row="skip"))
+    assert part.rows == [rows[0], rows[2]] and part.counts == {"skipped_bad": 1}
+    assert [tokenizer.decode(example.prompt) for example in part.examples] == ["One?", "Three?"]
+
+
+def test_a_template_that_takes_no_system_turn_is_told_once(new_tokenizer):
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = ALTERNATE
+    with pytest.raises(ValueError, match=r"refuses the turns system, user: .*change data.system \('Be brief.'\)"):
+        tokenize_rows([row()], tokenizer, DataConfig(system="Be brief.", on_bad_row="skip"))
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"data.system = 'Be brief.', but the chat template .* leaves out a system"):
+        tokenize_rows([row()], tokenizer, DataConfig(system="Be brief."))
 
 
 @pytest.mark.parametrize(("eos", "after", "wanted"), [

@@ -3,6 +3,7 @@
 Legend: N tokens, V vocabulary, S and T hidden sizes of student and teacher.
 """
 
+import contextlib
 import math
 
 import pytest
@@ -23,6 +24,7 @@ from toolkit.divergences import tiles as tiles_module
 from toolkit.divergences.backends import has_cpp, has_triton
 
 NAMES = ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl", "abkd", "akl", "taid"]
+HARD = [Divergence("srkl", alpha=0.9), Divergence("srkl", alpha=0.99)]  # mixtures that are mostly the student
 SMALL_BUDGET_MIB = 0.08  # several tiles, the last one shorter, and several head blocks
 
 
@@ -156,28 +158,52 @@ def products(request, monkeypatch, backend):
 
 @pytest.mark.parametrize("std", [2.0, 8.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", NAMES)
-def test_error_is_within_twice_the_plain_formula(name, dtype, std, products):
+@pytest.mark.parametrize("spec", [*map(Divergence, NAMES), *HARD], ids=[*NAMES, "srkl 0.9", "srkl 0.99"])
+def test_error_is_within_twice_the_plain_formula(spec, dtype, std, products):
     """Ours <= 2 x plain + 1e-5 for the value and each gradient; plain is logits in `dtype`, then fp32
     autograd."""
     if products == "native" and dtype == torch.float32:
         pytest.skip("fp32 operands have one way only")
-    tensors = inputs(std=std, dtype=dtype)
+    if spec in HARD and dtype == torch.bfloat16:
+        pytest.skip("the rounding of bf16 hides what is hard")
+    check_errors(spec, inputs(std=std, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *HARD,
+        Divergence("skl", alpha=0.99),
+        Divergence("jsd", beta=0.001),
+        Divergence("jsd", beta=0.99),
+        Divergence("abkd", alpha=0.01, beta=0.01),
+    ],
+    ids=lambda x: f"{x.name} {x.alpha} {x.beta}",
+)
+def test_the_same_close_to_the_teacher(spec, backend):
+    """Where the student is nearly the teacher, logarithms of shares of the mixture are nearly 0."""
+    h, w, _, _ = inputs(std=3.0)
+    near = (h + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(1))).detach().requires_grad_()
+    # Triton's values of jsd and abkd have the rounding of log(1 - beta) and of powers in them.
+    with_value = backend != "triton" or spec.name in ("skl", "srkl")
+    check_errors(spec, (near, w, h.detach(), w.detach()), with_value)
+
+
+def check_errors(spec, tensors, with_value=True):
     h, w, ht, wt = tensors
     weights = torch.linspace(0.1, 1.5, len(h))
-    value, (h_grad, w_grad) = truth_of(tensors, lambda s, t: reference(name, s, t), weights)
+    value, (h_grad, w_grad) = truth_of(tensors, lambda s, t: reference(spec.name, s, t, spec.alpha, spec.beta), weights)
 
     def errors(value_N, loss):
         mine = gradients(loss, h, w)
         return [relative_error(a, b) for a, b in zip((value_N, *mine), (value, h_grad, w_grad), strict=True)]
 
-    plain_N = token_divergence(Divergence(name), F.linear(h, w), F.linear(ht, wt))
+    plain_N = token_divergence(spec, F.linear(h, w), F.linear(ht, wt))
     plain = errors(plain_N, (plain_N * weights).sum())
-    result = fused_linear_divergence(
-        Divergence(name), h, w, ht, wt, weights_N=weights, memory_budget_mib=SMALL_BUDGET_MIB
-    )
+    result = fused_linear_divergence(spec, h, w, ht, wt, weights_N=weights, memory_budget_mib=SMALL_BUDGET_MIB)
     ours = errors(result.divergence_N, result.loss)
-    assert all(a <= 2 * b + 1e-5 for a, b in zip(ours, plain, strict=True)), (ours, plain)
+    first = 0 if with_value else 1
+    assert all(a <= 2 * b + 1e-5 for a, b in zip(ours[first:], plain[first:], strict=True)), (ours, plain)
     torch.testing.assert_close(result.loss.detach(), (result.divergence_N * weights).sum())
 
 
@@ -518,6 +544,22 @@ def test_strided_inputs_and_mixed_dtypes():
         assert torch.equal(fused_linear_divergence(Divergence("fkl"), h, w, ht, wt).loss, plain.loss)
 
 
+def test_strided_options():
+    tensors, columns = inputs(n=5, v=70), torch.rand(5, 70, 2, generator=torch.Generator().manual_seed(5))
+    strided = dict(
+        weights_N=columns[:, 0, 0], targets_N=(columns[:, :2, 0] * 70).long()[:, 1], alpha_N=columns[:, 3, 0],
+        student_bias_V=columns[0, :, 0], teacher_bias_V=columns[1, :, 0],
+    )  # fmt: skip
+    expanded = dict(strided, weights_N=torch.tensor(0.5).expand(5), alpha_N=torch.tensor(0.2).expand(5))
+    for options in (strided, expanded):
+        found = []
+        for given in (options, {name: x.contiguous() for name, x in options.items()}):
+            result = fused_linear_divergence(Divergence("skl"), *tensors, cross_entropy_weight=0.5, **given)
+            found.append([result.loss, *gradients(result.loss, *tensors[:2])])
+        assert not any(x.is_contiguous() for x in options.values())
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def stored(ht, wt, k, temperature=1.0):
     """A teacher's top k, as a cache would keep it."""
     log_p = (ht @ wt.T / temperature).log_softmax(-1)
@@ -563,6 +605,29 @@ def test_a_stored_teacher_is_one_of_k_classes_and_the_rest(name, options, budget
     truth = ((value + entropy_weight * entropy) * weights).sum()
     for ours, theirs in zip(gradients(result.loss, h, w), gradients(truth, h, w), strict=True):
         torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_constant_added_to_all_logits_costs_no_digits(temperature):
+    """Logits in steps of 1/64 are exact in fp32 with 1,000 added, so that the truth is that without."""
+    g = torch.Generator().manual_seed(6)
+    h = ((3 * torch.randn(13, 96, generator=g) * 64).round() / 64).requires_grad_()
+    identity, shift, targets = torch.eye(96), torch.full((96,), 1000.0), torch.arange(13)
+    teacher = stored(torch.randn(13, 96, generator=g), identity, 9, temperature)
+    z = h.double()
+    log_p = torch.cat([teacher.log_probs_NK, teacher.tail_mass_N.log().unsqueeze(-1)], -1).double()
+    value = of_classes("fkl", classes(z / temperature, teacher.ids_NK), log_p)
+    entropy = F.cross_entropy(z, targets, reduction="none")
+    top = fused_linear_divergence(
+        Divergence("fkl"), h, identity, teacher_top_k=teacher, targets_N=targets, student_bias_V=shift,
+        temperature=temperature,
+    )  # fmt: skip
+    alone = fused_linear_cross_entropy(h, identity, targets, bias_V=shift)
+    close = dict(rtol=1e-6, atol=1e-6)
+    for ours, truth in ((top.divergence_N, value), (top.cross_entropy_N, entropy), (alone.cross_entropy_N, entropy)):
+        torch.testing.assert_close(ours.double(), truth.detach(), **close)
+    for ours, truth in ((top.loss, value), (alone.loss, entropy)):
+        torch.testing.assert_close(gradients(ours, h)[0], gradients(truth.sum(), h)[0], **close)
 
 
 def of_classes(name, log_q, log_p, alpha=0.1):
@@ -611,6 +676,27 @@ def test_nan_is_not_hidden(name, backend):
         assert side == 2 or gradients(result.loss, tensors[0])[0][4].isnan().all()
 
 
+def test_triton_launches_on_the_device_of_its_tensors(backend, monkeypatch):
+    """That need not be the current one. Watched, not run: it takes two GPUs to differ."""
+    if backend != "triton":
+        pytest.skip("the others find the device themselves")
+    from toolkit.divergences import rows_triton
+
+    events = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        events.append(tuple(tensor.shape))
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(rows_triton, "rows_kernel", {(13,): lambda *_, **__: events.append("launched")})
+    h, w, _, _ = inputs()
+    fused_linear_cross_entropy(h.detach(), w.detach(), torch.arange(13))
+    assert events == [(13, 301), "launched", "left"]
+
+
 def call(**changes):
     h, w, ht, wt = inputs()
     arguments = dict(
@@ -653,6 +739,7 @@ def call_top_k(n=13, **changes):
         (lambda: call(valid_vocab=302), r"valid_vocab is 302.*301"),
         (lambda: call(student_head_VS=torch.zeros(301, 23)), r"student's.*\(13, 24\).*\(301, 23\)"),
         (lambda: call(teacher_hidden_NT=torch.zeros(12, 40)), r"13 tokens.*12"),
+        (lambda: call(student_head_VS=torch.zeros(301, 24).half()), r"student's.*float32.*float16.*use bf16"),
         (lambda: call(student_bias_V=torch.zeros(3)), r"student's bias is \(3,\).*301"),
         (lambda: call(weights_N=torch.ones(12)), r"weights_N is \(12,\).*13"),
         (lambda: call(cross_entropy_weight=0.5), r"cross_entropy_weight is 0\.5.*targets_N"),

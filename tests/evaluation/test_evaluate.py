@@ -69,6 +69,7 @@ def test_two_ranks_say_and_score_what_one_does(tiny, data, tmp_path, ranks1, ran
     titles = [cell.strip() for cell in table[0].strip("|").split("|")]
     assert titles == ["model", "ROUGE-L", "BLEU", "chrF", "exact match", "tokens/s"] and len(table) == 4
     assert f"{found['mean']:.2f} ± {found['deviation']:.2f}" in table[2]
+    assert printed.endswith("; ± is the deviation over seeds; 0 prompts cut to 170 tokens\n")
 
 
 def test_an_evaluation_that_was_cut_ends_like_one_that_was_not(tiny, data, tmp_path, ranks2):
@@ -86,6 +87,17 @@ def test_an_evaluation_that_was_cut_ends_like_one_that_was_not(tiny, data, tmp_p
     assert said_tokens < entry["generated_tokens"] < 2 * said_tokens  # what was there was not asked for again
     done, printed = evaluated(ranks2, tiny, data, tmp_path / "cut")
     assert done == again and "answers" not in printed
+
+
+def test_what_nothing_came_of_holds_nothing(tiny, data, tmp_path, ranks1):
+    given = arguments(tiny, data, tmp_path / "out", models=("nowhere",), seeds="1")
+    assert ranks1.run(evaluation_cases.command, given)[0][0] == 2
+    found, printed = evaluated(
+        ranks1, tiny, data, tmp_path / "out", "sampling.temperature=0.5", "data.max_prompt_length=44", seeds="1"
+    )
+    assert found["settings"]["temperature"] == 0.5 and found["settings"]["max_prompt_length"] == 44
+    cut = found["models"][f"{tiny}/student"]["truncated_prompts"]
+    assert cut > 0 and printed.endswith(f"; {cut} prompts cut to 44 tokens\n")
 
 
 def test_kl_is_that_of_full_logits_in_float64(tiny, data, tmp_path, ranks2):
@@ -136,6 +148,8 @@ def test_no_ngram_comes_twice_where_the_protocol_says_so(tiny, data, tmp_path, r
 @pytest.mark.parametrize(("message", "more", "named"), [
     ("temperature was 1.0, is 0.5", ["sampling.temperature=0.5"], {}),
     ("rows was 7, is 5", ["data.max_rows=5"], {}),
+    ("system was None, is 'Be brief.'\n  template was 'alpaca', is 'chat'\n  template_args was None, is {'role': 'x'}",
+     ["data.template=chat", "data.system=Be brief.", "data.template_args={role: x}"], {}),
 ])  # fmt: skip
 def test_answers_made_otherwise_are_not_mixed(tiny, data, tmp_path, ranks2, message, more, named):
     evaluated(ranks2, tiny, data, tmp_path / "out", seeds="1")

@@ -194,5 +194,27 @@ def test_a_hub_name_is_fetched_whole_before_it_is_hashed(tmp_path, monkeypatch):
         assert materialize(pinned, tmp_path / "ours") == short
         assert materialize(ModelConfig(path=pinned.path), tmp_path / "ours") == str(folder)
         assert other != short and file_hashes(other) == file_hashes(short)
-    with pytest.raises(ValueError, match="the model someone/missing could not be had from the hub"):
+    wanted = "the model someone/missing could not be had from the hub, and there is no folder /.*/someone/missing:"
+    with pytest.raises(ValueError, match=wanted):
         materialize(ModelConfig(path="someone/missing"), tmp_path / "ours")
+
+
+def test_a_model_is_known_by_what_is_loaded_of_it(tiny, tmp_path):
+    folder = shutil.copytree(tiny / "student", tmp_path / "model")
+    before = file_hashes(str(folder))
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= before.keys()
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "all_results.json", "pruning.json", "notes.txt"):
+        (folder / name).write_text("{}")
+    assert file_hashes(str(folder)) == before
+    (folder / "modeling_own.py").write_text("")
+    assert file_hashes(str(folder)) != before
+
+
+def test_weights_in_shards_are_those_of_the_index(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny / "student")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = {path.name for path in tmp_path.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    (tmp_path / "model-00009-of-00009.safetensors").write_text("")
+    found = file_hashes(str(tmp_path)).keys()
+    assert {name for name in found if "safetensors" in name} == shards | {"model.safetensors.index.json"}

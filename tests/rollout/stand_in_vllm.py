@@ -29,6 +29,9 @@ class StandIn:
     def __init__(self, folder, max_model_len=256):
         self.folder, self.max_model_len = str(folder), max_model_len
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ends = self.model.generation_config.eos_token_id
+        # vLLM adds those of generation_config.json to a request's own, also with --generation-config vllm
+        self.own_ends = {self.model.config.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.lock, self.prefixes, self.fault = threading.Lock(), {}, {}
         self.log = []  # (prompt, text, digest of the weights) of each text
         self.reloads = []
@@ -121,7 +124,7 @@ class StandIn:
         prompt, said, reason = body["prompt"], [], "length"
         draws = torch.Generator().manual_seed(body.get("seed", 0))
         logits_TV = self.model(torch.tensor([prompt])).logits[0]
-        ends = {*body.get("stop_token_ids", ()), self.model.config.eos_token_id}
+        ends = {*body.get("stop_token_ids", ()), *(() if body.get("ignore_eos") else self.own_ends)}
         while len(said) < body["max_tokens"]:
             logits_V = self.model(torch.tensor([prompt + said])).logits[0, -1]
             if not said and "prompt_logprobs" not in body:

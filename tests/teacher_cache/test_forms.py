@@ -9,7 +9,7 @@ import torch
 
 from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.divergences import Divergence, fused_linear_divergence
-from toolkit.models.engines import Head
+from toolkit.models.head import Head
 from toolkit.teacher_cache import Form
 from toolkit.teacher_cache.forms import SMALLEST_MASS, log_prob_tiles, pack_ids, unpack_ids
 from toolkit.teacher_cache.store import texts_of

@@ -6,7 +6,7 @@ from toolkit.data.load import Data, load_data, load_text, split_rows
 from toolkit.data.sources import load_rows, references
 from toolkit.data.templates import TEMPLATES, end_with_turns, get_template
 from toolkit.data.text import TextStream
-from toolkit.data.tokens import Tokenized, encode_prompts, tokenize_rows
+from toolkit.data.tokens import Tokenized, tokenize_rows
 
 __all__ = [
     "TEMPLATES",
@@ -16,7 +16,6 @@ __all__ = [
     "TextConfig",
     "TextStream",
     "Tokenized",
-    "encode_prompts",
     "end_with_turns",
     "get_template",
     "load_data",

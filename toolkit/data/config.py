@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 
 from toolkit.overrides import unknown
 
@@ -10,7 +11,8 @@ PYTHON_DOCS = "python_docs"
 TEMPLATE_NAMES = ("chat", "alpaca", "plain")
 RESPONSES = ("data", "teacher")
 ON_BAD_ROW = ("stop", "skip")
-ON_LONG_RESPONSE = ("truncate", "skip", "stop")
+ON_LONG = ("truncate", "skip", "stop")
+OWN_TEMPLATE_ARGS = ("messages", "add_generation_prompt")  # what a chat template is given anyway
 KINDS = ("instructions", "text")
 MIN_BLOCK = 8  # tokens
 
@@ -38,8 +40,12 @@ class DataConfig:
     responses: "data" trains on the rows' own; "teacher" on what the teacher answers to their prompts, generated once
     with the rollout section's settings and kept in the cache (sequence-level distillation, arXiv 1606.07947).
     prefix: goes before every prompt's text, as T5's "summarize: "; not with messages_field.
-    max_length: prompt and response together. max_prompt_length: a longer prompt loses its oldest tokens, so that the
-    template's end stays; before an encoder, which reads it as a whole, it loses its last ones, and its EOS stays.
+    template_args: for the tokenizer's chat template beside the turns, as {enable_thinking: false}; one that it does not
+    read is an error. system: a system turn for rows without one, with the template "chat".
+    max_length: prompt and response together.
+    on_long_prompt: one of more than max_prompt_length tokens loses its oldest, a system turn first, so that the
+    template's end stays (before an encoder, which reads it as a whole, its last ones, and its EOS stays), or is
+    skipped, or is an error.
     packing: several examples in one row, of max_length at most, that do not see each other.
     on_long_response: a response that does not fit is cut and gets no EOS, or is skipped, or is an error.
     on_bad_row: a row that cannot be used is an error that names it, or is skipped and counted.
@@ -61,9 +67,12 @@ class DataConfig:
     text_field: str = "text"
     template: str = "chat"
     responses: str = "data"
+    template_args: dict = field(default_factory=dict)
+    system: str = ""
     prefix: str = ""
     max_length: int = 512
     max_prompt_length: int = 256
+    on_long_prompt: str = "truncate"
     on_long_response: str = "truncate"
     packing: bool = False
     streaming: bool = False
@@ -78,7 +87,8 @@ class DataConfig:
             ("template", TEMPLATE_NAMES),
             ("responses", RESPONSES),
             ("on_bad_row", ON_BAD_ROW),
-            ("on_long_response", ON_LONG_RESPONSE),
+            ("on_long_prompt", ON_LONG),
+            ("on_long_response", ON_LONG),
         ):
             if getattr(self, name) not in known:
                 raise unknown(f"data.{name}", getattr(self, name), known)
@@ -97,6 +107,13 @@ class DataConfig:
                 f"data.messages_field = {self.messages_field!r} with data.template = {self.template!r}; turns go "
                 'through the tokenizer\'s own template: set data.template to "chat"'
             )
+        for name, value in (("template_args", self.template_args), ("system", self.system)):
+            if value and self.template != "chat":
+                raise ValueError(
+                    f"data.{name} = {value!r} is for a chat template, but data.template = {self.template!r}; set "
+                    f'data.template to "chat", or leave data.{name} out'
+                )
+        self._check_template_args()
         if self.messages_field is not None and self.prefix:
             raise ValueError(
                 f"data.prefix = {self.prefix!r} goes before a row's prompt, but with data.messages_field = "
@@ -124,6 +141,19 @@ class DataConfig:
             )
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"data.max_rows = {self.max_rows}; give 1 or more, or null for all rows")
+
+    def _check_template_args(self) -> None:
+        args = self.template_args
+        if own := [name for name in OWN_TEMPLATE_ARGS if name in args]:
+            raise ValueError(f"data.template_args = {args!r}: {own[0]!r} is given to every chat template; take it out")
+        try:
+            is_json = json.loads(json.dumps(args)) == args
+        except TypeError:
+            is_json = False
+        if not is_json:
+            raise ValueError(
+                f"data.template_args = {args!r} holds what JSON cannot keep, as a date or a number for a name; quote it"
+            )
 
 
 @dataclass(frozen=True)

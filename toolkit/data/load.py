@@ -29,7 +29,8 @@ class Data:
     """train, validation: examples; validation_rows[i] is the text of validation[i] (plain text has none).
 
     counts: for "train" and "validation" each `_rows` (examples left), `_truncated_prompts`, `_truncated_responses`,
-    `_skipped_long` and `_skipped_bad`. Rows skipped before a source was split count as train's. A stream has no counts.
+    `_skipped_long` (responses), `_skipped_long_prompts` and `_skipped_bad`. Rows skipped before a source was split
+    count as train's. A stream has no counts.
     sha256: of every token; a stream counts by the names and sizes of its files.
     """
 
@@ -51,7 +52,7 @@ def load_data(
 
     `seed` only salts the choice of validation rows where `source` is split: two runs to be compared, or a
     teacher and its student, need the same one. `token_cache`: a folder that keeps the tokens for the next start.
-    `for_encoder`: prompts as `encode_prompts` has them. Raises ValueError for anything wrong with the settings or the
+    `for_encoder`: prompts as `tokenize_rows` makes them. Raises ValueError for anything wrong with the settings or the
     rows, see the parts.
     """
     config.validate()
@@ -139,11 +140,12 @@ def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         if not part.examples:
             raise ValueError(
                 f"{config.source}: none of {len(some)} {name} rows is left after tokenizing "
-                f"({dict(part.counts)}); raise "
-                f'data.max_length ({config.max_length}), or set data.on_long_response to "truncate"'
+                f"({dict(part.counts)}); raise data.max_length ({config.max_length}) and data.max_prompt_length "
+                f'({config.max_prompt_length}), or set data.on_long_response and data.on_long_prompt to "truncate"; '
+                "data.on_bad_row=stop names the first bad row"
             )
-        counts = {what: part.counts[what] for what in ("truncated_prompts", "truncated_responses", "skipped_long")}
-        counts["skipped_bad"] = bad + part.counts["skipped_bad"]
+        names = ("truncated_prompts", "truncated_responses", "skipped_long", "skipped_long_prompts")
+        counts = {what: part.counts[what] for what in names} | {"skipped_bad": bad + part.counts["skipped_bad"]}
         parts[name] = Part(part.examples, part.rows if name == "validation" else [], counts)
     return parts
 

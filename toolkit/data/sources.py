@@ -106,7 +106,7 @@ def _checked(row: object, where: str, config: DataConfig) -> dict:
     """One row under the names used from here on; ValueError if it is of no use."""
     row = _flattened(as_object(row, where), where)
     if config.messages_field is not None:
-        return _conversation(field_of(row, config.messages_field, "data.messages_field", where), where)
+        return _conversation(field_of(row, config.messages_field, "data.messages_field", where, True), where)
     out = {}
     for name, field in (
         ("prompt", config.prompt_field),
@@ -116,7 +116,7 @@ def _checked(row: object, where: str, config: DataConfig) -> dict:
         if field is None:
             out[name] = ""
             continue
-        value = field_of(row, field, f"data.{name}_field", where)
+        value = field_of(row, field, f"data.{name}_field", where, True)
         if name == "response" and isinstance(value, list) and all(isinstance(text, str) for text in value):
             out["references"] = [text for text in value if text.strip()]
             value = next(iter(out["references"]), "")
@@ -144,24 +144,39 @@ def as_object(row: object, where: str) -> dict:
     return row
 
 
-def field_of(row: dict, field: str, setting: str, where: str) -> object:
-    """`a.b` is the field b of the object in a. Raises ValueError, with the fields there are, where there is none."""
+def field_of(row: dict, field: str, setting: str, where: str, or_turns: bool = False) -> object:
+    """`a.b` is the field b of the object in a. Raises ValueError, with the fields there are, where there is none;
+    or_turns: a field that holds a conversation is pointed at."""
     if field not in row:
         outer, _, inner = field.partition(".")
         if inner and isinstance(row.get(outer), dict):
             return field_of(row[outer], inner, setting, f"{where}, {outer!r}")
+        turns = next((name for name, value in row.items() if or_turns and _is_turns(value)), None)
         raise ValueError(
             f"{where}: no field {field!r}, the row has {', '.join(map(repr, row)) or 'none'}; "
-            f"set {setting} to one of these"
+            + (f"set {setting} to one of these" if turns is None else _read_turns(turns))
         )
     return row[field]
+
+
+def _is_turns(value: object) -> bool:
+    """Whether `_conversation` may read it."""
+    return bool(value) and isinstance(value, list) and all(
+        isinstance(turn, dict) and (turn.keys() >= {"role", "content"} or turn.keys() >= {"from", "value"})
+        for turn in value
+    )  # fmt: skip
+
+
+def _read_turns(field: str) -> str:
+    return f"{field!r} is a conversation, set data.messages_field={field}"
 
 
 def _text(value: object, name: str, field: str, where: str) -> str:
     if name == "input" and value is None:
         value = ""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; make it a string")
+        advice = _read_turns(field) if _is_turns(value) else "make it a string"
+        raise ValueError(f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; {advice}")
     if name != "input" and not (value or "").strip():
         raise ValueError(f"{where}: {field!r} is empty ({value!r:.60}); give the row a {name}")
     return value

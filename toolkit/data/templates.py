@@ -6,14 +6,16 @@ A template ends its prompts in a fixed marker after which the response begins. T
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from toolkit.data.config import TEMPLATE_NAMES
+from toolkit.data.config import TEMPLATE_NAMES, DataConfig
 from toolkit.overrides import unknown
 
 #: for chat templates that print the date: with today's, tokens would change from day to day. Llama 3.2's own default
@@ -31,15 +33,20 @@ ALPACA_INPUT = (
 )
 
 
+class Refused(ValueError):
+    """A chat template does not take a row's turns."""
+
+
 @dataclass(frozen=True)
 class Template:
-    """prompt(tokenizer, row) is the prompt's text; marker(tokenizer) is the tail that all its prompts share.
+    """prompt(tokenizer, row, config) is the prompt's text, or raises Refused; marker(tokenizer, config) is the tail
+    that all its prompts share, or raises ValueError where the tokenizer's template does not go with the settings.
 
     has_specials: the prompt's text holds BOS and the like already, so the tokenizer must add none.
     """
 
-    prompt: Callable[[PreTrainedTokenizerBase, dict], str]
-    marker: Callable[[PreTrainedTokenizerBase], str]
+    prompt: Callable[[PreTrainedTokenizerBase, dict, DataConfig], str]
+    marker: Callable[[PreTrainedTokenizerBase, DataConfig], str]
     has_specials: bool
 
 
@@ -50,26 +57,32 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
+def _plain(tokenizer: PreTrainedTokenizerBase, row: dict, config: DataConfig) -> str:
     return f"{row['prompt']}\n\n{row['input']}" if row.get("input") else row["prompt"]
 
 
-def _alpaca(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
+def _alpaca(tokenizer: PreTrainedTokenizerBase, row: dict, config: DataConfig) -> str:
     return ALPACA_INPUT.format(**row) if row.get("input") else ALPACA.format(prompt=row["prompt"])
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, row: dict) -> str:
+def _chat(tokenizer: PreTrainedTokenizerBase, row: dict, config: DataConfig) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             f'data.template = "chat", but the tokenizer {tokenizer.name_or_path!r} has no chat template; '
             'use "alpaca" or "plain", or set tokenizer.chat_template'
         )
-    messages = row.get("messages") or [{"role": "user", "content": _plain(tokenizer, row)}]
+    messages = row.get("messages") or [{"role": "user", "content": _plain(tokenizer, row, config)}]
+    if config.system and all(turn["role"] != "system" for turn in messages):
+        messages = [{"role": "system", "content": config.system}, *messages]
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:  # transformers lets no function through as an argument, and keeps what it compiled
         chat_template_utils._compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
-    date = TODAY.strftime("%d %b %Y")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, date_string=date)
+    args = {"date_string": TODAY.strftime("%d %b %Y")} | config.template_args
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **args)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in messages)
+        raise Refused(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
 
 
 def end_with_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -89,15 +102,32 @@ def end_with_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
 
 
-def _chat_marker(tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat_marker(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
     """What the chat template writes after the user's text, up to where the assistant begins."""
     probe = "the user's text"
-    return _chat(tokenizer, {"prompt": probe}).rpartition(probe)[2]
+    try:
+        text = _chat(tokenizer, {"prompt": probe}, config)
+    except Refused as error:
+        raise ValueError(
+            f'{error}; change data.system ({config.system!r}), or set data.template to "alpaca" or "plain"'
+        ) from error
+    for name in config.template_args:
+        if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
+            raise ValueError(
+                f"data.template_args = {config.template_args!r}, but the chat template of {tokenizer.name_or_path!r} "
+                f"does not read {name!r}; mend the name, or take it out"
+            )
+    if config.system.strip() not in text:
+        raise ValueError(
+            f"data.system = {config.system!r}, but the chat template of {tokenizer.name_or_path!r} leaves out a system "
+            'turn; set data.system to "", or write it into the prompts (data.prefix)'
+        )
+    return text.rpartition(probe)[2]
 
 
 TEMPLATES = {
     "chat": Template(_chat, _chat_marker, has_specials=True),
-    "alpaca": Template(_alpaca, lambda tokenizer: ALPACA_MARKER, has_specials=False),
-    "plain": Template(_plain, lambda tokenizer: "", has_specials=False),
+    "alpaca": Template(_alpaca, lambda tokenizer, config: ALPACA_MARKER, has_specials=False),
+    "plain": Template(_plain, lambda tokenizer, config: "", has_specials=False),
 }
 assert tuple(TEMPLATES) == TEMPLATE_NAMES

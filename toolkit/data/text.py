@@ -219,6 +219,15 @@ class TextStream:
             self._taken += 1
         return found
 
+    def check(self, rank: int, world: int) -> None:
+        """Read one document, as `rank` will, from a stream of its own: the place in this one stays as it is.
+
+        Raises ValueError where there is none, or the source cannot be read.
+        """
+        rows, field = open_stream(self.source, self.field, rank, world)
+        if next(filter(self.is_wanted, _texts(rows, field, self.source.name)), None) is None:
+            raise self._no_text(rank, world)
+
     def state_dict(self) -> dict[str, Any]:
         """Of this rank; plain JSON types."""
         return {**self._mark, "taken": self._taken}
@@ -264,16 +273,19 @@ class TextStream:
             if not texts:
                 ends += 1
                 if ends == 2:
-                    raise ValueError(
-                        f"{self.source.name}: no usable text for rank {self._of[0]} of {self._of[1]}; use fewer "
-                        "ranks, more text, or streaming=false"
-                    )
+                    raise self._no_text(*self._of)
                 self._passes += 1
                 self._open(None)
                 continue
             if ends and local_files(self.source) is None:
                 self._tell_new_pass()
             ends, self._blocks, self._taken = 0, self.packer.add(texts), 0
+
+    def _no_text(self, rank: int, world: int) -> ValueError:
+        return ValueError(
+            f"{self.source.name}: no usable text for rank {rank} of {world}; use fewer ranks, more text, or "
+            "streaming=false"
+        )
 
     def _tell_new_pass(self) -> None:
         warnings.warn(

@@ -60,10 +60,10 @@ def fused_linear_divergence(
     backward. Without grad mode the same values are computed and the gradient work is left out. N = 0 gives
     0, connected.
 
-    Raises ValueError for shapes, token ids, weights' or alpha's shapes that do not fit, unequal vocabularies without
-    `valid_vocab`, a cross-entropy weight without targets, a missing or double teacher, a budget too small for one
-    token, and a backend that cannot run here. Source: skewed divergences of DistiLLM, arXiv 2402.03898; the others as
-    in `formulas`.
+    Raises ValueError for shapes, token ids, weights' or alpha's shapes that do not fit, fp16, unequal vocabularies
+    without `valid_vocab`, a cross-entropy weight without targets, a missing or double teacher, a budget too small for
+    one token, and a backend that cannot run here. Source: skewed divergences of DistiLLM, arXiv 2402.03898; the others
+    as in `formulas`.
     """
     _check_side("student", student_hidden_NS, student_head_VS, student_bias_V)
     n_tokens, v_student = len(student_hidden_NS), len(student_head_VS)
@@ -187,6 +187,11 @@ def _check_side(name: str, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | 
         raise ValueError(
             f"the {name}'s hidden states are {tuple(hidden_NH.shape)}, its head {tuple(head_VH.shape)}: pass "
             "[tokens, hidden] and [vocabulary, hidden]; under ZeRO-3 gather the head first"
+        )
+    if torch.float16 in (hidden_NH.dtype, head_VH.dtype):
+        raise ValueError(
+            f"the {name}'s hidden states are {hidden_NH.dtype}, its head {head_VH.dtype}: in fp16 the gradients of "
+            "tokens with small weights underflow; use bf16 or fp32"
         )
     if bias_V is not None and bias_V.shape != (len(head_VH),):
         raise ValueError(

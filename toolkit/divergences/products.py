@@ -17,8 +17,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-HALF = (torch.bfloat16, torch.float16)
-
 
 class Projection:
     """Products of one head with tiles. `block_bytes` bounds each of its own buffers."""
@@ -26,7 +24,7 @@ class Projection:
     def __init__(self, head_VH: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype, block_bytes: int):
         self.weight_VH, self.dtype, self.block_bytes = head_VH, dtype, block_bytes
         self.operand, self.logits_dtype = operand_dtypes(head_VH, hidden_dtype, dtype)
-        self.wide_out = self.operand in HALF and self.logits_dtype != self.operand  # products return fp32
+        self.wide_out = self.logits_dtype != self.operand  # products return fp32
         self.wide_BH: Tensor | None = None
         self.wide_rows: range | None = None
 
@@ -78,11 +76,11 @@ class Projection:
 
 def operand_dtypes(head_VH: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """(of the products' operands, of the logits). `dtype` is the computing dtype."""
-    if hidden_dtype != head_VH.dtype or hidden_dtype not in HALF or dtype != torch.float32:
+    if hidden_dtype != head_VH.dtype or hidden_dtype != torch.bfloat16 or dtype != torch.float32:
         return dtype, dtype
     if head_VH.is_cuda:
         return hidden_dtype, dtype
-    if head_VH.device.type == "cpu" and hidden_dtype == torch.bfloat16 and cpu_has_bf16_products():
+    if head_VH.device.type == "cpu" and cpu_has_bf16_products():
         return hidden_dtype, hidden_dtype
     return dtype, dtype
 

@@ -13,8 +13,9 @@ on logits that are projected anew. p is the teacher, q the student, at temperatu
 d = log q - log p. Logits are cap(scale * (raw + bias)), floored at LOG_ZERO, so minus infinity is legal everywhere.
 
 Two orders matter in fp32. log q is (logit - max) / T - log sum: with max + log sum taken first, the rounding of that
-sum shifts a whole row. And G = q h + r becomes q (h - sum G) + r: near convergence h is nearly its mean, and their
-difference has to be taken before the product. (A multiple of q in G changes nothing, hence some freedom in h and r.)
+sum shifts a whole row (the same in a cross entropy). And G = q h + r becomes q (h - sum G) + r: near convergence h is
+nearly its mean, and their difference has to be taken before the product. (A multiple of q in G changes nothing, hence
+some freedom in h and r.)
 
 | name | f | h | r |
 | --- | --- | --- | --- |
@@ -133,7 +134,7 @@ def divergence_values(code: int, state: Tensor) -> Tensor:
 
 def cross_entropy_values(state: Tensor) -> Tensor:
     """-log q1(target) of every row, after STATISTICS."""
-    return state[Row.STUDENT_MAX] + state[Row.STUDENT_SUM].log() - state[Row.AT_TARGET]
+    return (state[Row.STUDENT_MAX] - state[Row.AT_TARGET]) + state[Row.STUDENT_SUM].log()
 
 
 def agreements(state: Tensor) -> Tensor:

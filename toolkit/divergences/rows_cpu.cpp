@@ -35,9 +35,11 @@ constexpr int64_t BLOCK = 1024;  // columns; seven buffers of this size fit a ca
 constexpr float LOG_ZERO = -1e30f;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-// As in rows.py.
+// As in rows.py. NEAR: of a mixture that is mostly one of the two, with which logarithms of shares are all near 0.
 enum Pass { STATISTICS = 1, SUMS = 2, GRADIENT = 4 };
-enum Code { NONE, TOP_K, FKL, RKL, SYMMETRIC_KL, TVD, SKL, SRKL, JSD, ABKD, AKL, TAID };
+enum Code {
+  NONE, TOP_K, FKL, RKL, SYMMETRIC_KL, TVD, SKL, SRKL, JSD, ABKD, AKL, TAID, NEAR_SKL, NEAR_SRKL, NEAR_JSD
+};
 enum Row {
   STUDENT_MAX, STUDENT_SUM, STUDENT_SUM_T, TEACHER_MAX, TEACHER_SUM_T, MIXED_MAX, MIXED_SUM_T, AT_TEACHER_CHOICE,
   AT_TARGET, SUM_0, SUM_1, SUM_2, SUM_3
@@ -247,8 +249,16 @@ constexpr bool needs_logits(int64_t code) {
   return code == FKL || code == RKL || code == SYMMETRIC_KL || code == ABKD || code == AKL || code == TAID;
 }
 
+// log(share) of share = 1 + x, both rounded. near: where that is small, as exact as log1p(x).
+template <bool near>
+inline Vec log_of_share(Vec share, Vec x) {
+  if constexpr (!near) return log_of(share);
+  return log_of(share) + ((x.abs() < Vec(0.5f)) & (Vec(1.0f) - share + x));
+}
+
 template <int code, bool in_gradient>
 inline Terms terms(const Block& block, int64_t j, Vec q) {
+  constexpr bool near = code >= NEAR_SKL;
   Terms out;
   if constexpr (code == NONE || code == TOP_K) return out;
   const Vec half(0.5f), zero(0.0f), tiny(FLT_MIN);
@@ -272,19 +282,20 @@ inline Terms terms(const Block& block, int64_t j, Vec q) {
     const Vec difference = q - p, half_q = half * q;
     out.f = half * difference.abs();
     out.g = ((difference > zero) & half_q) - ((difference < zero) & half_q);
-  } else if constexpr (code == SKL) {  // 1 - c = (1 - a) q / m
+  } else if constexpr (code == SKL || code == NEAR_SKL) {
     const Vec other = block.b * q, inverse = Vec(1.0f) / at::vec::clamp_min(at::vec::fmadd(block.a, p, other), tiny);
-    out.f = p * log_of(p * inverse);
+    out.f = p * log_of_share<near>(p * inverse, block.b * (p - q) * inverse);
     out.g = zero - p * (other * inverse);
-  } else if constexpr (code == SRKL) {
+  } else if constexpr (code == SRKL || code == NEAR_SRKL) {
     const Vec inverse = Vec(1.0f) / at::vec::clamp_min(at::vec::fmadd(block.a, q, block.b * p), tiny);
-    const Vec share = q * inverse, u = log_of(share);
+    const Vec share = q * inverse, x = block.b * (q - p) * inverse, u = log_of_share<near>(share, x);
     out.f = q * u;
-    out.g = q * (u - block.a * share);
-  } else if constexpr (code == JSD) {
+    out.g = q * (u - block.a * (near ? x : share));  // G - (1 - a) q, or G - q
+  } else if constexpr (code == JSD || code == NEAR_JSD) {
     const Vec inverse = Vec(1.0f) / at::vec::clamp_min(at::vec::fmadd(block.a, p, block.b * q), tiny);
-    out.g = block.b * q * log_of(q * inverse);
-    out.f = at::vec::fmadd(block.a * p, log_of(p * inverse), out.g);
+    const Vec difference = (q - p) * inverse;
+    out.g = block.b * q * log_of_share<near>(q * inverse, block.a * difference);
+    out.f = at::vec::fmadd(block.a * p, log_of_share<near>(p * inverse, zero - block.b * difference), out.g);
   } else if constexpr (code == ABKD) {
     const Vec a = block.a, b = block.b, sum = a + b;
     const Vec cross = exp_of(at::vec::fmadd(a, log_p, b * log_q)), own_q = exp_of(sum * log_q);
@@ -343,11 +354,13 @@ using Loop = void (*)(const Block&, int64_t, float*, Vec, Vec, Sums&);
 constexpr Loop ADD_SUMS[] = {
     add_sums<NONE>, add_sums<NONE>, add_sums<FKL>, add_sums<RKL>,  add_sums<SYMMETRIC_KL>, add_sums<TVD>,
     add_sums<SKL>,  add_sums<SRKL>, add_sums<JSD>, add_sums<ABKD>, add_sums<AKL>,          add_sums<FKL>,
+    add_sums<NEAR_SKL>, add_sums<NEAR_SRKL>, add_sums<NEAR_JSD>,
 };
 constexpr Loop WRITE_GRADIENT[] = {
     write_gradient<NONE>, write_gradient<NONE>, write_gradient<FKL>,  write_gradient<RKL>,
     write_gradient<SYMMETRIC_KL>, write_gradient<TVD>, write_gradient<SKL>,  write_gradient<SRKL>,
     write_gradient<JSD>,  write_gradient<ABKD>, write_gradient<AKL>,  write_gradient<FKL>,
+    write_gradient<NEAR_SKL>, write_gradient<NEAR_SRKL>, write_gradient<NEAR_JSD>,
 };
 
 // ---- passes over a row ----
@@ -385,6 +398,9 @@ class RowPasses {
     // Without a mixture they are these, which are exact where q underflows as well.
     if (code == SKL && alpha < FLT_MIN) code = FKL;
     if (code == SRKL && alpha < FLT_MIN) code = RKL;
+    if (code == SKL && alpha > 0.5f) code = NEAR_SKL;
+    if (code == SRKL && alpha > 0.5f) code = NEAR_SRKL;
+    if (code == JSD && std::abs(task.beta - 0.5f) > 0.25f) code = NEAR_JSD;
     target = task.targets == nullptr ? -1 : task.targets[row] - task.first_column;
     has_teacher = code != NONE && code != TOP_K;
   }
@@ -488,7 +504,7 @@ class RowPasses {
                     state(code == TAID ? MIXED_SUM_T : TEACHER_SUM_T), scratch.kept_p.get(), scratch.maxima_p.get(),
                     scratch.e_t);
     float a = alpha, b = 1.0f - alpha;
-    if (code == JSD) a = task.beta, b = 1.0f - task.beta;
+    if (code == JSD || code == NEAR_JSD) a = task.beta, b = 1.0f - task.beta;
     if (code == ABKD) a = task.abkd_alpha, b = task.beta;
     if (code == AKL) a = forward_weight(), b = 1.0f - a;
     block.a = Vec(a);

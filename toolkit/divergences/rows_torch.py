@@ -207,8 +207,8 @@ def terms(spec: Divergence, log_p, log_q, q, alpha, x, y):
         a, b = spec.alpha, spec.beta
         cross = torch.mul(log_p, a, out=x).add_(log_q, alpha=b).exp_()
         own_q = torch.mul(log_q, a + b, out=y).exp_()
-        own_p = log_p.mul_(a + b).exp_()
-        f = (own_p.sum(-1) * (a / (a + b)) + own_q.sum(-1) * (b / (a + b)) - cross.sum(-1)) / (a * b)
+        own = log_p.mul_(a + b).exp_().mul_(a / (a + b)).add_(own_q, alpha=b / (a + b))
+        f = own.sub_(cross).sum(-1) / (a * b)
         r = own_q.sub_(cross).div_(a)
         return f, r.sum(-1), None, r
     assert name == "akl", name

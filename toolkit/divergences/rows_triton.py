@@ -8,6 +8,7 @@ in blocks of columns; running numbers are kept per lane and reduced once, at the
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,7 +41,8 @@ def run(task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | N
     if n == 0:
         return
     arguments, options = launch_arguments(task, state, student_nB, teacher_nB, out_nB, passes)
-    rows_kernel[(n,)](*arguments, columns, **options)
+    with torch.cuda.device_of(student_nB):  # Triton launches on the current device
+        rows_kernel[(n,)](*arguments, columns, **options)
 
 
 def launch_arguments(task, state, student_nB, teacher_nB, out_nB, passes) -> tuple[tuple, dict]:
@@ -51,7 +53,7 @@ def launch_arguments(task, state, student_nB, teacher_nB, out_nB, passes) -> tup
     spec, student_rule, teacher_rule = task.spec, task.student, task.teacher
 
     def pointer(x):
-        return nothing if x is None else x
+        return nothing if x is None else x.contiguous()  # the kernel knows no strides of these
 
     arguments = (
         student_nB, teacher, out, state, pointer(task.alpha_n), pointer(task.weights_n), pointer(task.targets_n),

@@ -88,10 +88,12 @@ def merge_top_k(task: RowTask, spec: Divergence, state: Tensor, raw_nK: Tensor, 
     temperature, weight = task.temperature, task.cross_entropy_weight
     rule = _at_ids(task.student, teacher.ids_NK)
     s_nK = logits_of(raw_nK, rule)
-    scaled_nK = s_nK / temperature
-    tail_n = state[Row.STUDENT_MAX] / temperature + state[Row.STUDENT_SUM_T].log()
-    lse_n = torch.logaddexp(tail_n, scaled_nK.logsumexp(-1))
-    log_q = (torch.cat([scaled_nK, tail_n.unsqueeze(-1)], -1) - lse_n.unsqueeze(-1)).clamp(min=LOG_ZERO)
+    max_n = torch.maximum(state[Row.STUDENT_MAX], s_nK.amax(-1))
+    others_n, shifted_nK = state[Row.STUDENT_MAX] - max_n, s_nK - max_n.unsqueeze(-1)
+    tail_n = others_n / temperature + state[Row.STUDENT_SUM_T].log()
+    z = torch.cat([shifted_nK / temperature, tail_n.unsqueeze(-1)], -1)
+    lse_n = z.logsumexp(-1)
+    log_q = (z - lse_n.unsqueeze(-1)).clamp(min=LOG_ZERO)
     log_tail_n1 = teacher.tail_mass_N.double().log().to(state.dtype).unsqueeze(-1)
     log_p = torch.cat([teacher.log_probs_NK.to(state.dtype), log_tail_n1], -1).clamp(min=LOG_ZERO)
     q = log_q.exp()
@@ -113,8 +115,8 @@ def merge_top_k(task: RowTask, spec: Divergence, state: Tensor, raw_nK: Tensor, 
         at_target_n = torch.where(stored_n, inside_n, state[Row.AT_TARGET])
         lse_1_n = lse_n
         if temperature != 1.0:
-            lse_1_n = torch.logaddexp(state[Row.STUDENT_MAX] + state[Row.STUDENT_SUM].log(), s_nK.logsumexp(-1))
-        cross_entropy_n = lse_1_n - at_target_n
+            lse_1_n = torch.logaddexp(others_n + state[Row.STUDENT_SUM].log(), shifted_nK.logsumexp(-1))
+        cross_entropy_n = lse_1_n - (at_target_n - max_n)
         if weight:
             gradient_nK = gradient_nK + weight * (q[:, :-1] - is_target_nK.to(q.dtype))
             slope_n = slope_of(at_target_n, task.student)

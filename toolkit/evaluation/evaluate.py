@@ -30,6 +30,7 @@ from toolkit.models import (
     choose_dtype,
     decoder_start_id,
     default_cache_dir,
+    generation_ends,
     load_model,
     load_tokenizer,
     materialize,
@@ -41,6 +42,7 @@ from toolkit.models import (
 from toolkit.models.identity import file_hashes
 from toolkit.monitor import format_table
 from toolkit.overrides import unknown, with_overrides
+from toolkit.rollout.check import check_generation
 from toolkit.rollout.engine import GatheredRollout
 from toolkit.watchdog import Watchdog
 
@@ -136,6 +138,8 @@ class Request:
             "max_prompt_length": data.max_prompt_length,
             "max_new_tokens": self.config.new_tokens,
             "precision": str(choose_dtype(self.config.precision, distributed.device())).removeprefix("torch."),
+            # where set: answers that are older than these settings go on
+            **{name: value for name in ("template_args", "system") if (value := getattr(data, name))},
         } | dataclasses.asdict(self.config.sampling)
 
 
@@ -145,6 +149,7 @@ class _Loaded:
     tokenizer: PreTrainedTokenizerBase
     sha256: str
     decoder_start_id: int | None  # None: without an encoder
+    ends: list[int]
 
     @classmethod
     def load(cls, name: str, request: Request) -> _Loaded:
@@ -157,12 +162,14 @@ class _Loaded:
         model = distributed.main_rank_first(lambda: load_model(given, path, None, dtype))
         files = json.dumps(sorted(file_hashes(path).items()))
         sha256 = hashlib.sha256(files.encode()).hexdigest()
-        return cls(model.to(distributed.device()), tokenizer, sha256, decoder_start_id(given, path))
+        start = decoder_start_id(given, path)
+        return cls(model.to(distributed.device()), tokenizer, sha256, start, generation_ends(path))
 
     def vocabulary(self, teacher: _Loaded | None) -> Vocabulary:
         theirs = teacher or self
         start = shared_decoder_start(theirs.decoder_start_id, self.decoder_start_id)
-        return shared_vocabulary(theirs.tokenizer, self.tokenizer)._replace(decoder_start_id=start)
+        shared = shared_vocabulary(theirs.tokenizer, self.tokenizer, [*theirs.ends, *self.ends])
+        return shared._replace(decoder_start_id=start)
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,7 @@ class Evaluation:
         if request.generated:
             distributed.together(lambda: _check_room(loaded.model, examples, request.config.new_tokens))
             rollout = GatheredRollout(student.engine, vocabulary, request.config.batch_rows, request.config.cache_mib)
+            check_generation("model", rollout)
             self._generate(name, examples, rollout, loaded.tokenizer)
             entry.setdefault("metrics", {}).update(_on_main(lambda: self._totals(name)))
         if self.teacher is not None:
@@ -207,7 +215,8 @@ class Evaluation:
         if len(found.rows) < len(self.rows):
             raise ValueError(
                 f"{len(self.rows) - len(found.rows)} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and "
-                'an evaluation leaves none out; set data.on_long_response to "truncate", or change the file'
+                'an evaluation leaves none out; set data.on_long_prompt and data.on_long_response to "truncate", or '
+                "change the file"
             )
         entry["truncated_prompts"] = found.counts["truncated_prompts"]
         # The tokens themselves: template, prefix, fields, lengths and tokenizer all end in them.
@@ -286,9 +295,11 @@ def table(summary: dict[str, Any], models: Sequence[str], request: Request) -> s
         cells = [_cell(entry["metrics"][name], 4 if name == KL else 2) for name in request.metrics]
         lines.append([model, *cells, f"{_tokens_per_s(entry):,.0f}" if entry.get("generation_s") else "-"])
     settings, seeds = summary["settings"], ", ".join(map(str, request.seeds))
+    cut = [summary["models"][model]["truncated_prompts"] for model in models]  # tokenizers may differ
     return format_table(["model", *titles, "tokens/s"], lines) + (
         f"\n{settings['rows']} rows ({settings['skipped_rows']} skipped), seeds {seeds}, {settings['precision']}; "
-        "± is the deviation over seeds"
+        f"± is the deviation over seeds; {'/'.join(map(str, cut if len(set(cut)) > 1 else cut[:1]))} prompts cut to "
+        f"{settings['max_prompt_length']} tokens"
     )
 
 

@@ -20,24 +20,22 @@ class Records:
         self.lock = out.with_name(out.name + ".lock") if is_file else out / "lock"
 
     def open(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The summary to go on with. A line that a kill cut off is taken out.
+        """The summary to go on with; a new one where nothing came of the last. A line that a kill cut off is taken out.
 
         Raises ValueError, with both values, where the answers that are there were made with other settings.
         """
         self.rows.parent.mkdir(parents=True, exist_ok=True)
-        if not self.summary.is_file():
-            if self.rows.is_file() and self.rows.stat().st_size:
-                raise ValueError(
-                    f"{self.rows} has answers, but {self.summary} is missing, which says how they were made"
-                )
-            self.write_summary({"settings": dict(settings), "models": {}})
-        summary = json.loads(self.summary.read_text())
+        text = self.rows.read_bytes() if self.rows.is_file() else b""
+        summary = json.loads(self.summary.read_text()) if self.summary.is_file() else None
+        whole = text.rfind(b"\n") + 1
+        if whole and summary is None:
+            raise ValueError(f"{self.rows} has answers, but {self.summary} is missing, which says how they were made")
+        if not whole and not (summary and any("metrics" in entry for entry in summary["models"].values())):
+            summary = {"settings": dict(settings), "models": {}}
+            self.write_summary(summary)
         refuse_changes(str(self.rows), summary["settings"], settings)
-        if self.rows.is_file():
-            text = self.rows.read_bytes()
-            whole = text.rfind(b"\n") + 1
-            if whole < len(text):
-                os.truncate(self.rows, whole)
+        if whole < len(text):
+            os.truncate(self.rows, whole)
         return summary
 
     def of_model(self, model: str) -> dict[tuple[int, int], dict[str, Any]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import deepspeed
+import numpy as np
 import torch
 from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from toolkit import distributed
-from toolkit.batch import TokenBatch
+from toolkit.batch import Example, TokenBatch
 from toolkit.config import NO_DIVERGENCE, LossConfig, OptimizerConfig, RunConfig
 from toolkit.divergences import (
     Divergence,
@@ -32,21 +33,13 @@ from toolkit.divergences import (
 )
 from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
+from toolkit.models.head import Head, check_logits, logit_rules, logits_of
 from toolkit.models.load import base_name, load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
 from toolkit.rollout.schedule import philox
 
 #: families whose code takes position ids but makes no mask of them, so that packed texts would see each other
 MAKES_NO_PACKED_MASK = {"opt"}
-
-
-class Head(NamedTuple):
-    """A gathered output projection, and what its model does to logits after it."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    logit_scale: float
-    soft_cap: float | None
 
 
 #: the teacher's answer to a micro-batch: hidden_NT, the stored top k of its N positions, or None where it is not asked
@@ -85,18 +78,20 @@ class LossSums(NamedTuple):
 
 def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Teacher:
     ds_config = teacher_ds_config(config, _name(dtype))
-    model = load_model(config.teacher, path, ds_config, dtype, config.seed)
+    # together: of weights that do not fit, only rank 0 hears under ZeRO-3
+    model = distributed.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
     check_head("teacher", _rows(model.get_output_embeddings().weight), vocabulary)
     model.requires_grad_(False)
     split_where_memory_runs_out(model)
     engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
+    _check("teacher", engine, vocabulary)
     return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // distributed.world())
 
 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
     ds_config = student_ds_config(config, _name(dtype), distributed.world())
-    model = load_model(config.student, path, ds_config, dtype, config.seed)
+    model = distributed.together(lambda: load_model(config.student, path, ds_config, dtype, config.seed))
     check_head("student", _rows(model.get_output_embeddings().weight), vocabulary)
     if config.student.lora.rank:
         from toolkit.models.lora import add_adapters  # peft takes long to import
@@ -107,6 +102,8 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     module = _StudentForward(model, config.loss, vocabulary)
     optimizer = _optimizer(module, config.optimizer, ds_config)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    engine.eval()
+    _check("student", engine, vocabulary)
     engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
     torch.manual_seed(int(philox(config.seed, 0, distributed.rank()).random_raw()))  # dropout is each rank's own
     return Student(engine, config.optimizer, config.train.steps)
@@ -129,8 +126,8 @@ class WholeModel:
     def __init__(self, module: nn.Module):
         self.module = module.eval()
 
-    def __call__(self, *args: Any) -> Any:
-        return self.module(*args)
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.module(*args, **named)
 
     def eval(self) -> None:
         """It is always in eval mode."""
@@ -144,13 +141,17 @@ class WholeModel:
 def whole_student(model: PreTrainedModel, vocabulary: Vocabulary) -> Student:
     """A model to be measured: whole on each rank, without deepspeed."""
     check_head("model", len(model.get_output_embeddings().weight), vocabulary)
-    return Student(WholeModel(_StudentForward(model, LossConfig(), vocabulary)), OptimizerConfig(), total_steps=1)
+    engine = WholeModel(_StudentForward(model, LossConfig(), vocabulary))
+    _check("model", engine, vocabulary)
+    return Student(engine, OptimizerConfig(), total_steps=1)
 
 
 def whole_teacher(model: PreTrainedModel, vocabulary: Vocabulary) -> Teacher:
     """A model that others are measured against: whole on each rank, without deepspeed."""
     check_head("teacher", len(model.get_output_embeddings().weight), vocabulary)
-    return Teacher(WholeModel(_TeacherForward(model)))
+    engine = WholeModel(_TeacherForward(model))
+    _check("teacher", engine, vocabulary)
+    return Teacher(engine)
 
 
 class Teacher:
@@ -235,13 +236,33 @@ class Student:
         return rate
 
 
+@torch.no_grad()
+def both_logits(engine: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """[N, V] at the positions that predict response tokens: as the model's own forward makes them, and as everything
+    here does. Collective."""
+    return engine(batch.to(engine.module.model.device), as_logits=True)
+
+
+def _check(role: str, engine: Any, vocabulary: Vocabulary) -> None:
+    """`check_logits` on a few tokens. Collective."""
+    ids_T = np.random.default_rng(0).integers(0, vocabulary.size, 8)
+    start = vocabulary.decoder_start_id
+    batch = TokenBatch.from_examples([Example(ids_T, 4)], vocabulary.pad_id, decoder_start_id=start)
+    check_logits(role, engine.module.model, *both_logits(engine, batch), vocabulary)
+
+
+def _both_logits(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    own_BTV = model(**batch.model_inputs(), use_cache=False).logits
+    return own_BTV[batch.predicts_BT], logits_of(model, response_hidden(model, batch))
+
+
 class _TeacherForward(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: TokenBatch) -> Tensor:
-        return response_hidden(self.model, batch)
+    def forward(self, batch: TokenBatch, as_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        return _both_logits(self.model, batch) if as_logits else response_hidden(self.model, batch)
 
 
 class _StudentForward(nn.Module):
@@ -250,8 +271,11 @@ class _StudentForward(nn.Module):
         self.model, self.vocabulary = model, vocabulary
         self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=1)
 
-    def forward(self, batch: TokenBatch, signal: Signal, teacher_head: tuple | None, objective: tuple,
-                token_weight: float) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(self, batch: TokenBatch, signal: Signal = None, teacher_head: tuple | None = None,
+                objective: tuple = (), token_weight: float = 1.0, as_logits: bool = False,
+                ) -> tuple[Tensor, ...]:  # fmt: skip
+        if as_logits:
+            return _both_logits(self.model, batch)
         hidden_NS = response_hidden(self.model, batch)
         projection = self.model.get_output_embeddings()
         scale, soft_cap = logit_rules(self.model.config)
@@ -400,15 +424,6 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
         return halving.run(work, whole=rows)
 
     return run
-
-
-def logit_rules(config: Any) -> tuple[float, float | None]:
-    """(scale, soft cap) of the logits: Cohere multiplies, Granite divides, T5 with tied embeddings divides by the root
-    of its width, Gemma-2 caps."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    if getattr(config, "scale_decoder_outputs", False):
-        scale *= config.d_model**-0.5
-    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict) -> torch.optim.Optimizer:

@@ -70,11 +70,16 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
 
 
 def _ending_with(settings: GenerationConfig, eos_id: int) -> GenerationConfig:
-    """A copy in which a text ends at `eos_id` too: the token that the student has learned to end with."""
+    """A copy in which a text ends at `eos_id` too: the token that the student has learned to end with. Settings that
+    transformers has loaded with a mere warning, but would not save, are mended."""
     settings = copy.deepcopy(settings)
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     if eos_id not in ends:
         settings.eos_token_id = [*(end for end in ends if end is not None), eos_id]
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True  # which a temperature or top_p without it was meant to be
     return settings
 
 

@@ -35,7 +35,7 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
+    from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError
     from huggingface_hub.utils import tqdm
 
     class Beating(tqdm):  # the bar of the bytes that have come
@@ -60,5 +60,7 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
         ):
             fetched(f"{PICKLED}*")
         return folder
-    except OSError as error:
-        raise ValueError(f"the model {path} could not be had from the hub: {error}") from error
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"the model {path} could not be had from the hub, and there is no folder {Path(path).absolute()}: {error}"
+        ) from error

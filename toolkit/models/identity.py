@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from pathlib import Path
 
 from toolkit import distributed, heartbeat
-from toolkit.models.files import FILES, RECORD
+from toolkit.models.files import PICKLED, TOKENIZER_FILES
 
 
 def file_hashes(path: str) -> dict[str, str]:
@@ -39,6 +40,15 @@ def sha256(path: Path) -> str:
 
 
 def _model_files(path: str) -> list[Path]:
-    patterns = (*FILES, "*.bin") if path else ()
-    found = {file for pattern in patterns for file in Path(path).glob(pattern)}
-    return sorted(file for file in found if file.name != RECORD)  # it says where the teacher lay: one model, two texts
+    """What is loaded from there. Other files may come and go beside it: weights in another format, an evaluation's
+    results, the record of a pruning, which says where its teacher lay."""
+    if not path:
+        return []
+    folder = Path(path)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        weights = [index, *(folder / name for name in {*json.loads(index.read_text())["weight_map"].values()})]
+    else:
+        weights = [single] if single.is_file() else [*folder.glob(f"{PICKLED}*")]
+    patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py")
+    return sorted({*weights, *(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())})

@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     MT5ForConditionalGeneration,
     PretrainedConfig,
@@ -187,6 +188,15 @@ def decoder_start_id(model: ModelConfig, path: str) -> int | None:
     return config.decoder_start_token_id if config.is_encoder_decoder else None
 
 
+def generation_ends(path: str) -> list[int]:
+    """The ids that end a text by the model's generation_config.json: chat models list several (Llama 3, Qwen)."""
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id if path else None
+    except (OSError, ValueError):  # it has none
+        return []
+    return [int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+
+
 def check_positions(section: str, model: ModelConfig, path: str, tokens: int) -> None:
     """Raises ValueError, with both values, where a text of so many tokens has more than the model has positions: beyond
     them learned positions do not exist, and rotary ones were never trained. T5's relative ones have no end."""
@@ -213,6 +223,12 @@ def load_model(
     torch.manual_seed(seed)
     try:
         config = _configuration(model, path)
+        if ds_config and getattr(config, "quantization_config", None):
+            raise ValueError(
+                f"the weights at {path} are quantised (quantization_config of config.json), and such a model is not "
+                "sharded: every rank would hold all of it. Take the checkpoint in bf16, or write one with "
+                "transformers' dequantize()"
+            )
         kind = AutoModelForCausalLM
         if config.is_encoder_decoder:
             kind = ENCODER_DECODERS[config.model_type]
@@ -239,7 +255,7 @@ def load_model(
             f"the pickled weights at {path} hold more than tensors, and code in them is not run; "
             "save them as safetensors"
         ) from error
-    except (OSError, StrictDataclassError) as error:
+    except (OSError, RuntimeError, StrictDataclassError) as error:  # RuntimeError: a weight of another shape
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
     finally:
         del keep_alive

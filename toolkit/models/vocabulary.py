@@ -6,13 +6,16 @@ its own size; columns past `size` count as minus infinity on both sides, in the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 
 class Vocabulary(NamedTuple):
-    """decoder_start_id: what an encoder-decoder model's decoder begins with; None: the models have no encoder."""
+    """eos_ids: what ends a generated text; the first is the tokenizer's EOS, the end of the data's own.
+
+    decoder_start_id: what an encoder-decoder model's decoder begins with; None: the models have no encoder."""
 
     size: int
     eos_ids: tuple[int, ...]
@@ -20,8 +23,13 @@ class Vocabulary(NamedTuple):
     decoder_start_id: int | None = None
 
 
-def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Vocabulary:
-    """Raises ValueError where the two tokenizers give an id two meanings: their distributions cannot be compared."""
+def shared_vocabulary(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()
+) -> Vocabulary:
+    """other_ends: ids that end a generated text as EOS does, see `generation_ends`.
+
+    Raises ValueError where the two tokenizers give an id two meanings: their distributions cannot be compared.
+    """
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     if theirs != ours:
         differing = next((t for t in {**theirs, **ours} if theirs.get(t) != ours.get(t)), None)
@@ -33,9 +41,12 @@ def shared_vocabulary(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
     if teacher.eos_token_id != student.eos_token_id:
         raise ValueError(
             f"teacher and student end texts differently (EOS id {teacher.eos_token_id} and {student.eos_token_id}); "
-            "set the same eos_token in both tokenizers"
+            "let one tokenizer serve both (student.tokenizer=TEACHER), or set the same eos_token in both"
         )
-    return Vocabulary(max(ours.values()) + 1, (student.eos_token_id,), student.pad_token_id)
+    size, eos_id = max(ours.values()) + 1, student.eos_token_id
+    special = {id for id, token in student.added_tokens_decoder.items() if token.special}
+    others = sorted(special & {*other_ends} - {eos_id})  # a default of the model's class may be a word of the tokenizer
+    return Vocabulary(size, (eos_id, *others), student.pad_token_id)
 
 
 def shared_decoder_start(teacher: int | None, student: int | None) -> int | None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 
-from toolkit.models.engines import logit_rules
+from toolkit.models.head import logits_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, uniform_draws
 
@@ -210,12 +210,17 @@ def row_tokens(longest: int) -> int:
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Keys and values of one token in all layers, in the model's dtype; an encoder's token costs its decoder the
-    same as one of its own."""
+    same as one of its own. 0 for a model without attention."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    return 2 * layers * heads * size * next(model.parameters()).element_size()
+    count = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    layers = list(getattr(config, "per_layer_config", ()))  # Gemma 4's have heads of several sizes
+    layers = layers if len(layers) == count else [config] * count
+    numbers = 0
+    for layer in layers:
+        if heads := getattr(layer, "num_attention_heads", None):
+            size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+            numbers += 2 * size * (getattr(layer, "num_key_value_heads", None) or heads)
+    return numbers * next(model.parameters()).element_size()
 
 
 @torch.no_grad()
@@ -256,13 +261,13 @@ def decode(
             fills = bool(waiting) and (not running or 4 * free >= rows)
             anyone_fills = anyone_going(fills) if anyone_going and passes.steps_differ else fills
             if not (waiting or running) or (anyone_fills and not fills):
-                _logits(model, passes.idle(anyone_fills), None)
+                logits_of(model, passes.idle(anyone_fills), None)
                 continue
             if fills:
                 first, new = len(running), [waiting.pop() for _ in range(min(free, len(waiting)))]
                 running += new
                 lengths += [len(begins[index]) for index in new]
-                logits_BV = _logits(model, passes.prompt(new, first), vocabulary.size)
+                logits_BV = logits_of(model, passes.prompt(new, first), vocabulary.size)
                 at_B = every[first : len(running)]
                 draws_RT[at_B] = torch.from_numpy(
                     np.stack([uniform_draws(sampling.seeds[index], most) for index in new])
@@ -277,7 +282,7 @@ def decode(
             else:
                 at_B = every[: len(running)]
                 lengths = [length + 1 for length in lengths]
-                logits_BV = _logits(model, passes.step(next_R[at_B], length_R[at_B] - 1, lengths), vocabulary.size)
+                logits_BV = logits_of(model, passes.step(next_R[at_B], length_R[at_B] - 1, lengths), vocabulary.size)
                 stats.steps += 1
             said_B = said_R[at_B]
             seen_BC = seen_RC[at_B] if sampling.looks_back else None
@@ -312,7 +317,7 @@ def decode(
 def idle_pass(model: PreTrainedModel) -> None:
     """One token that nobody reads, outside of `decode`: for the collectives of the ranks that still generate."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    _logits(model, model.base_model(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
+    logits_of(model, model.base_model(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
 
 
 def _hidden(model: PreTrainedModel, cache: RaggedCache, ids_N: Tensor, position_N: Tensor) -> Tensor:
@@ -324,13 +329,6 @@ def _hidden(model: PreTrainedModel, cache: RaggedCache, ids_N: Tensor, position_
         ).last_hidden_state[0]
     finally:
         _cache = None
-
-
-def _logits(model: PreTrainedModel, hidden_BH: Tensor, vocab_size: int | None) -> Tensor:
-    scale, soft_cap = logit_rules(model.config)
-    logits_BV = model.get_output_embeddings()(hidden_BH)[:, :vocab_size].float()
-    logits_BV = logits_BV if scale == 1 else logits_BV * scale
-    return logits_BV if soft_cap is None else soft_cap * torch.tanh(logits_BV / soft_cap)
 
 
 @contextmanager
@@ -378,7 +376,7 @@ def plain_decode(
             input_ids=new_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=True,
             **{_cache_name(model): cache},
         ).last_hidden_state  # fmt: skip
-        logits_BV = _logits(model, hidden_BTH[:, -1], vocabulary.size)
+        logits_BV = logits_of(model, hidden_BTH[:, -1], vocabulary.size)
         # Padding stands in `seen`, after the row's own tokens, as the last of them, which is there anyway.
         seen_BT, length_B = torch.where(mask_BT.bool(), ids_BT, ids_BT[:, -1:]), mask_BT.sum(1)
         seen_BT = torch.stack([row.roll(length) for row, length in zip(seen_BT, length_B.tolist(), strict=True)])
@@ -395,7 +393,7 @@ def plain_decode(
             part = None
             continue
         running, next_B, keep = [running[row] for row in keep.tolist()], next_B[keep].to(device), keep.to(device)
-        cache.batch_select_indices(keep)
+        cache.reorder_cache(keep)  # which the states of linear attention and convolutions know as well
         ids_BT, mask_BT = ids_BT[keep], mask_BT[keep]
         ids_BT = torch.cat([ids_BT, next_B[:, None]], 1)
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(running), 1)], 1)

@@ -169,7 +169,7 @@ class GatheredRollout(Rollout):
 
     def _rows(self, row_bytes: int) -> int:
         budget = self.cache_mib * MIB if self.cache_mib else _free_bytes() // 2
-        return int(min(self.rows.size or 10**9, max(1, budget // row_bytes)))
+        return int(min(self.rows.size or 10**9, max(1, budget // max(1, row_bytes))))
 
     def _gathers(self, row_bytes: int) -> bool:
         if self.engine.zero_optimization_stage() < 3 or self.gather == "always":

@@ -84,6 +84,16 @@ class ReplayBuffer:
         self.sampled_steps = [entry.step for entry in drawn]
         return [entry.example for entry in drawn]
 
+    def newest(self, count: int, skip: int) -> list[Example]:
+        """The `count` sequences that were pushed before the newest `skip`, oldest first. Raises ValueError where there
+        are not as many."""
+        end = len(self.entries) - skip
+        if count > end:
+            raise ValueError(f"{count} sequences before the newest {skip} asked of {len(self)}")
+        taken = list(self.entries)[end - count : end]
+        self.sampled_steps = [entry.step for entry in taken]
+        return [entry.example for entry in taken]
+
     def staleness(self, step: int) -> float:
         """Mean age in steps of this rank's last sample, seen from `step`; nan before the first one."""
         return step - sum(self.sampled_steps) / len(self.sampled_steps) if self.sampled_steps else math.nan

@@ -32,6 +32,7 @@ from toolkit.rollout.engine import Rollout, RolloutStats, SeededSampling, check_
 START = "start"  # folder of the weights that the server starts with
 REQUESTS_AT_ONCE = 64  # of one rank; the server makes batches of what all ranks ask
 RETRIES = 3  # of a connection that fails, or a server that is overloaded
+MOST_BANNED = 1024  # entries of logit_bias that vLLM 0.33 takes
 PROBE_TOKENS = 16
 PROBE_TOLERANCE_NATS = 0.5  # bf16 differs by hundredths, another model by whole nats
 
@@ -48,7 +49,8 @@ class VllmRollout(Rollout):
     name = "vllm"
 
     def __init__(self, config: RunConfig, student: Student, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary):
-        self.settings, self.max_length = config.rollout, config.data.max_length
+        self.settings = config.rollout
+        self.max_length = max(config.data.max_length, config.data.max_prompt_length + config.max_new_tokens)
         self.student, self.tokenizer, self.vocabulary = student, tokenizer, vocabulary
         self.folder = Path(self.settings.weights_dir or config.run_dir / "vllm").absolute()
         self.server = Server(self.settings.server)
@@ -56,6 +58,12 @@ class VllmRollout(Rollout):
         head_rows = student.model.config.get_text_config().vocab_size
         # Columns past the tokenizer's end count as minus infinity everywhere; -100 is vLLM's lowest.
         self.banned = {str(token): -100.0 for token in range(vocabulary.size, head_rows)}
+        if len(self.banned) > MOST_BANNED:
+            raise ValueError(
+                f"the student's head has {head_rows} rows, its tokenizer {vocabulary.size} entries, and vLLM forbids "
+                f"at most {MOST_BANNED} ids, not {len(self.banned)}; cut the head to the tokenizer, or set "
+                "rollout.engine=local"
+            )
 
     def start(self) -> None:
         """Export the student, wait up to rollout.server_timeout_s for the server, and make sure that it is the right
@@ -65,6 +73,7 @@ class VllmRollout(Rollout):
         export_student(self.student, self.tokenizer, folder)
         found = distributed.together(lambda: self._wait_for_server() if is_main else None)
         self.served_name, self.max_model_len = distributed.gather_objects(found)[0]
+        distributed.together(lambda: self._check_room(self.max_length))
         self._hand_over(folder)
 
     def sync_weights(self, step: int) -> None:
@@ -101,12 +110,7 @@ class VllmRollout(Rollout):
         return time.monotonic() + self.settings.server_timeout_s
 
     def _texts(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[np.ndarray]:
-        longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
-        if longest > self.max_model_len:
-            raise ValueError(
-                f"a prompt and its text may take {longest} tokens, the vLLM server at {self.server.url} holds "
-                f"{self.max_model_len}; start it with --max-model-len {longest}"
-            )
+        self._check_room(max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens)
         deadline_s = self._deadline_s
         with ThreadPoolExecutor(max(1, min(len(prompts), self._at_once))) as pool:
             asked = [
@@ -120,6 +124,13 @@ class VllmRollout(Rollout):
                     one.cancel()
                 raise
 
+    def _check_room(self, longest: int) -> None:
+        if longest > self.max_model_len:
+            raise ValueError(
+                f"a prompt and its text may take {longest} tokens, the vLLM server at {self.server.url} holds "
+                f"{self.max_model_len}; start it with --max-model-len {longest}"
+            )
+
     def _text(self, prompt: np.ndarray, seed: int, sampling: SeededSampling, deadline_s: float) -> np.ndarray:
         asked = {
             "max_tokens": sampling.max_new_tokens,
@@ -129,6 +140,7 @@ class VllmRollout(Rollout):
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
             "seed": int(seed) % 2**63,
+            "ignore_eos": True,  # the server knows ends of its own, from the model's generation_config.json
             "stop_token_ids": list(self.vocabulary.eos_ids),
             "return_token_ids": True,
             "skip_special_tokens": False,

@@ -20,7 +20,7 @@ from toolkit.batch import Example, TokenBatch
 from toolkit.checkpoint import LOCK, MANIFEST, read_json, sole_use, write_checked, write_json
 from toolkit.faults import to_disk
 from toolkit.models import Teacher, Vocabulary
-from toolkit.models.engines import Head
+from toolkit.models.head import Head
 from toolkit.models.identity import sha256
 from toolkit.rollout.schedule import philox
 from toolkit.teacher_cache.forms import Arrays, Form, log_prob_tiles

@@ -23,7 +23,7 @@ from toolkit.divergences.rows import LogitRule
 from toolkit.divergences.rows_torch import logits_of
 from toolkit.divergences.spec import Divergence
 from toolkit.divergences.top_k import WITH_TOP_K
-from toolkit.models.engines import Head
+from toolkit.models.head import Head
 
 #: of a tile's working memory, per logit: products, logits, log-probabilities (fp32), their exponentials and sums (fp64)
 BYTES_PER_LOGIT = 32

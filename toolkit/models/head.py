@@ -1,0 +1,62 @@
+"""From hidden states to logits: a model's output projection, and what its code does to logits after it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from toolkit.models.vocabulary import Vocabulary
+
+#: how far off two ways to the same logits may be, relative to the largest: other products round otherwise
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
+
+
+class Head(NamedTuple):
+    """A gathered output projection, and what its model does to logits after it."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    logit_scale: float
+    soft_cap: float | None
+
+
+def logit_rules(config: Any) -> tuple[float, float | None]:
+    """(scale, soft cap) of the logits: Cohere multiplies, Granite divides, T5 with tied embeddings divides by the root
+    of its width, Gemma caps, and each has a name of its own for it."""
+    config = config.get_text_config()
+
+    def number(*names: str) -> float:
+        return next((float(value) for name in names if (value := getattr(config, name, None)) is not None), 1.0)
+
+    divisor = number("logits_scaling", "logits_mup_width_multiplier")
+    # mpt never reads its own
+    scale = 1.0 if config.model_type == "mpt" else number("logit_scale", "lm_head_multiplier")
+    scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
+    if getattr(config, "scale_decoder_outputs", False):
+        scale *= config.d_model**-0.5
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return scale, next((cap for name in caps if (cap := getattr(config, name, None))), None)
+
+
+def logits_of(model: PreTrainedModel, hidden_NH: Tensor, vocab_size: int | None = None) -> Tensor:
+    """fp32 [N, V] of the model's hidden states, of the first `vocab_size` entries."""
+    scale, soft_cap = logit_rules(model.config)
+    logits_NV = model.get_output_embeddings()(hidden_NH)[:, :vocab_size].float()
+    logits_NV = logits_NV if scale == 1 else logits_NV * scale
+    return logits_NV if soft_cap is None else soft_cap * torch.tanh(logits_NV / soft_cap)
+
+
+def check_logits(role: str, model: PreTrainedModel, own_NV: Tensor, found_NV: Tensor, vocabulary: Vocabulary) -> None:
+    """Raises ValueError where `found_NV`, by `logits_of`, are not what the model's own forward makes, `own_NV`: loss,
+    validation and generation would all be of another model."""
+    own_NV, found_NV = own_NV[:, : vocabulary.size].float(), found_NV[:, : vocabulary.size].float()
+    most, error = float(own_NV.abs().max()), float((own_NV - found_NV).abs().max())
+    if most < float("inf") and not error <= TOLERANCE.get(model.dtype, 4e-2) * most:
+        raise ValueError(
+            f"the {role}, a {model.config.model_type} model, does something to its logits that is not known here: they "
+            f"are off by up to {error:.3g}, the largest is {most:.3g}. Use a model of another family, or add its rule "
+            "to `logit_rules` (toolkit/models/head.py)"
+        )

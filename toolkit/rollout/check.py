@@ -1,0 +1,43 @@
+"""Whether a model says, through a decode loop and its cache, what it says without: asked of the model itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from toolkit.batch import TokenBatch
+from toolkit.models.engines import both_logits
+from toolkit.models.head import TOLERANCE
+from toolkit.rollout.engine import GatheredRollout, evaluation_mode
+from toolkit.rollout.sampling import SeededSampling
+
+LENGTHS, NEW_TOKENS, ROWS = (3, 8, 1, 6, 5), 6, 3
+
+
+def check_generation(role: str, rollout: GatheredRollout) -> None:
+    """Greedy text after prompts of several lengths, in fewer rows than prompts, where every third id ends a text: each
+    token has to be the likeliest by a pass over the whole text as well. Some small passes; collective.
+
+    Raises ValueError for a model that the decode loops do not fit, and where its own code fails in one.
+    """
+    vocabulary, model = rollout.vocabulary, rollout.engine.module.model
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(0, vocabulary.size, length).astype(np.int32) for length in LENGTHS]
+    several_ends = vocabulary._replace(eos_ids=tuple(range(0, vocabulary.size, 3)))
+    trial = GatheredRollout(rollout.engine, several_ends, ROWS, rollout.cache_mib, rollout.gather)
+    greedy = SeededSampling(max_new_tokens=NEW_TOKENS, temperature=0.0, seeds=range(len(prompts)))
+    about = (
+        f"the {role}, a {model.config.model_type} model, cannot be made to speak by the decode loops here: {{}}. Use a "
+        "model of another family, or ask for no text of it: schedule.policy=off, validation.samples=0, "
+        "validation.rouge_rows=0"
+    )
+    try:
+        examples = trial.complete(prompts, greedy)
+    except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(about.format(f"{type(error).__name__}: {error}")) from error
+    batch = TokenBatch.from_examples(examples, vocabulary.pad_id, decoder_start_id=vocabulary.decoder_start_id)
+    with evaluation_mode(rollout.engine):
+        logits_NV = both_logits(rollout.engine, batch)[0][:, : vocabulary.size].float()
+    said_N1 = batch.targets_N.to(logits_NV.device)[:, None]
+    short_N = logits_NV.amax(1) - logits_NV.gather(1, said_N1)[:, 0]
+    if float(short_N.max()) > TOLERANCE[model.dtype] * float(logits_NV.abs().max()):
+        raise ValueError(about.format("token by token it says other text than in one pass"))
