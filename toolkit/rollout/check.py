@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from toolkit.batch import TokenBatch
 from toolkit.models.engines import both_logits
@@ -11,11 +12,14 @@ from toolkit.rollout.engine import GatheredRollout, evaluation_mode
 from toolkit.rollout.sampling import SeededSampling
 
 LENGTHS, NEW_TOKENS, ROWS = (3, 8, 1, 6, 5), 6, 3
+#: share of the tokens that may differ: rounding in bf16 may send one to other experts
+DIFFERING = {torch.float32: 0.0, torch.bfloat16: 0.2}
 
 
 def check_generation(role: str, rollout: GatheredRollout) -> None:
     """Greedy text after prompts of several lengths, in fewer rows than prompts, where every third id ends a text: each
-    token has to be the likeliest by a pass over the whole text as well. Some small passes; collective.
+    token has to be the likeliest by a pass over the whole text as well; in bf16, most of them. Some small passes;
+    collective.
 
     Raises ValueError for a model that the decode loops do not fit, and where its own code fails in one.
     """
@@ -39,5 +43,6 @@ def check_generation(role: str, rollout: GatheredRollout) -> None:
         logits_NV = both_logits(rollout.engine, batch)[0][:, : vocabulary.size].float()
     said_N1 = batch.targets_N.to(logits_NV.device)[:, None]
     short_N = logits_NV.amax(1) - logits_NV.gather(1, said_N1)[:, 0]
-    if float(short_N.max()) > TOLERANCE[model.dtype] * float(logits_NV.abs().max()):
+    differing = float((short_N > TOLERANCE[model.dtype] * logits_NV.abs().max()).float().mean())
+    if differing > DIFFERING[model.dtype]:
         raise ValueError(about.format("token by token it says other text than in one pass"))
