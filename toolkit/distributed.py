@@ -205,6 +205,11 @@ def together(work: Callable[[], Result]) -> Result:
     return result
 
 
+def from_main_rank(work: Callable[[], Result]) -> Result:
+    """Rank 0 does `work`, which may not communicate; every rank gets what came out, or the error of `together`."""
+    return gather_objects(together(lambda: work() if rank() == 0 else None))[0]
+
+
 def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
     """Raises `Told` unless all ranks see this folder of rank 0's. One that rank 0 may not write is let pass: where it
     matters, the first thing written there fails. Collective."""

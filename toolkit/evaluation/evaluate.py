@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         Watchdog(request.config.hang_s) as watchdog,
     ):
         watchdog.progress("loading")
-        summary = _on_main(lambda: records.open(settings))
+        summary = distributed.from_main_rank(lambda: records.open(settings))
         teacher = _Loaded.load(options.teacher, request) if options.teacher else None
         evaluation = Evaluation(request, rows, records, summary, teacher, watchdog)
         for name in options.model:
@@ -198,7 +198,7 @@ class Evaluation:
             rollout = GatheredRollout(student.engine, vocabulary, request.config.batch_rows, request.config.cache_mib)
             check_generation("model", rollout)
             self._generate(name, examples, rollout, loaded.tokenizer)
-            entry.setdefault("metrics", {}).update(_on_main(lambda: self._totals(name)))
+            entry.setdefault("metrics", {}).update(distributed.from_main_rank(lambda: self._totals(name)))
         if self.teacher is not None:
             teacher = distributed.together(lambda: whole_teacher(self.teacher.model, vocabulary))
             found = Validator(
@@ -235,7 +235,7 @@ class Evaluation:
         config, entry, rows = self.request.config, self.summary["models"][name], self.rows
         entry.setdefault("generated_tokens", 0)
         entry.setdefault("generation_s", 0.0)
-        there = _on_main(lambda: set(self.records.of_model(name)))
+        there = distributed.from_main_rank(lambda: set(self.records.of_model(name)))
         wanted = [(seed, row) for seed in self.request.seeds for row in range(len(rows))]
         missing = [place for place in wanted if place not in there]
         for start in range(0, len(missing), config.save_rows):
@@ -255,7 +255,7 @@ class Evaluation:
                 }
                 for (seed, row), prompt, ones, one, score in zip(part, prompts, texts, answers, scores, strict=True)
             ]  # fmt: skip
-            _on_main(lambda lines=lines: self.records.append(lines))
+            distributed.from_main_rank(lambda lines=lines: self.records.append(lines))
             self._save()
             if distributed.rank() == 0:
                 count = len(wanted) - len(missing) + start + len(part)
@@ -283,7 +283,7 @@ class Evaluation:
         return found
 
     def _save(self) -> None:
-        _on_main(lambda: self.records.write_summary(self.summary))
+        distributed.from_main_rank(lambda: self.records.write_summary(self.summary))
 
 
 def table(summary: dict[str, Any], models: Sequence[str], request: Request) -> str:
@@ -320,11 +320,6 @@ def _check_room(model: PreTrainedModel, examples: list[Example], new_tokens: int
             f"the longest prompt has {longest} tokens, and with {new_tokens} new ones exceeds the model's {room} "
             "positions; lower data.max_prompt_length or max_new_tokens"
         )
-
-
-def _on_main(work: Callable[[], Any]) -> Any:
-    """Rank 0 does `work`, which may not communicate; every rank gets what came out, or the error."""
-    return distributed.gather_objects(distributed.together(lambda: work() if distributed.rank() == 0 else None))[0]
 
 
 def _unique(what: str, given: Sequence[str]) -> tuple[str, ...]:

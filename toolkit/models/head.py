@@ -54,7 +54,7 @@ def check_logits(role: str, model: PreTrainedModel, own_NV: Tensor, found_NV: Te
     validation and generation would all be of another model."""
     own_NV, found_NV = own_NV[:, : vocabulary.size].float(), found_NV[:, : vocabulary.size].float()
     most, error = float(own_NV.abs().max()), float((own_NV - found_NV).abs().max())
-    if most < float("inf") and not error <= TOLERANCE.get(model.dtype, 4e-2) * most:
+    if most < float("inf") and not error <= TOLERANCE[model.dtype] * most:
         raise ValueError(
             f"the {role}, a {model.config.model_type} model, does something to its logits that is not known here: they "
             f"are off by up to {error:.3g}, the largest is {most:.3g}. Use a model of another family, or add its rule "

@@ -36,7 +36,7 @@ def check_generation(role: str, rollout: GatheredRollout) -> None:
     )
     try:
         examples = trial.complete(prompts, greedy)
-    except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(about.format(f"{type(error).__name__}: {error}")) from error
     batch = TokenBatch.from_examples(examples, vocabulary.pad_id, decoder_start_id=vocabulary.decoder_start_id)
     with evaluation_mode(rollout.engine):

@@ -68,11 +68,9 @@ class VllmRollout(Rollout):
     def start(self) -> None:
         """Export the student, wait up to rollout.server_timeout_s for the server, and make sure that it is the right
         one. Collective; raises ValueError on every rank."""
-        is_main = distributed.rank() == 0
         folder = self.folder / START
         export_student(self.student, self.tokenizer, folder)
-        found = distributed.together(lambda: self._wait_for_server() if is_main else None)
-        self.served_name, self.max_model_len = distributed.gather_objects(found)[0]
+        self.served_name, self.max_model_len = distributed.from_main_rank(self._wait_for_server)
         distributed.together(lambda: self._check_room(self.max_length))
         self._hand_over(folder)
 

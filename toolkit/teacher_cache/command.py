@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,8 @@ def _run(
 ) -> dict[str, Any]:
     started_s, is_main = time.monotonic(), distributed.rank() == 0
     watchdog.progress("loading")
-    if not _of_rank_0(lambda: TeacherCache.is_in(folder)):
+    # From rank 0, which makes the folder: over NFS other nodes may not see it yet.
+    if not distributed.from_main_rank(lambda: TeacherCache.is_in(folder)):
         distributed.together(lambda: refuse_existing(folder))
     inputs = load_inputs(config)
     vocabulary, data, temperature = inputs.vocabulary, inputs.data, config.loss.temperature
@@ -87,9 +87,9 @@ def _run(
             "shard_tokens": options.shard_tokens,
         }  # fmt: skip
 
-    if _of_rank_0(lambda: TeacherCache.is_in(folder)):
+    if distributed.from_main_rank(lambda: TeacherCache.is_in(folder)):
         now = identity()
-        return _of_rank_0(lambda: _finished(folder, now))
+        return distributed.from_main_rank(lambda: _finished(folder, now))
     # Validation is at temperature 1, whatever is trained at.
     parts = [(data.train, temperature), (data.validation, 1.0)]
     shards = distributed.together(
@@ -107,7 +107,7 @@ def _run(
 
     # The teacher's files are all here now, also those of a hub name.
     build(folder, identity(), shards, teacher, vocabulary, form, between_shards)
-    manifest = _of_rank_0(lambda: TeacherCache(folder).manifest)
+    manifest = distributed.from_main_rank(lambda: TeacherCache(folder).manifest)
     if is_main:
         distributed.say(f"{_summary(folder, form, manifest)}, made in {time.monotonic() - started_s:.1f} s")
     return manifest
@@ -142,11 +142,6 @@ def _recipe(name: str) -> Any:
         if hasattr(module, constant):
             return getattr(module, constant)
     raise ValueError(f"{path} has neither RECIPE nor RECIPES; a recipe names its RunConfig so")
-
-
-def _of_rank_0(read: Callable[[], Any]) -> Any:
-    """What `read` returns on rank 0, which made the folder: over NFS other nodes may not see it yet. Collective."""
-    return distributed.gather_objects(distributed.together(lambda: read() if distributed.rank() == 0 else None))[0]
 
 
 def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
