@@ -383,6 +383,14 @@ def hooks_around_generation(folder):
     return with_engine(folder, work)
 
 
+def zero3_config(dtype):
+    return {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+
+
 def loaded(path, dtype, model=None):
     """(elements of a large parameter held outside its partition, all parameters gathered) after a ZeRO-3 load."""
     import deepspeed
@@ -390,12 +398,7 @@ def loaded(path, dtype, model=None):
     from toolkit.config import ModelConfig
     from toolkit.models import load_model
 
-    ds_config = {
-        "zero_optimization": {"stage": 3},
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-    }
-    found = load_model(model or ModelConfig(path=path), path, ds_config, dtype, seed=3)
+    found = load_model(model or ModelConfig(path=path), path, zero3_config(dtype), dtype, seed=3)
     local = found.get_output_embeddings().weight.numel()
     with deepspeed.zero.GatheredParameters(list(found.parameters()), modifier_rank=None):
         return local, {name: parameter.detach().clone() for name, parameter in found.named_parameters()}
@@ -770,3 +773,41 @@ def held_after_a_step(overrides):
         "masters": sum(flat.numel() for flat in masters), "states": sum(states), "gradients": gradients,
         "frozen_with_gradient": [name for name, p in named.items() if name not in trained and p.grad is not None],
     }  # fmt: skip
+
+
+def load_errors(paths):
+    """What a ZeRO-3 load of this rank's own path raises here."""
+    from toolkit import distributed
+
+    try:
+        loaded(paths[distributed.rank()], torch.float32)
+    except ValueError as error:
+        return str(error)
+
+
+def all_tensors(paths, dtype):
+    """By path and name every parameter and buffer of a model after a ZeRO-3 load, gathered."""
+    import deepspeed
+
+    from toolkit.config import ModelConfig
+    from toolkit.models import load_model
+
+    found = {}
+    for path in paths:
+        model = load_model(ModelConfig(path=path), path, zero3_config(dtype), dtype)
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+            named = [*model.named_parameters(), *model.named_buffers()]
+            found[path] = {name: tensor.detach().clone() for name, tensor in named}
+    return found
+
+
+def teacher_hidden(overrides, ids):
+    """[N, H] of a run's teacher after each token of rows of ids but the last."""
+    import numpy as np
+
+    from toolkit.batch import Example, TokenBatch
+    from toolkit.models import Vocabulary, build_teacher
+
+    config = RunConfig().with_overrides(overrides)
+    teacher = build_teacher(config, config.teacher.path, torch.bfloat16, Vocabulary(90, (1,), 0))
+    return teacher.signals([TokenBatch.from_examples([Example(np.asarray(row), 1) for row in ids], 0)])[0]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from tests import engine_cases
 from tests.tiny import make_tokenizer, save_llama, tiny_overrides
@@ -159,11 +160,29 @@ def test_a_sharding_that_no_checkpoint_is_made_of_is_refused_at_the_start(refuse
 
 
 def test_weights_of_another_shape(refused, tiny, tmp_path):
-    """Under ZeRO-3 only rank 0 hears of it."""
     folder = shutil.copytree(tiny / "student", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 8}))
-    refused("could not be loaded: ", student__path=str(folder))
+    refused("have other shapes than the configuration asks for, 2 of them: lm_head", student__path=str(folder))
+
+
+def test_layers_that_the_configuration_leaves_out(refused, tiny, tmp_path):
+    folder = shutil.copytree(tiny / "teacher", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    refused("hold layers.1, and by config.json the model has 1 of them", teacher__path=str(folder))
+
+
+def test_a_family_whose_code_fails_where_weights_are_partitioned(refused, tmp_path):
+    tokenizer, shape = make_tokenizer(), {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+    RwkvForCausalLM(RwkvConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for role in ("teacher", "student"):
+        refused("a rwkv model, cannot be loaded under ZeRO-3", **{f"{role}__path": str(tmp_path)})
+
+
+def test_a_teacher_under_a_stage_that_shards_an_optimizer(refused):
+    refused("stage = 2, and a teacher is not trained: give 3", teacher__ds_config="ds_configs/student_zero2.json")
 
 
 def test_a_quantised_model_is_refused(refused, tiny, tmp_path):

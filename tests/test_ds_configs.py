@@ -32,3 +32,9 @@ def test_it_trains(tiny, ranks2, tmp_path, name):
         tiny, name=name, train__steps=3, optimizer__name="adamw", optimizer__lr=0.01, precision="bf16",
         schedule__policy="mixed", schedule__mixed_share=0.5, **changes))[0]  # fmt: skip
     assert summary["validation"]["final"]["kl_nats"] < summary["validation"]["initial"]["kl_nats"]
+
+
+def test_stages_of_one_process_have_hpz_each(tiny, ranks1):
+    for name in ("first stage", "second stage"):
+        settings = {"teacher__ds_config": "ds_configs/teacher_zero3_hpz.json", "train__steps": 1}
+        ranks1.run(engine_cases.run_tiny, tiny_overrides(tiny, name=name, **settings))

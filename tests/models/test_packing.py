@@ -21,9 +21,12 @@ from transformers import (
 )
 
 from tests import engine_cases
+from tests.families import KEEPS_TEXTS_APART, LEAKS, made
 from tests.tiny import make_tokenizer, tiny_overrides
 from toolkit.batch import Example, make_window
+from toolkit.models import NoTeacher, Vocabulary, check_packing, whole_student, whole_teacher
 from toolkit.models.engines import response_hidden
+from toolkit.models.packing import measure
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 MODELS = {
@@ -139,6 +142,60 @@ def test_without_positions_that_start_over_it_is_not_the_same(name):
     positions_BT = torch.arange(batch.input_ids_BT.shape[1]).expand_as(batch.input_ids_BT)
     object.__setattr__(batch, "position_ids_BT", positions_BT)
     assert difference(loss_and_gradients(model, [batch]), right)[1] > 1e-3
+
+
+VOCABULARY = Vocabulary(96, (1,), 0)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", LEAKS)
+def test_a_family_whose_texts_see_each_other_is_refused_as_student_and_as_teacher(family, dtype):
+    apart, leaks = made("llama").to(dtype), made(family).to(dtype)
+    refusal = f", an? {leaks.config.model_type} model, does not keep several texts in one row apart"
+    with pytest.raises(ValueError, match="the student" + refusal):
+        check_packing(NoTeacher(), whole_student(leaks, VOCABULARY), VOCABULARY)
+    with pytest.raises(ValueError, match="the teacher" + refusal):
+        check_packing(whole_teacher(leaks, VOCABULARY), whole_student(apart, VOCABULARY), VOCABULARY)
+
+
+@pytest.mark.parametrize("family", ["lfm2", "falcon_h1", "jamba"])
+def test_a_leak_is_seen_where_the_layers_hardly_matter_yet(family):
+    """Weights as small as these families begin with, at a width at which they do little to the embeddings."""
+    model = made(family, hidden_size=64, intermediate_size=96, initializer_range=0.02).to(torch.bfloat16)
+    student = whole_student(model, VOCABULARY)
+    with pytest.raises(ValueError, match="does not keep several texts"):
+        check_packing(NoTeacher(), student, VOCABULARY)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", KEEPS_TEXTS_APART)
+def test_a_family_that_keeps_texts_apart_is_packed(family, dtype):
+    model = made(family).to(dtype)
+    check_packing(whole_teacher(model, VOCABULARY), whole_student(model, VOCABULARY), VOCABULARY)
+
+
+def test_rounding_that_sends_tokens_to_other_experts_is_no_leak():
+    """As on a GPU, where other groups of tokens are multiplied by other kernels: here each product is rounded anew."""
+    draw = torch.Generator().manual_seed(0)
+    model = made("qwen3_moe", num_hidden_layers=12, num_experts=32).to(torch.bfloat16)
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(
+            lambda module, inputs, out: (out * (1 + 2**-9 * torch.randn(out.shape, generator=draw))).to(out.dtype)
+        )
+    student = whole_student(model, VOCABULARY)
+    assert measure(student.engine, VOCABULARY).by_neighbours > 2e-3
+    check_packing(NoTeacher(), student, VOCABULARY)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_positions_that_count_on_are_refused(dtype):
+    model = made("gpt2").to(dtype)
+    model.transformer.wpe.register_forward_pre_hook(
+        lambda module, inputs: torch.arange(inputs[0].shape[1]).expand_as(inputs[0])
+    )
+    with pytest.raises(ValueError, match="does not keep several texts"):
+        check_packing(NoTeacher(), whole_student(model, VOCABULARY), VOCABULARY)
 
 
 @pytest.mark.multiprocess

@@ -67,8 +67,16 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
 
 
 def teacher_ds_config(config: RunConfig, dtype_name: str) -> dict[str, Any]:
+    """The teacher's file, with batch and precision from `config`."""
+    given = read_ds_config(config.teacher.ds_config)
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 3):  # 1 and 2 shard an optimizer, and deepspeed asserts that there is one
+        raise ValueError(
+            f"{config.teacher.ds_config}: zero_optimization.stage = {stage}, and a teacher is not trained: give 3, "
+            "which shards its weights (ds_configs/teacher_zero3.json), or 0, which keeps it whole on every rank"
+        )
     return {
-        **read_ds_config(config.teacher.ds_config),
+        **given,
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype_name == "bf16"},
         "steps_per_print": 10**9,

@@ -33,7 +33,8 @@ from toolkit.divergences import (
 )
 from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
-from toolkit.models.head import Head, check_logits, logit_rules, logits_of
+from toolkit.models.dtypes import keeping_frozen, train_in
+from toolkit.models.head import Head, check_logits, head_dtype, logit_rules, logits_of, stack_of
 from toolkit.models.load import base_name, load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
 from toolkit.rollout.schedule import philox
@@ -78,12 +79,12 @@ class LossSums(NamedTuple):
 
 def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Teacher:
     ds_config = teacher_ds_config(config, _name(dtype))
-    # together: of weights that do not fit, only rank 0 hears under ZeRO-3
     model = distributed.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
     check_head("teacher", _rows(model.get_output_embeddings().weight), vocabulary)
     model.requires_grad_(False)
     split_where_memory_runs_out(model)
-    engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
+    with keeping_frozen(model):
+        engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
     _check("teacher", engine, vocabulary)
     return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // distributed.world())
@@ -99,9 +100,11 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
         add_adapters(model, config.student.lora, base_name(config.student, path), config.seed)
     if config.student.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    train_in(model, dtype)
     module = _StudentForward(model, config.loss, vocabulary)
     optimizer = _optimizer(module, config.optimizer, ds_config)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    with keeping_frozen(model):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
     engine.eval()
     _check("student", engine, vocabulary)
     engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
@@ -115,6 +118,8 @@ def free(*models: Teacher | Student | NoTeacher) -> None:
     for engine in (model.engine for model in models if not isinstance(model, NoTeacher)):
         engine.destroy()
     parameter_offload.FWD_MODULE_STACK.clear()
+    # hpZ's group of ranks, which deepspeed makes once in a process: the next zero.Init would be refused.
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     for found in gc.get_objects():  # type(): isinstance asks objects that warn when they are touched
         if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("deepspeed."):
             found.cache_clear()
@@ -240,7 +245,13 @@ class Student:
 def both_logits(engine: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """[N, V] at the positions that predict response tokens: as the model's own forward makes them, and as everything
     here does. Collective."""
-    return engine(batch.to(engine.module.model.device), as_logits=True)
+    return engine(batch.to(engine.module.model.device), answer="logits")
+
+
+@torch.no_grad()
+def hidden_states(engine: Any, batch: TokenBatch) -> Tensor:
+    """hidden_NH at the positions that predict response tokens. Collective."""
+    return engine(batch.to(engine.module.model.device), answer="hidden")
 
 
 def _check(role: str, engine: Any, vocabulary: Vocabulary) -> None:
@@ -261,8 +272,8 @@ class _TeacherForward(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: TokenBatch, as_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        return _both_logits(self.model, batch) if as_logits else response_hidden(self.model, batch)
+    def forward(self, batch: TokenBatch, answer: str = "hidden") -> Tensor | tuple[Tensor, Tensor]:
+        return _both_logits(self.model, batch) if answer == "logits" else response_hidden(self.model, batch)
 
 
 class _StudentForward(nn.Module):
@@ -272,15 +283,17 @@ class _StudentForward(nn.Module):
         self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=1)
 
     def forward(self, batch: TokenBatch, signal: Signal = None, teacher_head: tuple | None = None,
-                objective: tuple = (), token_weight: float = 1.0, as_logits: bool = False,
-                ) -> tuple[Tensor, ...]:  # fmt: skip
-        if as_logits:
+                objective: tuple = (), token_weight: float = 1.0, answer: str = "loss",
+                ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+        if answer == "logits":
             return _both_logits(self.model, batch)
         hidden_NS = response_hidden(self.model, batch)
         projection = self.model.get_output_embeddings()
         scale, soft_cap = logit_rules(self.model.config)
         weight_VS = projection.weight  # read here: deepspeed gathers it as an external parameter, for backward as well
         bias_V = getattr(projection, "bias", None)
+        if answer == "hidden":  # not before: deepspeed knows passes by their modules, and expects what one has gathered
+            return hidden_NS
         divergence, cross_entropy_weight, temperature, alpha_per_sequence = objective
         shared = {
             "weights_N": hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
@@ -332,8 +345,9 @@ def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     elif batch.position_ids_BT is not None and "flash" in (model.config._attn_implementation or ""):
         # transformers finds the texts for flash attention in a single row only; positions start over in each row too
         inputs = {name: tensor_BT.reshape(1, -1) for name, tensor_BT in inputs.items()}
-    hidden_BTH = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return hidden_BTH.reshape(*batch.predicts_BT.shape, -1)[batch.predicts_BT]
+    hidden_BTH = stack_of(model)(**inputs, use_cache=False).last_hidden_state
+    hidden_NH = hidden_BTH.reshape(*batch.predicts_BT.shape, -1)[batch.predicts_BT]
+    return hidden_NH.to(head_dtype(model))  # Mamba's come in fp32, whatever its head is
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from toolkit import heartbeat
 
@@ -64,3 +66,16 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
         raise ValueError(
             f"the model {path} could not be had from the hub, and there is no folder {Path(path).absolute()}: {error}"
         ) from error
+
+
+def weight_files(folder: Path, config: Any = None) -> list[Path]:
+    """The files of weights that transformers reads in `folder`, in its order of preference; none: it finds none."""
+    named = getattr(config, "transformers_weights", None)
+    plain = ("model.safetensors", "pytorch_model.bin")
+    names = [named] if named else [found for name in plain for found in (name, f"{name}.index.json")]
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        return []
+    if not file.name.endswith(".index.json"):
+        return [file]
+    return sorted({folder / part for part in json.loads(file.read_text())["weight_map"].values()})

@@ -5,13 +5,27 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from toolkit.models.vocabulary import Vocabulary
 
 #: how far off two ways to the same logits may be, relative to the largest: other products round otherwise
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
+
+
+def stack_of(model: PreTrainedModel) -> nn.Module:
+    """What makes a causal model's hidden states, between its ids and its head."""
+    if model.base_model is not model or model.config.is_encoder_decoder:
+        return model.base_model
+    # Llama 4's base_model_prefix names no part of it, so it counts as its own base.
+    embeddings = model.get_input_embeddings()
+    return next(part for part in model.children() if any(module is embeddings for module in part.modules()))
+
+
+def head_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the output projection. Reading its `weight` would make deepspeed gather it in the forward pass at hand."""
+    return next(model.get_output_embeddings().parameters()).dtype
 
 
 class Head(NamedTuple):
@@ -44,7 +58,7 @@ def logit_rules(config: Any) -> tuple[float, float | None]:
 def logits_of(model: PreTrainedModel, hidden_NH: Tensor, vocab_size: int | None = None) -> Tensor:
     """fp32 [N, V] of the model's hidden states, of the first `vocab_size` entries."""
     scale, soft_cap = logit_rules(model.config)
-    logits_NV = model.get_output_embeddings()(hidden_NH)[:, :vocab_size].float()
+    logits_NV = model.get_output_embeddings()(hidden_NH.to(head_dtype(model)))[:, :vocab_size].float()
     logits_NV = logits_NV if scale == 1 else logits_NV * scale
     return logits_NV if soft_cap is None else soft_cap * torch.tanh(logits_NV / soft_cap)
 

@@ -14,9 +14,11 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -36,10 +38,13 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
 
+from toolkit import distributed
 from toolkit.config import InitConfig, ModelConfig
 from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.divergences.products import cpu_has_bf16_products
+from toolkit.models.dtypes import dtypes_of, keeping_dtypes
 from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, hub_version, source_folder
+from toolkit.models.fit import blank, check_fit, from_config, quiet, rehearse
 from toolkit.models.pruning import leave_out_layers, prune
 from toolkit.overrides import unknown
 
@@ -212,55 +217,107 @@ def check_positions(section: str, model: ModelConfig, path: str, tokens: int) ->
 def load_model(
     model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dtype, seed: int = 0
 ) -> PreTrainedModel:
-    """The model in `dtype`, partitioned while it is read where `ds_config` says ZeRO-3. Every rank calls it.
-    Without a `ds_config` it is whole on each rank.
+    """The model in `dtype`, but for what transformers keeps in fp32; partitioned while it is read where `ds_config`
+    says ZeRO-3, and then every rank has to call it. Without a `ds_config` it is whole on each rank.
 
-    `path` is what `materialize` returned. Raises ValueError for weights that do not fit the configuration.
+    `path` is what `materialize` returned. Tensors of the files that the model does not have are told on rank 0. Raises
+    ValueError for weights that do not fit the configuration, and for a model whose code fails under zero.Init.
     """
+    is_sharded = ds_config is not None and ds_config.get("zero_optimization", {}).get("stage") == 3
+
+    def planned() -> _Plan:
+        with _told_plainly(model, path):
+            return _plan(model, path, ds_config, dtype)
+
+    # Together: a rank whose files are other ones would leave the rest alone in the collectives of the load.
+    plan = distributed.together(planned) if is_sharded else planned()
     # transformers keeps only a weak reference: without this name alive the model would load whole on every rank.
     # deepspeed reads precision from the config: under zero.Init `dtype` alone is not enough.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config else None
     torch.manual_seed(seed)
     try:
-        config = _configuration(model, path)
-        if ds_config and getattr(config, "quantization_config", None):
-            raise ValueError(
-                f"the weights at {path} are quantised (quantization_config of config.json), and such a model is not "
-                "sharded: every rank would hold all of it. Take the checkpoint in bf16, or write one with "
-                "transformers' dequantize()"
-            )
+        with _told_plainly(model, path), keeping_dtypes(plan.dtypes):
+            loaded = _made(plan, model, path, dtype)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
+        if not is_sharded:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"the model at {path or model.shape!r}, a {plan.config.model_type} model, cannot be loaded under ZeRO-3, "
+            f"where deepspeed partitions a weight as soon as it is made: {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}:{place.lineno}). Use a model of another family, or a ds_config that keeps "
+            "it whole on every rank: ds_configs/student_zero2.json for a student, a file with zero_optimization.stage "
+            "= 0 for a teacher"
+        ) from error
+    finally:
+        del keep_alive
+    for name in plan.frozen:
+        loaded.get_parameter(name).requires_grad_(False)
+    loaded.config.use_cache = False
+    return loaded
+
+
+class _Plan(NamedTuple):
+    """A model as transformers would load it: by name, the dtypes of parameters and buffers, and the parameters that its
+    own code does not train (which transformers forgets where it replaces them by those of a file)."""
+
+    kind: type
+    config: PretrainedConfig
+    dtypes: dict[str, torch.dtype]
+    frozen: list[str]
+
+
+def _plan(model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dtype) -> _Plan:
+    """Of names and shapes alone. Raises ValueError for weights that do not fit the configuration."""
+    config = _configuration(model, path)
+    is_quantised = bool(getattr(config, "quantization_config", None))
+    if ds_config and is_quantised:
+        raise ValueError(
+            f"the weights at {path} are quantised (quantization_config of config.json), and such a model is not "
+            "sharded: every rank would hold all of it. Take the checkpoint in bf16, or write one with "
+            "transformers' dequantize()"
+        )
+    if config.is_encoder_decoder:
+        kind = ENCODER_DECODERS[config.model_type]
+        kind = _untied(kind) if _has_own_head(model, path) else kind
+    else:
         kind = AutoModelForCausalLM
-        if config.is_encoder_decoder:
-            kind = ENCODER_DECODERS[config.model_type]
-            kind = _untied(kind) if _has_own_head(model, path) else kind
-        if model.random_weights and config.is_encoder_decoder:
-            loaded = kind._from_config(config, dtype=dtype)
-        elif model.random_weights:
-            loaded = kind.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
-        else:
-            loaded, found = kind.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=model.trust_remote_code,
-                output_loading_info=True,
-            )
-            if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in them
-                raise ValueError(
-                    f"the weights at {path} lack {len(missing)} parameters of the configuration, the first is "
-                    f"{missing[0]}; copy the missing files, or correct config.json"
-                )
+    if is_quantised:
+        return _Plan(kind, config, {}, [])
+    shape = blank(kind, config, dtype, model.trust_remote_code)
+    frozen = [name for name, parameter in shape.named_parameters() if not parameter.requires_grad]
+    if not model.random_weights:
+        shape, found = rehearse(type(shape), path, config, dtype)
+        check_fit(path, shape, found, keeps_all_layers=model.num_layers is None)
+    return _Plan(kind, config, dtypes_of(shape), frozen)
+
+
+def _made(plan: _Plan, model: ModelConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    kind, config = plan.kind, plan.config
+    if model.random_weights:
+        return from_config(kind, config, dtype, model.trust_remote_code)
+    with quiet():
+        loaded, found = kind.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=model.trust_remote_code, output_loading_info=True
+        )
+    # What is left out was told already, but for a quantised model's. ZeRO-3's own way to read may miss some more.
+    is_known = not getattr(config, "quantization_config", None)
+    check_fit(path, loaded, {"missing_keys": found["missing_keys"]} if is_known else found, model.num_layers is None)
+    return loaded
+
+
+@contextmanager
+def _told_plainly(model: ModelConfig, path: str) -> Iterator[None]:
+    """Errors of transformers about a model's files as a ValueError."""
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the pickled weights at {path} hold more than tensors, and code in them is not run; "
             "save them as safetensors"
         ) from error
-    except (OSError, RuntimeError, StrictDataclassError) as error:  # RuntimeError: a weight of another shape
+    except (OSError, RuntimeError, StrictDataclassError) as error:
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
-    finally:
-        del keep_alive
-    loaded.config.use_cache = False
-    return loaded
 
 
 def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 
-from toolkit.models.head import logits_of
+from toolkit.models.head import logits_of, stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, uniform_draws
 
@@ -196,7 +196,7 @@ def is_supported(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     return (
         getattr(model, "_supports_attention_backend", False)
-        and "position_ids" in inspect.signature(model.base_model.forward).parameters
+        and "position_ids" in inspect.signature(stack_of(model).forward).parameters
         and {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "sliding_attention"}
         and getattr(config, "attn_logit_softcapping", None) is None
         and not any(name.endswith("sinks") for name, _ in model.named_parameters())
@@ -317,14 +317,14 @@ def decode(
 def idle_pass(model: PreTrainedModel) -> None:
     """One token that nobody reads, outside of `decode`: for the collectives of the ranks that still generate."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    logits_of(model, model.base_model(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
+    logits_of(model, stack_of(model)(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
 
 
 def _hidden(model: PreTrainedModel, cache: RaggedCache, ids_N: Tensor, position_N: Tensor) -> Tensor:
     global _cache
     _cache = cache
     try:
-        return model.base_model(
+        return stack_of(model)(
             input_ids=ids_N[None], position_ids=position_N[None], use_cache=True, **{_cache_name(model): cache}
         ).last_hidden_state[0]
     finally:
@@ -342,7 +342,7 @@ def _attention(config: Any, name: str):
 
 def _cache_name(model: PreTrainedModel) -> str:
     """transformers renames `past_key_values` to `cache`, model by model."""
-    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(stack_of(model).forward).parameters else "past_key_values"
 
 
 @torch.no_grad()
@@ -372,7 +372,7 @@ def plain_decode(
             running, stats.peak_rows, stats.prefills = list(part), max(stats.peak_rows, len(part)), stats.prefills + 1
         new_BT = ids_BT if said == 0 else ids_BT[:, -1:]
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -new_BT.shape[1] :]
-        hidden_BTH = model.base_model(
+        hidden_BTH = stack_of(model)(
             input_ids=new_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=True,
             **{_cache_name(model): cache},
         ).last_hidden_state  # fmt: skip

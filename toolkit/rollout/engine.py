@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from toolkit import distributed
 from toolkit.batch import Example
 from toolkit.faults import Halving
+from toolkit.models.head import stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.decode import (
     DecodeStats,
@@ -250,7 +251,7 @@ class _InStep:
             self.owes_pass = self.is_inside = False
 
         self.hooks = [
-            self.model.base_model.register_forward_pre_hook(enter),
+            stack_of(self.model).register_forward_pre_hook(enter),
             self.model.get_output_embeddings().register_forward_hook(leave),
         ]
         return self

@@ -1,0 +1,153 @@
+"""Whether the files of a model fit its configuration, asked of transformers before a weight is read.
+
+Under ZeRO-3 transformers reports no tensor that it leaves out: a file of 24 layers under a configuration of 12 loads as
+if all of it fitted. The same load on torch's meta device, of names and shapes alone, tells all of it, in well under a
+second and alike on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel, initialization
+from transformers.modeling_utils import load_state_dict
+
+from toolkit import distributed
+from toolkit.models.files import weight_files
+
+NAMED = 4  # names in a message, before "and N more"
+
+
+def from_config(kind: type, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of random weights. `kind`: a model's class, or an auto class."""
+    if issubclass(kind, PreTrainedModel):
+        return kind._from_config(config, dtype=dtype)
+    return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def blank(kind: type, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The same on the meta device: names, shapes and dtypes without numbers."""
+    with torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        return from_config(kind, config, dtype, trust_remote_code)
+
+
+def rehearse(
+    kind: type[PreTrainedModel], path: str, config: PretrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, set]]:
+    """The model that transformers would make of the weights in the folder `path`, on the meta device, and its loading
+    info. Raises ValueError for weights that it cannot convert, such as experts of which some are missing."""
+    stored = {}
+    for file in weight_files(Path(path), config):
+        stored |= load_state_dict(file, map_location="meta")
+    with quiet() as report:
+        try:
+            return kind.from_pretrained(
+                None, config=config, state_dict=stored, dtype=dtype, device_map="meta", output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise ValueError(f"the weights at {path} could not be loaded: {error}\n{''.join(report)}") from error
+
+
+def check_fit(path: str, model: PreTrainedModel, found: Mapping[str, set], keeps_all_layers: bool = True) -> None:
+    """Tells, on rank 0, the names of tensors that transformers leaves out. `found`: its loading info on `model`.
+
+    keeps_all_layers: False where layers were taken off the end on purpose. Raises ValueError for parameters that are
+    missing or have another shape, and for layers that are left over: the model would not be that of the files.
+    """
+    if wrong := sorted(found.get("mismatched_keys", ())):
+        name, stored, wanted = wrong[0]
+        raise ValueError(
+            f"the weights at {path} have other shapes than the configuration asks for, {len(wrong)} of them: {name} is "
+            f"{list(stored)} in the files and {list(wanted)} by config.json; correct config.json, or copy the files "
+            "that belong to it"
+        )
+    unexpected = sorted(found.get("unexpected_keys", ()))
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in them
+        other = f", and hold {_listed(unexpected)}, which it does not ask for" if unexpected else ""
+        raise ValueError(
+            f"the weights at {path} lack {len(missing)} parameters of the configuration, the first is {missing[0]}"
+            f"{other}; copy the missing files, or correct config.json"
+        )
+    rest = _beside_layers(path, model, unexpected, keeps_all_layers)
+    if rest and distributed.rank() == 0:
+        distributed.say(
+            f"warning: the weights at {path} hold {len(rest)} tensors that the {model.config.model_type} model of "
+            f"config.json does not have, and they are left out: {_listed(rest)}"
+        )
+
+
+def _beside_layers(path: str, model: PreTrainedModel, unexpected: list[str], keeps_all_layers: bool) -> list[str]:
+    """The names that are not of layers past the model's last one. Raises ValueError where there are such layers."""
+    # DeepSeek-V3 and GLM-4.5 keep layers for multi-token prediction after the model's own: they are no part of it.
+    predicting = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    counts: dict[str, int] = {}
+    for name in model.state_dict():
+        for stack, number in _numbers(name, model):
+            counts[stack] = max(number + 1, counts.get(stack, 0))
+    rest = []
+    for name in unexpected:
+        past = [(stack, number) for stack, number in _numbers(name, model) if number >= counts.get(stack, number + 1)]
+        if not past:
+            rest.append(name)
+            continue
+        stack, number = past[0]
+        count = counts[stack]
+        if keeps_all_layers and number >= count + predicting:
+            raise ValueError(
+                f"the weights at {path} hold {stack}.{number}, and by config.json the model has {count} of them "
+                f"({stack}.0 to {stack}.{count - 1}): the others would be left out. Correct its number of layers, or "
+                f"copy the files that belong to it; to leave them out on purpose set num_layers={count} for this model"
+            )
+    return rest
+
+
+def _numbers(name: str, model: PreTrainedModel) -> list[tuple[str, int]]:
+    """The numbers in a tensor's name, each with what stands before it: "model.layers.3.mlp" has ("layers", 3). Files
+    of GPT-2 have names without the "transformer." that the model puts before them."""
+    name = name.removeprefix(f"{model.base_model_prefix}.")
+    return [(name[: match.start()], int(match[1])) for match in re.finditer(r"\.(\d+)(?=\.)", name)]
+
+
+def _listed(names: list[str]) -> str:
+    """Some of the names; the same name in several layers is one, with their number."""
+    counts: dict[str, int] = {}
+    for name in names:
+        alike = re.sub(r"\.\d+(?=\.)", ".*", name)
+        counts[alike] = counts.get(alike, 0) + 1
+    shown = [name if count == 1 else f"{name} ({count} times)" for name, count in counts.items()]
+    more = f" and {len(shown) - NAMED} more" if len(shown) > NAMED else ""
+    return ", ".join(shown[:NAMED]) + more
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """transformers' own report of a load goes into the list, and no bar is drawn: what matters of it is told once."""
+    report = _Report()
+    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
+    had_bars, propagates = transformers.utils.logging.is_progress_bar_enabled(), logger.propagate
+    transformers.utils.logging.disable_progress_bar()
+    logger.addHandler(report)
+    logger.propagate = False
+    try:
+        yield report.said
+    finally:
+        logger.removeHandler(report)
+        logger.propagate = propagates
+        if had_bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+class _Report(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(self.format(record))
