@@ -17,6 +17,7 @@ import deepspeed
 import peft
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -60,6 +61,14 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base_path: str, see
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2 has both kinds, peft sets it for each
         peft.inject_adapter_in_model(settings, model)
+    for name, part in model.named_modules():
+        if isinstance(part, BaseTunerLayer) and not isinstance(part, Linear):
+            names = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear}))
+            raise ValueError(
+                f"student.lora.target_modules = {list(config.target_modules)} reaches {name} of this "
+                f"{model.config.model_type} model, where peft would adapt experts or a router, which are one tensor "
+                f"and no linear layer: such adapters are not merged here. Name the attention's layers alone, of {names}"
+            )
     if config.adapter:
         _load(model, config.adapter)
 
