@@ -85,16 +85,30 @@ def test_fine_tuning_needs_no_teacher_and_follows_the_reference(tiny, ranks2):
 
 def test_student_text_may_have_a_divergence_of_its_own(tiny, ranks2):
     """As in DistiLLM-2: one for the data, another for what the student says."""
+    skl, both = {"divergence": "skl"}, {"divergence": "skl", "student_text_divergence": "srkl"}
+    on_policy = first_step(tiny, ranks2, "on_policy", **both)["loss"]
+    assert on_policy == first_step(tiny, ranks2, "on_policy", divergence="srkl")["loss"]
+    assert on_policy != first_step(tiny, ranks2, "on_policy", **skl)["loss"]
+    assert first_step(tiny, ranks2, "off", **both)["loss"] == first_step(tiny, ranks2, "off", **skl)["loss"]
 
-    def first_loss(policy, divergence, student_text=""):
-        name = f"text {policy} {divergence} {student_text}"
-        ranks2.run(engine_cases.run_tiny, tiny_overrides(
-            tiny, name=name, schedule__policy=policy, train__steps=1, loss__divergence=divergence,
-            loss__student_text_divergence=student_text))  # fmt: skip
-        return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())["loss"]
 
-    assert first_loss("on_policy", "skl", "srkl") == first_loss("on_policy", "srkl") != first_loss("on_policy", "skl")
-    assert first_loss("off", "skl", "srkl") == first_loss("off", "skl")
+def test_students_do_not_learn_their_own_text_as_if_it_were_data(tiny, ranks2):
+    """The cross entropy beside a divergence is with the data; a weight of its own turns it on for student text."""
+    plain = first_step(tiny, ranks2, "on_policy", divergence="skl")
+    asked = first_step(tiny, ranks2, "on_policy", divergence="skl", student_text_cross_entropy_weight=0.5)
+    beside_data = first_step(tiny, ranks2, "on_policy", divergence="skl", cross_entropy_weight=1)
+    assert (beside_data["loss"], beside_data["grad_norm"]) == (plain["loss"], plain["grad_norm"])
+    assert asked["loss"] == pytest.approx(plain["kl"] + 0.5 * plain["ce"]) and plain["ce"] > 1
+    assert asked["grad_norm"] != plain["grad_norm"]
+
+
+def first_step(tiny, ranks2, policy, **loss):
+    """The metrics of a run's only step."""
+    name = " ".join(["first", policy, *map(str, loss.values())])
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name=name, schedule__policy=policy, train__steps=1, validation__rouge_rows=0, validation__samples=0,
+        **{f"loss__{setting}": value for setting, value in loss.items()}))  # fmt: skip
+    return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())
 
 
 def load_tiny(tiny, tokenizer):
