@@ -428,11 +428,36 @@ def test_weight_decay_is_for_matrices(tiny, ranks2, stage):
 
 
 def test_an_exported_student_ends_where_it_was_taught_to(tiny, ranks2, tmp_path):
-    """Its own generation settings name another end than the chat template's turns have."""
+    """Its own generation settings name another end than the chat template's turns have. Some contradict others, as
+    published ones do: transformers loads them with a warning, and does not save them once anything has changed."""
     folder = shutil.copytree(tiny / "student", tmp_path / "student")
     found = json.loads((folder / "generation_config.json").read_text())
-    # A temperature without do_sample is loaded with a warning, and not saved without an error.
-    (folder / "generation_config.json").write_text(json.dumps(found | {"eos_token_id": 0, "temperature": 0.9}))
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="ends", student__path=str(folder), train__steps=1))
-    exported = AutoModelForCausalLM.from_pretrained(tiny / "runs" / "ends" / "student")
-    assert exported.generation_config.eos_token_id == [0, 1] and exported.generation_config.do_sample
+    found |= {
+        "eos_token_id": 0, "temperature": 0.9, "pad_token_id": -1, "early_stopping": True, "length_penalty": 2.0,
+        "output_attentions": True, "max_new_tokens": 7,
+    }  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(found))
+    overrides = tiny_overrides(
+        tiny, name="ends", student__path=str(folder), train__steps=1, validation__every_steps=1, validation__best="ce"
+    )
+    code, said, error = ranks2.run(engine_cases.run_saying, overrides)[0]
+    assert code == 0, error
+    told = [line for line in said.splitlines() if "generation settings of the student" in line]
+    assert len(told) == 1 and "pad_token_id = -1 becomes 1" in told[0] and "early_stopping = True" in told[0]
+    for name in ("student", "best"):
+        settings = AutoModelForCausalLM.from_pretrained(tiny / "runs" / "ends" / name).generation_config
+        settings.validate(strict=True)
+        assert settings.eos_token_id == [0, 1] and settings.do_sample and settings.temperature == 0.9
+        assert settings.pad_token_id == 1 and settings.max_new_tokens == 7
+        assert not (settings.early_stopping or settings.length_penalty or settings.output_attentions)
+
+
+def test_what_cannot_be_exported_is_refused_before_the_first_step(tiny, ranks2):
+    overrides = tiny_overrides(tiny, name="unwritable")
+    (code, said, error), (other_code, _, other_error) = ranks2.run(
+        engine_cases.run_with_a_tokenizer_that_cannot_be_saved, overrides
+    )
+    assert code == other_code == 2 and "step 1" not in said and "could not be written" not in other_error
+    assert "the student could not be written to" in error and "not JSON serializable" in error
+    left = {path.name for path in (tiny / "runs" / "unwritable").iterdir()}
+    assert "config.yaml" in left and not left & {"student", "student.unfinished", "metrics.jsonl"}
