@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from toolkit import distributed
 from toolkit.faults import to_disk
 from toolkit.models.engines import Student
+from toolkit.models.portable import make_portable
 
 Result = TypeVar("Result")
 
@@ -106,6 +107,7 @@ def _write(
     tokenizer.save_pretrained(folder)
     if lora := _lora(model):
         lora.save_adapter(model, adapter, folder / "adapter")
+    make_portable(folder)
     return changes
 
 
