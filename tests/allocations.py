@@ -34,3 +34,21 @@ class MemoryLimit(TorchDispatchMode):
                 if x.nbytes > self.limit_bytes:
                     torch.empty(2**46)  # half of the address space: more than any machine has
         return out
+
+
+class BehindLeftOperands(TorchDispatchMode):
+    """What lies behind each row of a product's left operand where that is a view of wider rows, up to the end of a
+    block of 32 columns. `views`: how many such operands there were; `not_finite`: how many had a NaN or an infinity."""
+
+    views, not_finite = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left = args[-2]
+            rows, columns = left.shape
+            stride, step = left.stride()
+            end = min(stride, -(-columns // 32) * 32)
+            if step == 1 and end > columns:
+                self.views += 1
+                self.not_finite += not left.as_strided((rows, end), (stride, 1)).isfinite().all()
+        return func(*args, **(kwargs or {}))

@@ -538,6 +538,21 @@ def run_with_failing_exports(overrides, names):
         return run_saying(overrides)
 
 
+def run_with_a_tokenizer_that_cannot_be_saved(overrides):
+    """(exit code, stdout, stderr) of a run whose tokenizer holds a setting that is not of JSON's types."""
+    from toolkit import inputs
+
+    load = inputs.load_tokenizer
+
+    def loaded(model, path):
+        tokenizer = load(model, path)
+        tokenizer.init_kwargs["made_by"] = object()
+        return tokenizer
+
+    with mock.patch.object(inputs, "load_tokenizer", loaded):
+        return run_saying(overrides)
+
+
 def error_of_one_rank(kind, failing_rank):
     """What `together` raises here where its work raises `kind` on this one rank."""
     from toolkit import distributed

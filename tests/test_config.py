@@ -99,6 +99,8 @@ def test_text_stays_as_it_was_typed(text):
     ("loss.temperature=0", "loss.temperature = 0.0"),
     ("loss.temperature=.nan", "loss.temperature = nan"),
     ("loss.cross_entropy_weight=-1", "loss.cross_entropy_weight = -1.0"),
+    ("loss.student_text_cross_entropy_weight=-1", "loss.student_text_cross_entropy_weight = -1.0"),
+    ("loss={divergence: none, cross_entropy_weight: 1}", 'schedule.policy = "adaptive"'),
     ("loss.memory_budget_mib=0", "loss.memory_budget_mib = 0"),
     ("optimizer.name=adam", "did you mean 'adamw'"),
     ("optimizer.lr=0", "optimizer.lr = 0.0"),

@@ -85,16 +85,30 @@ def test_fine_tuning_needs_no_teacher_and_follows_the_reference(tiny, ranks2):
 
 def test_student_text_may_have_a_divergence_of_its_own(tiny, ranks2):
     """As in DistiLLM-2: one for the data, another for what the student says."""
+    skl, both = {"divergence": "skl"}, {"divergence": "skl", "student_text_divergence": "srkl"}
+    on_policy = first_step(tiny, ranks2, "on_policy", **both)["loss"]
+    assert on_policy == first_step(tiny, ranks2, "on_policy", divergence="srkl")["loss"]
+    assert on_policy != first_step(tiny, ranks2, "on_policy", **skl)["loss"]
+    assert first_step(tiny, ranks2, "off", **both)["loss"] == first_step(tiny, ranks2, "off", **skl)["loss"]
 
-    def first_loss(policy, divergence, student_text=""):
-        name = f"text {policy} {divergence} {student_text}"
-        ranks2.run(engine_cases.run_tiny, tiny_overrides(
-            tiny, name=name, schedule__policy=policy, train__steps=1, loss__divergence=divergence,
-            loss__student_text_divergence=student_text))  # fmt: skip
-        return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())["loss"]
 
-    assert first_loss("on_policy", "skl", "srkl") == first_loss("on_policy", "srkl") != first_loss("on_policy", "skl")
-    assert first_loss("off", "skl", "srkl") == first_loss("off", "skl")
+def test_students_do_not_learn_their_own_text_as_if_it_were_data(tiny, ranks2):
+    """The cross entropy beside a divergence is with the data; a weight of its own turns it on for student text."""
+    plain = first_step(tiny, ranks2, "on_policy", divergence="skl")
+    asked = first_step(tiny, ranks2, "on_policy", divergence="skl", student_text_cross_entropy_weight=0.5)
+    beside_data = first_step(tiny, ranks2, "on_policy", divergence="skl", cross_entropy_weight=1)
+    assert (beside_data["loss"], beside_data["grad_norm"]) == (plain["loss"], plain["grad_norm"])
+    assert asked["loss"] == pytest.approx(plain["kl"] + 0.5 * plain["ce"]) and plain["ce"] > 1
+    assert asked["grad_norm"] != plain["grad_norm"]
+
+
+def first_step(tiny, ranks2, policy, **loss):
+    """The metrics of a run's only step."""
+    name = " ".join(["first", policy, *map(str, loss.values())])
+    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+        tiny, name=name, schedule__policy=policy, train__steps=1, validation__rouge_rows=0, validation__samples=0,
+        **{f"loss__{setting}": value for setting, value in loss.items()}))  # fmt: skip
+    return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())
 
 
 def load_tiny(tiny, tokenizer):
@@ -414,11 +428,36 @@ def test_weight_decay_is_for_matrices(tiny, ranks2, stage):
 
 
 def test_an_exported_student_ends_where_it_was_taught_to(tiny, ranks2, tmp_path):
-    """Its own generation settings name another end than the chat template's turns have."""
+    """Its own generation settings name another end than the chat template's turns have. Some contradict others, as
+    published ones do: transformers loads them with a warning, and does not save them once anything has changed."""
     folder = shutil.copytree(tiny / "student", tmp_path / "student")
     found = json.loads((folder / "generation_config.json").read_text())
-    # A temperature without do_sample is loaded with a warning, and not saved without an error.
-    (folder / "generation_config.json").write_text(json.dumps(found | {"eos_token_id": 0, "temperature": 0.9}))
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="ends", student__path=str(folder), train__steps=1))
-    exported = AutoModelForCausalLM.from_pretrained(tiny / "runs" / "ends" / "student")
-    assert exported.generation_config.eos_token_id == [0, 1] and exported.generation_config.do_sample
+    found |= {
+        "eos_token_id": 0, "temperature": 0.9, "pad_token_id": -1, "early_stopping": True, "length_penalty": 2.0,
+        "output_attentions": True, "max_new_tokens": 7,
+    }  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(found))
+    overrides = tiny_overrides(
+        tiny, name="ends", student__path=str(folder), train__steps=1, validation__every_steps=1, validation__best="ce"
+    )
+    code, said, error = ranks2.run(engine_cases.run_saying, overrides)[0]
+    assert code == 0, error
+    told = [line for line in said.splitlines() if "generation settings of the student" in line]
+    assert len(told) == 1 and "pad_token_id = -1 becomes 1" in told[0] and "early_stopping = True" in told[0]
+    for name in ("student", "best"):
+        settings = AutoModelForCausalLM.from_pretrained(tiny / "runs" / "ends" / name).generation_config
+        settings.validate(strict=True)
+        assert settings.eos_token_id == [0, 1] and settings.do_sample and settings.temperature == 0.9
+        assert settings.pad_token_id == 1 and settings.max_new_tokens == 7
+        assert not (settings.early_stopping or settings.length_penalty or settings.output_attentions)
+
+
+def test_what_cannot_be_exported_is_refused_before_the_first_step(tiny, ranks2):
+    overrides = tiny_overrides(tiny, name="unwritable")
+    (code, said, error), (other_code, _, other_error) = ranks2.run(
+        engine_cases.run_with_a_tokenizer_that_cannot_be_saved, overrides
+    )
+    assert code == other_code == 2 and "step 1" not in said and "could not be written" not in other_error
+    assert "the student could not be written to" in error and "not JSON serializable" in error
+    left = {path.name for path in (tiny / "runs" / "unwritable").iterdir()}
+    assert "config.yaml" in left and not left & {"student", "student.unfinished", "metrics.jsonl"}

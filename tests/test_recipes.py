@@ -132,6 +132,13 @@ def test_quickstart(tmp_path):
     assert summary["validation"]["final"]["kl_nats"] < 8  # a third of the layers is gone, the language is not
     student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     assert student.config.num_hidden_layers == 20
+    cache = Path(os.environ["XDG_CACHE_HOME"], "distillation-toolkit")
+    made = list(cache.glob("SmolLM2-135M-Instruct.Q4_1-*"))  # of the GGUF file, and of that without some layers
+    assert len(made) >= 2
+    for written in (folder / "student", *made):
+        assert json.loads((written / "config.json").read_text())["rope_theta"] == 100000
+        assert json.loads((written / "tokenizer_config.json").read_text())["tokenizer_class"] != "TokenizersBackend"
+        assert len({file.stat().st_mode for file in written.iterdir()}) == 1
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What does os.path.join do?"}], add_generation_prompt=True, return_tensors="pt",

@@ -245,6 +245,22 @@ def test_ranks_that_see_different_folders_agree_on_one_checkpoint(stopped, ranks
         assert ranks2.run(engine_cases.newest_checkpoint, folders) == ["step-00000002"] * 2
 
 
+def test_an_older_checkpoint_learned_student_text_with_the_data_s_weight():
+    """Its config has no loss.student_text_cross_entropy_weight: a run that had it in effect does not go on without."""
+    parts = {"precision": "fp32", "data_sha256": "0", "teacher_sha256": {}, "base_sha256": {}}
+
+    def changed(policy, **loss):
+        config = RunConfig().with_settings({"schedule.policy": policy, "loss.cross_entropy_weight": 1.0})
+        before = config.to_dict()
+        del before["loss"]["student_text_cross_entropy_weight"]
+        now = config.with_settings({f"loss.{name}": value for name, value in loss.items()})
+        return compare({"config": before, "identity": parts}, now, parts)
+
+    assert changed("off") == changed("adaptive", student_text_cross_entropy_weight=1.0) == []
+    with pytest.raises(ValueError, match=r"loss.student_text_cross_entropy_weight was 1\.0, is 0\.0"):
+        changed("adaptive")
+
+
 @pytest.fixture
 def other_job(tmp_path):
     """Another process that uses the run folder `tmp_path / NAME`: started by a call, ends by .kill()."""

@@ -377,7 +377,7 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
     free, refused = [], []
     before, now, default = (_flat(part) for part in (saved["config"], config.to_dict(), RunConfig().to_dict()))
     for name in sorted(before.keys() | now.keys()):
-        old = before.get(name, default.get(name))  # a setting that is newer than the checkpoint had its default
+        old = before.get(name, _value_before(name, before, default))
         new = now.get(name)
         if old != new:
             # alpha_per_sequence holds each text against the others of its micro-batch
@@ -411,6 +411,13 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any
             + "\nset these back, give the new run a name of its own (name=...), or start over with resume=never"
         )
     return free
+
+
+def _value_before(name: str, before: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
+    """What a setting that is newer than a checkpoint was in the run that wrote it: mostly what is its default now."""
+    if name == "loss.student_text_cross_entropy_weight" and before.get("schedule.policy") != "off":
+        return before.get("loss.cross_entropy_weight", default[name])  # one weight was that of both texts
+    return default.get(name)
 
 
 def _empty_folder(folder: Path) -> None:

@@ -186,7 +186,10 @@ class LossConfig:
     less than in the rest of the micro-batch (DistiLLM-2). So it depends on train.micro_rows and on the number of ranks.
     Not with data.packing, where a row holds several texts. Costs one more product with each head.
     head_mass: akl's. temperature divides both models' logits.
-    cross_entropy_weight: share of the text's own next token beside the divergence; on the student's text, its own too.
+    cross_entropy_weight: of the cross entropy with the data's next token, added to the divergence. Steps on the
+    student's own text leave it out.
+    student_text_cross_entropy_weight: the same for the student's own text, as if it were data. What the student says is
+    then made likelier, right or wrong, and it may collapse to a few phrases as phi rises.
     memory_budget_mib: bound on the logit tiles; None is the operation's default.
     """
 
@@ -199,6 +202,7 @@ class LossConfig:
     head_mass: float = 0.5
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
+    student_text_cross_entropy_weight: float = 0.0
     memory_budget_mib: int | None = None
 
     def validate(self) -> None:
@@ -221,6 +225,7 @@ class LossConfig:
             )
         _above_zero("loss.temperature", self.temperature)
         _at_least("loss.cross_entropy_weight", self.cross_entropy_weight, 0)
+        _at_least("loss.student_text_cross_entropy_weight", self.student_text_cross_entropy_weight, 0)
         _at_least("loss.memory_budget_mib", self.memory_budget_mib, 1)
 
 
@@ -474,6 +479,12 @@ class RunConfig:
         for section in (self.data, self.text, self.loss, self.train, self.optimizer, self.schedule, self.rollout,
                         self.validation, self.checkpoint, self.faults):  # fmt: skip
             section.validate()
+        if self.loss.divergence == NO_DIVERGENCE and self.schedule.policy != "off":
+            raise ValueError(
+                f'loss.divergence = "{NO_DIVERGENCE}" with schedule.policy = "{self.schedule.policy}": without a '
+                "divergence nothing is left to learn from the student's own text but that text itself; set "
+                'schedule.policy to "off", or loss.divergence to "skl"'
+            )
         made = self.rollout.windows * self.train.batch_rows
         if self.schedule.policy != "off" and made > self.rollout.capacity:
             raise ValueError(

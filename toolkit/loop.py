@@ -146,7 +146,7 @@ class DistillationLoop:
                         )
                         mean = steps / distributed.world()
                         assert mean == step, f"this rank is at step {step}, the mean of all ranks is {mean}"
-                        loss = (divergence + self.config.loss.cross_entropy_weight * cross_entropy) / targets
+                        loss = (divergence + objective.cross_entropy_weight * cross_entropy) / targets
                         loss += self.config.text.weight * text_ce / text_targets if text else 0.0
                         objection = self.guard.objection(loss)
                     # deepspeed leaves a step out, on all ranks, whose gradient is not finite on any

@@ -11,9 +11,10 @@ from toolkit.overrides import unknown
 
 #: What a method has where it says nothing else, so that none is left with a part of the one that was set before it.
 COMMON = {
-    "loss.cross_entropy_weight": 0.0, "loss.student_text_divergence": "", "loss.alpha": 0.1, "loss.alpha_end": None,
-    "loss.alpha_per_sequence": False, "loss.beta": 0.5, "loss.head_mass": 0.5, "schedule.mixed_share": 0.5,
-    "data.responses": "data", "rollout.train_on_fresh": False,
+    "loss.cross_entropy_weight": 0.0, "loss.student_text_cross_entropy_weight": 0.0, "loss.student_text_divergence": "",
+    "loss.alpha": 0.1, "loss.alpha_end": None, "loss.alpha_per_sequence": False,
+    "loss.beta": 0.5, "loss.head_mass": 0.5, "schedule.mixed_share": 0.5, "data.responses": "data",
+    "rollout.train_on_fresh": False,
 }  # fmt: skip
 
 

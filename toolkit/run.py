@@ -30,7 +30,7 @@ from toolkit.models import (
     free,
 )
 from toolkit.models.ds_config import read_ds_config, student_ds_config, teacher_ds_config
-from toolkit.models.export import export_student
+from toolkit.models.export import export_student, rehearse_export
 from toolkit.monitor import Monitor, PhaseTimer, monitor_master, peak_rss_gib
 from toolkit.report import Sample, final_report
 from toolkit.rollout.check import check_generation
@@ -100,6 +100,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
     teacher = build_teacher(config, teacher_path, dtype, vocabulary) if config.has_teacher else NoTeacher()
     measured = CachedTeacher(cache, temperature=1.0) if cache and not config.has_teacher else teacher
     student = build_student(config, student_path, dtype, vocabulary)
+    notes += rehearse_export(student, tokenizer, run_dir / "student")
     for built in (teacher, student) if config.has_teacher else (student,):
         watchdog.count_passes(built.model)
     if config.packs:

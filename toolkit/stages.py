@@ -17,6 +17,7 @@ import yaml
 from toolkit.config import InitConfig, ModelConfig, RunConfig
 from toolkit.data.config import DataConfig
 from toolkit.models.load import calibration_data, load_model, load_tokenizer, made_once, prune_model
+from toolkit.models.portable import make_portable
 from toolkit.monitor import format_table
 from toolkit.overrides import unknown, with_overrides
 
@@ -221,3 +222,4 @@ def _identity(teacher: ModelConfig, seed: int, hashes: Mapping[str, str]) -> dic
 def _write_random(teacher: ModelConfig, seed: int, folder: Path) -> None:
     load_model(teacher, teacher.path, None, torch.bfloat16, seed).save_pretrained(folder)
     load_tokenizer(teacher, teacher.path).save_pretrained(folder)
+    make_portable(folder)

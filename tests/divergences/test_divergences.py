@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.allocations import LargestTensor
+from tests.allocations import BehindLeftOperands, LargestTensor
 from toolkit.divergences import (
     Divergence,
     TopKTeacher,
@@ -496,6 +496,45 @@ def test_nothing_of_size_tokens_times_vocabulary_is_allocated(dtype, grad, produ
         if grad:
             result.loss.backward()
     assert 0 < largest.numel < n * v / 2
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Memory that torch.empty gives is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", ["skl", "akl", "top_k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_find_nothing_behind_their_views_of_tiles(name, dtype):
+    """torch's bf16 product reads on there where a CPU has AMX (`tile_view`); the test looks on any machine."""
+    n, v = 37, 200
+    h, w, *teacher = inputs(n, v, dtype=dtype)
+    options = {}
+    if name == "top_k":
+        log_probs = torch.full((n, 4), 0.2).log()
+        options["teacher_top_k"] = TopKTeacher(torch.arange(4).expand(n, 4), log_probs, torch.full((n,), 0.2))
+        name, teacher = "skl", []
+    for budget in (None, SMALL_BUDGET_MIB):
+        with poisoned_memory(), BehindLeftOperands() as behind:
+            result = fused_linear_divergence(Divergence(name), h, w, *teacher, memory_budget_mib=budget, **options)
+        assert behind.views and not behind.not_finite, (budget, behind.views, behind.not_finite)
+        assert all(x.isfinite().all() for x in gradients(result.loss, h, w))
+
+
+def test_hidden_states_that_are_views_have_their_own_rows_in_products():
+    h, w, ht, wt = inputs(n=20, hs=24, dtype=torch.bfloat16)
+    wide = torch.full((20, 40), torch.nan, dtype=torch.bfloat16)
+    wide[:, :24] = h.detach()
+    view = wide[:, :24].requires_grad_()
+    with BehindLeftOperands() as behind:
+        fused_linear_divergence(Divergence("skl"), view, w, ht, wt).loss.backward()
+    assert not behind.not_finite and view.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

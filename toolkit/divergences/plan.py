@@ -73,5 +73,16 @@ def padded(columns: int) -> int:
 
 
 def new_tile(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[rows, columns], uninitialised, with aligned rows."""
-    return torch.empty(rows, padded(columns), dtype=dtype, device=device)[:, :columns]
+    """Room for tiles of up to [rows, columns]: [rows, padded(columns)], uninitialised. `tile_view` gives one."""
+    return torch.empty(rows, padded(columns), dtype=dtype, device=device)
+
+
+def tile_view(tile: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The first rows and columns of a tile, with zeros behind each row up to the next aligned column.
+
+    torch's bf16 products on CPUs with AMX read a left operand's rows in blocks of 32 columns, so they read on behind a
+    view of `columns`. What lies there is multiplied by zeros, which removes any number but a NaN or an infinity. Memory
+    that was never written, and what a wider view left there, may hold both.
+    """
+    tile[:rows, columns : padded(columns)] = 0
+    return tile[:rows, :columns]

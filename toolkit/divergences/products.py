@@ -30,7 +30,7 @@ class Projection:
 
     def project(self, hidden_nH: Tensor, columns: range, out_nB: Tensor) -> Tensor:
         """Raw products of the columns, in `out_nB`."""
-        hidden_nH = hidden_nH.to(self.operand)
+        hidden_nH = hidden_nH.to(self.operand).contiguous()  # see `tile_view`: behind a view there may be anything
         for part, weight_bH in self._blocks(columns):
             if self.wide_out:
                 torch.mm(hidden_nH, weight_bH.t(), out_dtype=self.logits_dtype, out=out_nB[:, part])

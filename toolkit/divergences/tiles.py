@@ -22,7 +22,7 @@ from torch import Tensor
 from toolkit.divergences import rows
 from toolkit.divergences.backends import choose_backend, row_kernel
 from toolkit.divergences.formulas import compute_dtype, head_threshold
-from toolkit.divergences.plan import make_plan, new_tile
+from toolkit.divergences.plan import make_plan, new_tile, tile_view
 from toolkit.divergences.products import Projection, adds_by_parts, operand_dtypes
 from toolkit.divergences.rows import CODES, LogitRule, Passes, RowTask
 from toolkit.divergences.rows_torch import TorchRows, logits_of
@@ -173,7 +173,7 @@ class Tiles:
                 )  # fmt: skip
                 if problem.code == CODES["akl"] and whole:
                     here = replace(here, threshold_n=self._thresholds(tile, teacher_nB))
-                gradient_nB = None if self.gradient_tile is None else self.gradient_tile[:n, : len(columns)]
+                gradient_nB = None if self.gradient_tile is None else tile_view(self.gradient_tile, n, len(columns))
                 plain = here if top_k is None else replace(here, spec=None, cross_entropy_weight=0.0, alpha_n=None)
                 self.kernel(plain, state, student_nB, teacher_nB, gradient_nB, passes)
                 if Passes.GRADIENT in passes:
@@ -211,11 +211,11 @@ class Tiles:
 
     def _project(self, tile: slice, columns: range) -> tuple[Tensor, Tensor | None]:
         n = tile.stop - tile.start
-        student_nB = self.student.project(self.hidden_NS[tile], columns, self.student_tile[:n, : len(columns)])
+        student_nB = self.student.project(self.hidden_NS[tile], columns, tile_view(self.student_tile, n, len(columns)))
         if self.teacher is None:
             return student_nB, None
         hidden_nT = self.problem.teacher_hidden_NT[tile].detach()
-        return student_nB, self.teacher.project(hidden_nT, columns, self.teacher_tile[:n, : len(columns)])
+        return student_nB, self.teacher.project(hidden_nT, columns, tile_view(self.teacher_tile, n, len(columns)))
 
     def _use_gradient(self, tile: slice, columns: range, gradient_nB: Tensor, total_nS: Tensor | None) -> None:
         if total_nS is not None:
@@ -237,7 +237,7 @@ class Tiles:
             some = slice(start, min(start + n_rows, tile.stop))
             if teacher_nV is None:
                 hidden_rT = problem.teacher_hidden_NT[some].detach()
-                raw_rV = self.teacher.project(hidden_rT, columns, buffer[: len(hidden_rT)])
+                raw_rV = self.teacher.project(hidden_rT, columns, tile_view(buffer, len(hidden_rT), self.v))
             else:
                 raw_rV = teacher_nV[some.start - tile.start : some.stop - tile.start]
             logits_rV = logits_of(raw_rV.to(self.dtype), rule)

@@ -60,11 +60,12 @@ class Objective(NamedTuple):
     def of(cls, loss: LossConfig, on_student_text: bool = False, progress: float = 0.0) -> Objective:
         """Of the configured loss, at `progress` from 0 to 1 through the run."""
         name = loss.student_text_divergence if on_student_text and loss.student_text_divergence else loss.divergence
+        weight = loss.student_text_cross_entropy_weight if on_student_text else loss.cross_entropy_weight
         if name == NO_DIVERGENCE:
-            return cls(None, loss.cross_entropy_weight, loss.temperature)
+            return cls(None, weight, loss.temperature)
         alpha = loss.alpha if loss.alpha_end is None else loss.alpha + (loss.alpha_end - loss.alpha) * progress
         divergence = Divergence(name, alpha=alpha, beta=loss.beta, head_mass=loss.head_mass)
-        return cls(divergence, loss.cross_entropy_weight, loss.temperature, loss.alpha_per_sequence)
+        return cls(divergence, weight, loss.temperature, loss.alpha_per_sequence)
 
 
 class LossSums(NamedTuple):

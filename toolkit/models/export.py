@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -17,6 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from toolkit import distributed
 from toolkit.faults import to_disk
 from toolkit.models.engines import Student
+from toolkit.models.portable import make_portable
+
+Result = TypeVar("Result")
 
 
 def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -36,22 +40,9 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
     persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     weights |= {name: tensor.cpu() for name, tensor in model.named_buffers() if name in persistent}
 
-    def write() -> None:
-        if not is_writer:
-            return
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        config = copy.deepcopy(model.config)
-        config.use_cache = True
-        # A shell without storage: save_pretrained needs a model's class and configuration, the tensors are given.
-        with torch.device("meta"):
-            shell = type(model)(config).to(next(iter(weights.values())).dtype)  # which config.json will name
-        shell.generation_config = _ending_with(model.generation_config, tokenizer.eos_token_id)
+    def write(unfinished: Path) -> None:
         plain = {lora.plain_name(name): weight for name, weight in weights.items()} if lora else weights
-        shell.save_pretrained(unfinished, state_dict=plain)
-        tokenizer.save_pretrained(unfinished)
-        if lora:
-            lora.save_adapter(model, adapter, unfinished / "adapter")
+        _write(model, tokenizer, unfinished, plain, adapter)
         to_disk(*unfinished.rglob("*"), unfinished)
         old = folder.with_name(folder.name + ".deleting")  # a kill may not leave half an export under its name
         shutil.rmtree(old, ignore_errors=True)
@@ -61,26 +52,99 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
         to_disk(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
+    _in_new_folder(folder, write)
+
+
+def rehearse_export(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
+    """Rank 0 writes what `export_student` will write, but no weights, and deletes it. So a configuration, tokenizer or
+    adapter that cannot be written is told before the first step, and not after the last one. Collective.
+
+    Returns what the user should know of the exports. Raises ValueError, on every rank, if writing fails.
+    """
+
+    def write(unfinished: Path) -> list[str]:
+        changes = _write(student.model, tokenizer, unfinished, {}, {})
+        shutil.rmtree(unfinished)
+        if not changes:
+            return []
+        told = ", ".join(f"{name} = {old!r} becomes {new!r}" for name, (old, new) in changes.items())
+        return [f"generation settings of the student that transformers ignores are changed in its exports: {told}"]
+
+    return _in_new_folder(folder, write)
+
+
+def _in_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:
+    """What `write` returns on rank 0. It fills a new folder beside `folder`, which goes if that fails. Collective."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+
+    def work() -> Result:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return write(unfinished)
+
     try:
-        distributed.together(write)
+        return distributed.from_main_rank(work)
     except ValueError as error:
-        if is_writer:
-            shutil.rmtree(folder.with_name(folder.name + ".unfinished"), ignore_errors=True)
+        if distributed.rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise distributed.Told(f"the student could not be written to {folder}: {error}") from error
 
 
-def _ending_with(settings: GenerationConfig, eos_id: int) -> GenerationConfig:
-    """A copy in which a text ends at `eos_id` too: the token that the student has learned to end with. Settings that
-    transformers has loaded with a mere warning, but would not save, are mended."""
-    settings = copy.deepcopy(settings)
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, Tensor],
+    adapter: dict[str, Tensor],
+) -> dict[str, tuple[Any, Any]]:
+    """A folder with these weights; returns what `_savable` changed. adapter: weights of LoRA, where there is any."""
+    config = copy.deepcopy(model.config)
+    config.use_cache = True
+    # A shell without storage: save_pretrained needs a model's class and configuration, the tensors are given.
+    with torch.device("meta"):
+        shell = type(model)(config).to(next(model.parameters()).dtype)  # which config.json will name
+    shell.generation_config, changes = _savable(model.generation_config, tokenizer)
+    shell.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    if lora := _lora(model):
+        lora.save_adapter(model, adapter, folder / "adapter")
+    make_portable(folder)
+    return changes
+
+
+def _savable(
+    settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[GenerationConfig, dict[str, tuple[Any, Any]]]:
+    """A copy in which a text ends at the tokenizer's EOS too: the token that the student has learned to end with.
+
+    transformers loads settings that contradict each other with a mere warning, and does not save them in such a copy.
+    They are mended: a temperature or top_p that says nothing of sampling is meant for it, a negative pad_token_id is
+    the tokenizer's own, and the others, which have no effect, go. Returns also what was mended, (old, new) by name.
+    Raises ValueError for settings that are wrong alone.
+    """
+    settings, found, default = copy.deepcopy(settings), copy.deepcopy(settings), GenerationConfig()
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    if eos_id not in ends:
-        settings.eos_token_id = [*(end for end in ends if end is not None), eos_id]
+    if tokenizer.eos_token_id not in ends:
+        settings.eos_token_id = [*(end for end in ends if end is not None), tokenizer.eos_token_id]
+    if settings.do_sample is None and (contradictions := _contradictions(settings)):
+        settings.do_sample = True
+        if _contradictions(settings) == contradictions:
+            settings.do_sample = None
+    for name in _contradictions(settings):
+        setattr(settings, name, tokenizer.pad_token_id if name == "pad_token_id" else getattr(default, name))
+    settings.validate(strict=True)
+    changed = {name: (getattr(found, name), value) for name, value in vars(settings).items() if name != "eos_token_id"}
+    return settings, {name: (old, new) for name, (old, new) in changed.items() if old != new}
+
+
+def _contradictions(settings: GenerationConfig) -> list[str]:
+    """The settings for whose sake transformers would not save these. Raises ValueError for settings wrong alone."""
     try:
         settings.validate(strict=True)
-    except ValueError:
-        settings.do_sample = True  # which a temperature or top_p without it was meant to be
-    return settings
+    except ValueError as error:
+        if names := re.findall(r"^- `(\w+)`: ", str(error), re.MULTILINE):
+            return names
+        raise
+    return []
 
 
 @contextmanager

@@ -45,6 +45,7 @@ from toolkit.divergences.products import cpu_has_bf16_products
 from toolkit.models.dtypes import dtypes_of, keeping_dtypes
 from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, hub_version, source_folder
 from toolkit.models.fit import blank, check_fit, from_config, quiet, rehearse
+from toolkit.models.portable import make_portable
 from toolkit.models.pruning import leave_out_layers, prune
 from toolkit.overrides import unknown
 
@@ -158,6 +159,7 @@ def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfi
         for file in [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]:
             file.unlink()
         load_tokenizer(model, path).save_pretrained(folder)
+        make_portable(folder)
     return record
 
 
@@ -396,6 +398,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    make_portable(folder)
 
 
 def _sentencepiece_tokenizer(file: str) -> PreTrainedTokenizerBase:

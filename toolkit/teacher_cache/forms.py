@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from toolkit.divergences import TopKTeacher
-from toolkit.divergences.plan import default_budget_mib, new_tile
+from toolkit.divergences.plan import default_budget_mib, new_tile, tile_view
 from toolkit.divergences.products import Projection
 from toolkit.divergences.rows import LogitRule
 from toolkit.divergences.rows_torch import logits_of
@@ -159,7 +159,8 @@ def log_prob_tiles(
     tile = new_tile(min(rows, max(1, len(hidden_NH))), vocabulary_size, projection.logits_dtype, hidden_NH.device)
     for start in range(0, len(hidden_NH), rows):
         part_nH = hidden_NH[start : start + rows]
-        raw_nV = projection.project(part_nH, range(vocabulary_size), tile[: len(part_nH)])
+        out_nV = tile_view(tile, len(part_nH), vocabulary_size)
+        raw_nV = projection.project(part_nH, range(vocabulary_size), out_nV)
         yield (logits_of(raw_nV.float(), rule) / temperature).log_softmax(-1)
 
 

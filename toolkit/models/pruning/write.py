@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pretrained
 
 from toolkit import heartbeat
 from toolkit.models.files import RECORD
+from toolkit.models.portable import make_portable
 from toolkit.models.pruning.depth import per_layer_fields
 from toolkit.models.pruning.families import LAYER, PER_LAYER_FIELDS
 from toolkit.models.pruning.weights import Weights
@@ -86,6 +87,7 @@ def write_part(
         is_other = file.suffix in NOT_COPIED or file.name.endswith(".index.json") or file.name == RECORD
         if file.is_file() and not is_other and not file.name.startswith(".") and not (folder / file.name).exists():
             shutil.copy(file, folder / file.name)
+    make_portable(folder)
 
 
 def _name_shards(folder: Path, shards: list[dict[str, str]], total_bytes: int) -> None:
