@@ -183,6 +183,7 @@ def test_a_student_whose_tokenizer_would_come_back_as_another_is_refused(tiny, r
     )  # fmt: skip
     code, _, said = ranks1.run(engine_cases.run_saying, overrides)[0]
     assert code == 2 and "the student could not be written" in said and "back as Qwen2Tokenizer" in said, said
+    assert not list(tmp_path.rglob("metrics.jsonl"))  # it is told before the first step
 
 
 def test_what_a_class_or_a_folder_means_otherwise_is_not_refused(tmp_path, pieces):
