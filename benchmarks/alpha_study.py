@@ -43,7 +43,8 @@ from methods_study import (  # noqa: E402
 from toolkit.batch import TokenBatch  # noqa: E402
 from toolkit.config import ModelConfig  # noqa: E402
 from toolkit.data import DataConfig, load_data  # noqa: E402
-from toolkit.models.load import load_tokenizer, materialize  # noqa: E402
+from toolkit.models.load import materialize  # noqa: E402
+from toolkit.models.tokenizer import load_tokenizer  # noqa: E402
 from toolkit.monitor import format_table  # noqa: E402
 
 ALPHAS = (0.0, 0.05, 0.1, 0.3, 0.5, 0.9)

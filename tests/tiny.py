@@ -127,15 +127,63 @@ def tiny_overrides(folder, **changes):
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 
 
-def save_sentencepiece(folder, name="tiny.model", vocabulary=300):
-    """A sentencepiece .model file as LLaMA's: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, no pad token."""
+def save_sentencepiece(folder, name="tiny.model", vocabulary=300, **changes):
+    """A sentencepiece .model file as LLaMA's: BPE with byte fallback, <unk> 0, <s> 1, </s> 2, no pad token; runs of
+    spaces (of 330 pieces there are some) have low ids and the lowest scores, so they are merged last. `changes` are
+    settings of its trainer."""
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
-    path = Path(folder) / name
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 20), model_prefix=str(path.with_suffix("")), vocab_size=vocabulary,
+    path, lines = Path(folder) / name, [*CORPUS, "if x:        return    the" * 3]
+    settings = dict(
         model_type="bpe", byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2,
-        allow_whitespace_only_pieces=True, hard_vocab_limit=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True,
+    ) | changes  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20), model_prefix=str(path.with_suffix("")),
+        vocab_size=vocabulary, minloglevel=2, hard_vocab_limit=False, **settings,
     )  # fmt: skip
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    if settings["model_type"] == "bpe":
+        for piece in model.pieces:
+            if len(piece.piece) > 1 and not piece.piece.strip("▁"):
+                piece.score = -1e9
+    path.write_bytes(model.SerializeToString())
+    return str(path)
+
+
+def save_gguf(path, architecture="llama", **fields):
+    """A GGUF file with a random LLaMA of one layer; `fields` are those of its tokenizer, by llama.cpp's names."""
+    from gguf import GGUFWriter
+
+    size = len(fields["tokens"])
+    shape = dict(vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=128))
+    names = {
+        "model.layers.0.": "blk.0.", "self_attn.o_proj": "attn_output", "self_attn.": "attn_", "mlp.": "ffn_",
+        "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm", "_proj": "",
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    }  # fmt: skip
+    writer = GGUFWriter(path, architecture)
+    for add, value in (
+        ("context_length", 128), ("embedding_length", 32), ("block_count", 1), ("feed_forward_length", 64),
+        ("head_count", 4), ("head_count_kv", 4), ("layer_norm_rms_eps", 1e-6), ("rope_dimension_count", 8),
+        ("vocab_size", size),
+    ):  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    writer.add_tokenizer_model(fields.pop("model"))
+    writer.add_token_list(fields.pop("tokens"))
+    writer.add_token_types(fields.pop("token_type"))
+    for name, value in fields.items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
+        add[type(value)](f"tokenizer.ggml.{name}", value)
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return str(path)

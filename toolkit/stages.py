@@ -16,8 +16,9 @@ import yaml
 
 from toolkit.config import InitConfig, ModelConfig, RunConfig
 from toolkit.data.config import DataConfig
-from toolkit.models.load import calibration_data, load_model, load_tokenizer, made_once, prune_model
+from toolkit.models.load import calibration_data, load_model, made_once, prune_model
 from toolkit.models.portable import make_portable
+from toolkit.models.tokenizer import load_tokenizer
 from toolkit.monitor import format_table
 from toolkit.overrides import unknown, with_overrides
 

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizer
 
 import toolkit.data.store as store_module
 from toolkit.batch import Example
@@ -121,3 +122,34 @@ def test_plain_text_is_kept_too(tmp_path, write_jsonl, tokenizer, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_text(config, tokenizer)[1] == sha256 and load_text(TextConfig(), tokenizer) == (None, "")
+
+
+def test_tokenizers_that_are_code_are_told_apart_by_what_they_do():
+    """Two of one vocabulary, as before and after a change of the code that came with a model."""
+
+    class Words(PreTrainedTokenizer):
+        split = str.split
+
+        def get_vocab(self):
+            return {"a": 0, "b": 1, "<unk>": 2}
+
+        @property
+        def vocab_size(self):
+            return 3
+
+        def _tokenize(self, text):
+            return type(self).split(text)
+
+        def _convert_token_to_id(self, token):
+            return self.get_vocab().get(token, 2)
+
+        def _convert_id_to_token(self, index):
+            return ("a", "b", "<unk>")[index]
+
+    class Letters(Words):
+        split = list
+
+    assert tokenizer_sha256(Words(unk_token="<unk>")) == tokenizer_sha256(Words(unk_token="<unk>"))
+    letters = Letters(unk_token="<unk>")
+    Letters.__name__ = "Words"
+    assert tokenizer_sha256(letters) != tokenizer_sha256(Words(unk_token="<unk>"))

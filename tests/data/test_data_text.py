@@ -205,7 +205,7 @@ def test_one_file_of_a_hub_set_as_text(tmp_path, tokenizer):
         load_text(TextConfig(source="hf://datasets/no/such/rows.jsonl"), tokenizer)
 
 
-def test_a_hub_set_is_streamed_and_goes_on_exactly(tokenizer, monkeypatch):
+def test_a_hub_set_is_streamed_and_goes_on_exactly(tokenizer, bos_tokenizer, monkeypatch):
     rows = [{"body": text} for text in DOCUMENTS]
 
     def load_dataset(name, subset, *, split, streaming, cache_dir):
@@ -215,8 +215,10 @@ def test_a_hub_set_is_streamed_and_goes_on_exactly(tokenizer, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr("toolkit.data.text.CHUNK_DOCUMENTS", 7)
     config = TextConfig(source="some/corpus", subset="en", field="body", max_length=32, streaming=True)
-    (first, identity), (resumed, _) = load_text(config, tokenizer), load_text(config, tokenizer)
-    assert identity == "some/corpus"
+    (first, identity), (resumed, same) = load_text(config, tokenizer), load_text(config, tokenizer)
+    other = load_text(TextConfig(**{**vars(config), "source": "other/corpus"}), tokenizer)[1]
+    # Its documents are not read for it, so the tokenizer stands for their tokens.
+    assert identity == same and len({identity, other, load_text(config, bos_tokenizer)[1]}) == 3
     for step in range(6):
         first.window_examples(step, 1, 2, 2)
     state = json.loads(json.dumps(first.state_dict()))

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tests import engine_cases
-from tests.tiny import make_tokenizer, save_llama, save_sentencepiece
+from tests.tiny import make_tokenizer, save_llama
 from toolkit.config import ModelConfig
 from toolkit.models import load_tokenizer, materialize, shared_vocabulary
 from toolkit.models.ds_config import OWNED, read_ds_config
@@ -91,18 +91,6 @@ def test_folders_that_are_not_models_are_named(tmp_path):
         materialize(ModelConfig(path=f"{tmp_path}/model.gguf"), tmp_path / "cache")
     with pytest.raises(ValueError, match="package no_such is not installed"):
         materialize(ModelConfig(path="package:no_such"), tmp_path / "cache")
-
-
-def test_sentencepiece_model_is_read_as_llamas_tokenizer(tmp_path):
-    import sentencepiece
-
-    file = save_sentencepiece(tmp_path)
-    tokenizer = load_tokenizer(ModelConfig(tokenizer=file), "")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=file)
-    text = "Copy a file to a folder, or None: 42 äß"
-    assert tokenizer(text)["input_ids"] == [1, *pieces.encode(text)]
-    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
 
 
 def test_tokenizers_have_to_agree(tmp_path):

@@ -31,7 +31,7 @@ class Data:
     counts: for "train" and "validation" each `_rows` (examples left), `_truncated_prompts`, `_truncated_responses`,
     `_skipped_long` (responses), `_skipped_long_prompts` and `_skipped_bad`. Rows skipped before a source was split
     count as train's. A stream has no counts.
-    sha256: of every token; a stream counts by the names and sizes of its files.
+    sha256: of every token; a stream counts by the names and sizes of its files, and its tokenizer.
     """
 
     train: Sequence[Example] | TextStream
@@ -81,7 +81,7 @@ def load_text(
     token_cache: Path | None = None,
 ) -> tuple[Sequence[Example] | TextStream | None, str]:
     """The blocks of plain text that are learned beside the distillation, and the hash of their tokens (of a stream:
-    of its files' names and sizes); (None, "") where the config names no source.
+    of its files' names and sizes and its tokenizer); (None, "") where the config names no source.
 
     Raises ValueError for anything wrong with the settings or the text.
     """
@@ -90,7 +90,7 @@ def load_text(
         return None, ""
     source = Source(config.source, config.subset, config.split, cache_dir)
     if config.streaming:
-        return TextStream(source, config.field, tokenizer, config.max_length), stream_identity(source)
+        return TextStream(source, config.field, tokenizer, config.max_length), _stream_sha256(source, tokenizer)
 
     def build() -> dict[str, Part]:
         documents = itertools.islice(read_documents(source, config.field), config.max_rows)
@@ -187,9 +187,13 @@ def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     part = cached(None, {}, lambda: {"validation": Part(blocks(held_out, tokenizer, config.max_length))})["validation"]
     if not part.examples:
         raise ValueError(f"{own or source.name}: no validation text in it; raise data.validation_fraction")
-    return Data(
-        stream, part.examples, [], {"validation_rows": len(part.examples)}, f"{stream_identity(source)} {part.sha256}"
-    )
+    sha256 = f"{_stream_sha256(source, tokenizer)} {part.sha256}"
+    return Data(stream, part.examples, [], {"validation_rows": len(part.examples)}, sha256)
+
+
+def _stream_sha256(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what decides a stream's tokens, as far as it is known without reading all of it."""
+    return hashlib.sha256(f"{stream_identity(source)} {tokenizer_sha256(tokenizer)}".encode()).hexdigest()
 
 
 def _is_split(config: DataConfig) -> bool:

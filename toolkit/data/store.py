@@ -17,9 +17,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
+from toolkit.data.probe import PROBE
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken entry, or none, raises
-FORMAT = 2  # of the files, and of what the tokens of a row are: raise it when either changes
+FORMAT = 3  # of the files, and of what the tokens of a row are: raise it when either changes
 
 
 class Part(NamedTuple):
@@ -121,9 +122,13 @@ def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that decides which ids a text gets: the Rust tokenizer as a whole, specials and chat template."""
+    """Of all that decides which ids a text gets: the Rust tokenizer as a whole, specials and chat template. Of one that
+    is code, its vocabulary and the ids of `PROBE` stand for the rules."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
-    rules = sorted(tokenizer.get_vocab().items()) if inner is None else inner.to_str()
+    if inner is None:
+        rules = [sorted(tokenizer.get_vocab().items()), [tokenizer(text)["input_ids"] for text in PROBE]]
+    else:
+        rules = inner.to_str()
     kept = [rules, type(tokenizer).__name__, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 

@@ -18,10 +18,10 @@ from toolkit.models.load import (
     default_cache_dir,
     generation_ends,
     load_model,
-    load_tokenizer,
     materialize,
 )
 from toolkit.models.packing import check_packing
+from toolkit.models.tokenizer import load_tokenizer
 from toolkit.models.vocabulary import Vocabulary, shared_decoder_start, shared_vocabulary
 
 __all__ = [

@@ -19,6 +19,7 @@ from toolkit import distributed
 from toolkit.faults import to_disk
 from toolkit.models.engines import Student
 from toolkit.models.portable import make_portable
+from toolkit.models.tokenizer import check_saved
 
 Result = TypeVar("Result")
 
@@ -108,6 +109,7 @@ def _write(
     if lora := _lora(model):
         lora.save_adapter(model, adapter, folder / "adapter")
     make_portable(folder)
+    check_saved(folder, tokenizer)
     return changes
 
 

@@ -1,4 +1,4 @@
-"""Load a language model, with or without an encoder, and its tokenizer: a hub name, a folder, a GGUF file, or random.
+"""Load a language model, with or without an encoder: a hub name, a folder, a GGUF file, or random.
 
 Whatever needs work on whole weights (GGUF to safetensors, pruning) is done once, by rank 0, into a folder of
 the cache that appears by rename; every rank then loads a plain Hugging Face folder, sharded as it is read.
@@ -26,13 +26,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    GgufConfig,
     MT5ForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     T5ForConditionalGeneration,
 )
 from transformers.integrations import HfDeepSpeedConfig
@@ -45,8 +42,10 @@ from toolkit.divergences.products import cpu_has_bf16_products
 from toolkit.models.dtypes import dtypes_of, keeping_dtypes
 from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, hub_version, source_folder
 from toolkit.models.fit import blank, check_fit, from_config, quiet, rehearse
+from toolkit.models.gguf import convert_gguf
 from toolkit.models.portable import make_portable
 from toolkit.models.pruning import leave_out_layers, prune
+from toolkit.models.tokenizer import TOKENIZERS_READ, check_saved, load_tokenizer
 from toolkit.overrides import unknown
 
 WEIGHT_FILES = (SAFETENSORS, PICKLED)
@@ -98,8 +97,8 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
         if not Path(path).is_file():
             raise ValueError(f"no GGUF file at {path}")
         stat = Path(path).stat()
-        key = f"{Path(path).stem}-{_key(path, stat.st_size, stat.st_mtime_ns)}"
-        path = str(made_once(cache_dir / key, lambda folder: _convert_gguf(Path(path), folder)))
+        key = f"{Path(path).stem}-{_key(path, stat.st_size, stat.st_mtime_ns, TOKENIZERS_READ)}"
+        path = str(made_once(cache_dir / key, lambda folder: convert_gguf(Path(path), folder)))
     if model.random_weights:
         return path if not path or _is_local(path) else str(source_folder(path, with_weights=False))
     name = Path(path).name
@@ -120,7 +119,8 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
     if model.init.wanted:
         data = calibration_data(data or DataConfig(), model.init)
         text = _contents(data.source) if Path(data.source).is_file() else []
-        key = f"{name}-pruned-{_key(*version, model.tokenizer, model.init, data, *text)}"
+        tokenizer = [model.tokenizer, TOKENIZERS_READ] if model.tokenizer else [""]
+        key = f"{name}-pruned-{_key(*version, *tokenizer, model.init, data, *text)}"
         teacher = path
         path = str(
             made_once(
@@ -158,29 +158,11 @@ def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfi
     if model.tokenizer:
         for file in [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]:
             file.unlink()
-        load_tokenizer(model, path).save_pretrained(folder)
+        tokenizer = load_tokenizer(model, path)
+        tokenizer.save_pretrained(folder)
         make_portable(folder)
+        check_saved(folder, tokenizer)
     return record
-
-
-def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
-    """`model.tokenizer`, else the one at `path`; a sentencepiece .model file is read as LLaMA's tokenizer.
-
-    Raises ValueError where there is none, or it has no EOS token. A missing pad token is set to EOS.
-    """
-    name = model.tokenizer or path
-    try:
-        if name.endswith(".model"):
-            tokenizer = _sentencepiece_tokenizer(name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name!r} has no EOS token, so no text would end; set its eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def decoder_start_id(model: ModelConfig, path: str) -> int | None:
@@ -387,27 +369,6 @@ def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     return config
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    # Without dequantize, transformers keeps packed weights that run slowly and cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    make_portable(folder)
-
-
-def _sentencepiece_tokenizer(file: str) -> PreTrainedTokenizerBase:
-    from transformers import LlamaTokenizer
-
-    if not Path(file).is_file():
-        raise OSError(f"no file at {file}")
-    # LLaMA's checkpoints say add_bos_token in a file that is not here, and without it texts would begin without BOS.
-    return LlamaTokenizer.from_pretrained(str(Path(file).parent), vocab_file=file, legacy=True, add_bos_token=True)
 
 
 def _check_folder(folder: Path) -> None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.models.tokenizer import first_difference, plain_ids
+
 
 class Vocabulary(NamedTuple):
     """eos_ids: what ends a generated text; the first is the tokenizer's EOS, the end of the data's own.
@@ -28,7 +30,8 @@ def shared_vocabulary(
 ) -> Vocabulary:
     """other_ends: ids that end a generated text as EOS does, see `generation_ends`.
 
-    Raises ValueError where the two tokenizers give an id two meanings: their distributions cannot be compared.
+    Raises ValueError where the two tokenizers give an id two meanings: their distributions cannot be compared; and
+    where they split texts differently: the teacher would be asked about texts of a kind that it was not trained on.
     """
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     if theirs != ours:
@@ -37,6 +40,12 @@ def shared_vocabulary(
             f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} entries; "
             f"{differing!r} is id {theirs.get(differing)} for the teacher, {ours.get(differing)} for the student); "
             "distillation compares distributions id by id, so take a student with the teacher's tokenizer"
+        )
+    if found := first_difference(plain_ids(teacher), plain_ids(student)):
+        text, ids, others = found.shown()
+        raise ValueError(
+            f"teacher and student have one vocabulary and split texts differently: {text} has ids {ids} for the "
+            f"teacher, {others} for the student; let one tokenizer serve both (student.tokenizer=TEACHER)"
         )
     if teacher.eos_token_id != student.eos_token_id:
         raise ValueError(
