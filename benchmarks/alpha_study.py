@@ -41,11 +41,11 @@ from methods_study import (  # noqa: E402
 )
 
 from toolkit.batch import TokenBatch  # noqa: E402
-from toolkit.config import ModelConfig  # noqa: E402
 from toolkit.data import DataConfig, load_data  # noqa: E402
-from toolkit.models.load import materialize  # noqa: E402
 from toolkit.models.tokenizer import load_tokenizer  # noqa: E402
-from toolkit.monitor import format_table  # noqa: E402
+from toolkit.pruning.made import materialize  # noqa: E402
+from toolkit.settings import ModelConfig  # noqa: E402
+from toolkit.tables import format_table  # noqa: E402
 
 ALPHAS = (0.0, 0.05, 0.1, 0.3, 0.5, 0.9)
 CASES = {f"{name}-{alpha:g}": (name, alpha) for name in ("skl", "srkl") for alpha in ALPHAS}

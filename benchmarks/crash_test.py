@@ -32,7 +32,7 @@ import deepspeed  # noqa: F401 (ranks are forked from here: each start is then s
 import torch
 
 from tests.tiny import make_tokenizer, save_llama, save_rows, tiny_overrides
-from toolkit.config import RunConfig
+from toolkit.settings import RunConfig
 
 #: of a metrics record, what is measured and not computed
 MEASURED = {"seconds", "tokens_per_s", "peak_rss_gib", "peak_device_gib"}
@@ -52,7 +52,7 @@ def rank_main(rank: int, world: int, port: int, log: Path, overrides: list[str])
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
-    from toolkit.recipe import main
+    from toolkit.run.recipe import main
 
     main(RunConfig(), overrides)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.batch import TokenBatch, make_window
-from toolkit.config import ModelConfig
 from toolkit.data import DataConfig, PromptDataset, load_data, load_rows
-from toolkit.models import load_tokenizer, materialize
-from toolkit.monitor import format_table
+from toolkit.models import load_tokenizer
+from toolkit.pruning.made import materialize
+from toolkit.settings import ModelConfig
+from toolkit.tables import format_table
 
 STEPS = 50
 

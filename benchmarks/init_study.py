@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from toolkit.batch import TokenBatch  # noqa: E402
-from toolkit.config import InitConfig, ModelConfig  # noqa: E402
 from toolkit.data import DataConfig, load_data  # noqa: E402
 from toolkit.divergences import Divergence, fused_linear_divergence  # noqa: E402
-from toolkit.models.load import default_cache_dir, made_once, materialize  # noqa: E402
-from toolkit.models.pruning import prune  # noqa: E402
+from toolkit.models.load import default_cache_dir  # noqa: E402
 from toolkit.models.tokenizer import load_tokenizer  # noqa: E402
+from toolkit.pruning import prune  # noqa: E402
+from toolkit.pruning.made import materialize  # noqa: E402
+from toolkit.settings import InitConfig, ModelConfig  # noqa: E402
+from toolkit.storage.appear import made_once  # noqa: E402
 
 LAYERS = dict(layers=11)  # 67.3M of 134.5M parameters; the embedding alone has 28.3M
 WIDTH = dict(hidden=384, heads=6, mlp=1024)  # 67.5M in 30 layers

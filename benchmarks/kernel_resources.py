@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.divergences.rows import CODES
-from toolkit.divergences.rows_triton import BLOCK_COLUMNS, WARPS, block_columns, rows_kernel
+from toolkit.divergences.kernels.rows import CODES
+from toolkit.divergences.kernels.rows_triton import BLOCK_COLUMNS, WARPS, block_columns, rows_kernel
 
 ARCHITECTURES = (80, 90, 100)
 WITH_EVERY_OPTION = ("none", "skl", "srkl", "jsd", "akl", "taid")

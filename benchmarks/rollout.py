@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-from toolkit import distributed
-from toolkit.config import ModelConfig
 from toolkit.models import choose_dtype, load_model
 from toolkit.models.vocabulary import Vocabulary
-from toolkit.monitor import format_table
-from toolkit.rollout.engine import GatheredRollout, SeededSampling
+from toolkit.ranks import collectives, launch
+from toolkit.rollout.local import GatheredRollout, SeededSampling
+from toolkit.settings import ModelConfig
+from toolkit.tables import format_table
 
 
 class Wrapped(torch.nn.Module):
@@ -80,8 +80,8 @@ def main():
     parser.add_argument("--local_rank", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    distributed.start()
-    dtype = choose_dtype(options.precision, distributed.device())
+    launch.start()
+    dtype = choose_dtype(options.precision, collectives.device())
     ds_config = {
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10000},
         "train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False,
@@ -93,10 +93,10 @@ def main():
         model=wrapped, optimizer=torch.optim.SGD(wrapped.parameters(), lr=0.0), config=ds_config
     )
     sharded.config.use_cache = True
-    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval().to(distributed.device())
+    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval().to(collectives.device())
     size = dense.config.vocab_size
     ends = [dense.config.eos_token_id, *range(options.end_every, size, options.end_every)]
-    rng = np.random.default_rng(distributed.rank())
+    rng = np.random.default_rng(collectives.rank())
     prompts = [rng.integers(3, size, rng.integers(16, 65)).astype(np.int32) for _ in range(options.rows)]
     rollout = GatheredRollout(engine, Vocabulary(size, tuple(ends), ends[0]), gather="always")
     sampling = SeededSampling(options.new_tokens, seeds=range(options.rows))
@@ -128,16 +128,16 @@ def main():
             for name, path in paths.items():
                 torch.distributed.barrier()
                 started_s = time.perf_counter()
-                (tokens,) = distributed.sum_over_ranks([path()])  # also the wait for the slower rank
+                (tokens,) = collectives.sum_over_ranks([path()])  # also the wait for the slower rank
                 rates[name].append(tokens / (time.perf_counter() - started_s))
-                if distributed.rank() == 0:
+                if collectives.rank() == 0:
                     print(f"repeat {repeat}  {name}: {rates[name][-1]:.1f} tokens/s", flush=True)
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         middle = {name: float(np.median(values)) for name, values in rates.items()}
         rows = [[name, rate, middle["toolkit rollout"] / rate] for name, rate in middle.items()]
         print(f"{str(dtype).removeprefix('torch.')}, the middle of {options.repeats} repeats")
         print(format_table(["path", "tokens/s, both ranks", "toolkit is faster by"], rows))
-    distributed.stop()
+    launch.stop()
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from toolkit.batch import Example
-from toolkit.config import RolloutConfig, RunConfig, TrainConfig
-from toolkit.loop import DistillationLoop
-from toolkit.monitor import format_table
 from toolkit.rollout.replay import ReplayBuffer
-from toolkit.rollout.schedule import Schedule, ScheduleConfig, Source
+from toolkit.rollout.schedule import Schedule, Source
+from toolkit.run.loop import DistillationLoop
+from toolkit.settings import RolloutConfig, RunConfig, ScheduleConfig, TrainConfig
+from toolkit.tables import format_table
 
 STEPS, ROWS, VALIDATE_EVERY, WINDOW = 1000, 8, 50, 50
 RELEASED = dict(reference_loss="released")

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from toolkit.faults import EXIT_LATER  # noqa: E402
-from toolkit.methods import METHODS  # noqa: E402
-from toolkit.monitor import format_table  # noqa: E402
+from toolkit.ranks.signals import EXIT_LATER  # noqa: E402
+from toolkit.settings.methods import METHODS  # noqa: E402
+from toolkit.tables import format_table  # noqa: E402
 
 TEACHER = {"d_model": 192, "d_ff": 768, "d_kv": 48, "num_heads": 4, "num_layers": 2}
 STUDENT = {"d_model": 96, "d_ff": 384, "d_kv": 24, "num_heads": 4, "num_layers": 2}

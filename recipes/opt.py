@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes._paper import Size, batch, rows, teacher
-from toolkit.methods import METHODS
-from toolkit.recipe import main
+from toolkit.run.recipe import main
+from toolkit.settings.methods import METHODS
 
 RECIPES = {
     "teacher": teacher("opt", Size("facebook/opt-2.7b", 4, 5e-5, 10)),

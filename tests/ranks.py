@@ -18,10 +18,10 @@ def _serve(pipe, rank, world, port):
     )  # fmt: skip
     import torch
 
-    from toolkit import distributed
+    from toolkit.ranks import launch
 
     torch.set_num_threads(1)
-    distributed.start()
+    launch.start()
     while (task := pipe.recv()) is not None:
         function, args, kwargs = task
         try:

@@ -1,70 +1,31 @@
-"""Imports point one way: each part may import the parts named for it and itself, wherever in a file it does so."""
+"""Imports point one way: each room, a folder of toolkit/ or a file beside them, imports what is named for it alone."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA, OVERRIDES, HEARTBEAT = "toolkit.data", "toolkit.overrides", "toolkit.heartbeat"
-WATCHDOG, RECIPE = "toolkit.watchdog", "toolkit.recipe"
-BASICS = {"toolkit.batch", "toolkit.config", OVERRIDES, HEARTBEAT}
-PURE = BASICS | {DATA, "toolkit.divergences", "toolkit.rollout.schedule", "toolkit.rollout.replay"}
-DECODING = {"toolkit.rollout.decode", "toolkit.rollout.packed", "toolkit.rollout.sampling", "toolkit.rollout.seq2seq"}
-ENGINES = (
-    PURE
-    | DECODING
-    | {
-        "toolkit.models",
-        "toolkit.rollout.engine",
-        "toolkit.rollout.check",
-        "toolkit.distributed",
-        "toolkit.monitor",
-        "toolkit.faults",
-    }
-)
-#: part -> parts it may import; the longest name that fits a module is its part
+#: room -> rooms that it may import, from the lowest up
 ALLOWED = {
-    "toolkit.batch": set(),
-    OVERRIDES: set(),
-    HEARTBEAT: set(),
-    "toolkit.config": {OVERRIDES, "toolkit.data.config", "toolkit.rollout.schedule", "toolkit.divergences"},
-    "toolkit.data.config": {OVERRIDES},
-    "toolkit.data": {"toolkit.batch", OVERRIDES, HEARTBEAT},
-    "toolkit.divergences": set(),
-    "toolkit.rollout.schedule": set(),
-    "toolkit.rollout.replay": {"toolkit.batch", "toolkit.rollout.schedule"},
-    "toolkit.slurm": set(),
-    "toolkit.operators": set(),
-    "toolkit.distributed": {"toolkit.slurm", "toolkit.operators"},
-    "toolkit.monitor": {"toolkit.distributed"},
-    "toolkit.faults": {"toolkit.distributed", "toolkit.config"},
-    WATCHDOG: {"toolkit.distributed", HEARTBEAT},
-    "toolkit.models": PURE | {"toolkit.distributed", "toolkit.monitor", "toolkit.faults"},
-    "toolkit.rollout.sampling": {"toolkit.rollout.schedule", "toolkit.config"},
-    "toolkit.rollout.decode": {"toolkit.models", "toolkit.rollout.sampling"},
-    "toolkit.rollout.packed": {"toolkit.divergences"},
-    "toolkit.rollout.seq2seq": {"toolkit.models", "toolkit.rollout.sampling", "toolkit.rollout.decode"},
-    "toolkit.rollout.engine": ENGINES,
-    "toolkit.rollout.check": ENGINES,
-    "toolkit.rollout.vllm": {
-        "toolkit.batch",
-        "toolkit.config",
-        "toolkit.models",
-        "toolkit.distributed",
-        "toolkit.rollout.engine",
-    },
-    "toolkit.evaluation": ENGINES | {WATCHDOG, "toolkit.checkpoint", "toolkit.teacher_cache"},
-    "toolkit.checkpoint": ENGINES,
-    "toolkit.teacher_text": ENGINES,
-    "toolkit.teacher_cache": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint"},
-    "toolkit.teacher_cache.command": PURE
-    | {"toolkit.models", "toolkit.distributed", "toolkit.faults", "toolkit.checkpoint", "toolkit.teacher_cache"}
-    | {RECIPE, WATCHDOG, "toolkit.inputs"},
-    "toolkit.inputs": PURE | {"toolkit.models", "toolkit.distributed", "toolkit.checkpoint", "toolkit.teacher_cache"},
-    "toolkit.stages": {"toolkit.config", DATA, OVERRIDES, "toolkit.models", "toolkit.monitor"},
-    "toolkit.methods": {"toolkit.config", OVERRIDES},
-    "toolkit.loop": ENGINES | {"toolkit.evaluation", "toolkit.checkpoint", "toolkit.teacher_cache"},
+    "aliases": "",
+    "batch": "",
+    "divergences": "",
+    "ranks": "",
+    "seeds": "",
+    "tables": "",
+    "settings": "divergences",
+    "storage": "ranks",
+    "data": "batch ranks settings storage",
+    "models": "batch data divergences ranks seeds settings storage",
+    "pruning": "data divergences models ranks settings storage",
+    "rollout": "batch divergences models ranks seeds settings",
+    "teachers": "batch divergences models ranks rollout seeds settings storage",
+    "evaluation": "batch data divergences models pruning ranks rollout settings storage tables teachers",
+    "run": "batch data divergences evaluation models pruning ranks rollout seeds settings storage tables teachers",
+    "cli": "ranks run settings",
 }
 
 
@@ -76,8 +37,8 @@ def imported(path):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            # `from toolkit import distributed` names a module, `from toolkit.config import RunConfig` does not
-            names |= {f"{node.module}.{alias.name}" if is_package(node, alias) else node.module for alias in node.names}
+            # `from toolkit import batch` names a module, `from toolkit.batch import Example` does not
+            names |= {f"{node.module}.{a.name}" if is_package(node, a) else node.module for a in node.names}
     return {name for name in names if name.partition(".")[0] in ("toolkit", "tests", "recipes", "benchmarks")}
 
 
@@ -86,36 +47,35 @@ def is_package(node, alias):
     return base.is_dir() or base.with_suffix(".py").is_file()
 
 
-def part_of(module, parts):
-    fitting = [part for part in parts if module == part or module.startswith(part + ".")]
-    return max(fitting, key=len, default=module)
-
-
 def modules():
     for path in sorted((ROOT / "toolkit").rglob("*.py")):
         names = path.relative_to(ROOT).with_suffix("").parts
         yield ".".join(names[:-1] if names[-1] == "__init__" else names), imported(path)
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_a_part_imports_only_what_lies_below_it(part):
-    found = {module: names for module, names in modules() if part_of(module, ALLOWED) == part}
-    assert found, f"no module belongs to {part}"
+def room(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_a_room_imports_only_the_rooms_below_it(name):
+    found = {module: names for module, names in modules() if room(module) == name}
+    assert found, f"there is no room {name}"
     for module, names in found.items():
-        wrong = {name for name in names if part_of(name, ALLOWED[part] | {part}) not in ALLOWED[part] | {part}}
+        wrong = {other for other in names if room(other) not in {name, *ALLOWED[name].split()}}
         assert not wrong, f"{module} imports {sorted(wrong)}"
 
 
-def test_only_run_imports_the_loop():
-    importers = {
-        module for module, names in modules() if any(part_of(n, {"toolkit.loop"}) == "toolkit.loop" for n in names)
-    }
-    assert importers - {"toolkit.loop"} == {"toolkit.run"}
+def test_the_table_has_every_room_and_no_arrow_runs_back_up():
+    assert {room(module) for module, _ in modules()} == {*ALLOWED, "", "__main__"}
+    places = list(ALLOWED)
+    for name, others in ALLOWED.items():
+        assert all(places.index(other) < places.index(name) for other in others.split()), name
 
 
-def test_only_entry_points_import_a_run():
-    importers = {name: {module for module, names in modules() if name in names} for name in ("toolkit.run", RECIPE)}
-    assert importers == {"toolkit.run": {RECIPE}, RECIPE: {"toolkit.cli", "toolkit.teacher_cache.command"}}
+def test_only_a_recipe_and_a_run_know_the_loop():
+    importers = {module for module, names in modules() if "toolkit.run.loop" in names}
+    assert importers == {"toolkit.run.run"}
 
 
 def test_the_package_imports_no_tests_and_no_recipes():
@@ -126,6 +86,23 @@ def test_the_package_imports_no_tests_and_no_recipes():
 def test_imports_inside_functions_are_seen(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
-        "import os\nfrom toolkit import loop\ndef f():\n    from toolkit.run import main\n    import tests.tiny\n"
+        "import os\nfrom toolkit import batch\n"
+        "def f():\n    from toolkit.run.recipe import main\n    import tests.tiny\n"
     )
-    assert imported(file) == {"toolkit.loop", "toolkit.run", "tests.tiny"}
+    assert imported(file) == {"toolkit.batch", "toolkit.run.recipe", "tests.tiny"}
+
+
+def test_former_names_import_what_took_their_place():
+    """In a process of its own: other tests may have imported them before."""
+    script = (
+        "import toolkit.config, toolkit.data.config, toolkit.recipe, toolkit.settings, toolkit.run.recipe\n"
+        "from toolkit.stages import Stages\nfrom toolkit.run import stages\n"
+        "assert toolkit.config.RunConfig is toolkit.settings.RunConfig and Stages is stages.Stages\n"
+        "assert toolkit.data.config.DataConfig is toolkit.settings.DataConfig\n"
+        "assert toolkit.recipe.main is toolkit.run.recipe.main\n"
+        "from toolkit.divergences import Divergence, TopKTeacher, fused_linear_cross_entropy, fused_linear_divergence\n"
+        "from toolkit.divergences import token_divergence\n"
+        "from toolkit.data import load_data, load_rows, tokenize_rows\n"
+        "from toolkit.evaluation.metrics import metric\nfrom toolkit.models import load_tokenizer\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -12,10 +12,10 @@ PROG = "python -m toolkit"
 #: command -> (module with `add_arguments(parser)` and `run(options)`, what it does)
 COMMANDS = {
     "init-student": (
-        "toolkit.models.pruning.command",
+        "toolkit.pruning.command",
         "cut a student out of its teacher: layers, hidden units, heads, MLP",
     ),
-    "cache-teacher": ("toolkit.teacher_cache.command", "store a teacher's answers to a recipe's data"),
+    "cache-teacher": ("toolkit.run.cache_command", "store a teacher's answers to a recipe's data"),
     "evaluate": ("toolkit.evaluation.evaluate", "score models: ROUGE-L, BLEU, chrF, exact match, KL to a teacher"),
 }
 
@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     if not given or given[0] in ("-h", "--help", "help"):
         print(_overview())
         return None
-    from toolkit import distributed
-    from toolkit.overrides import unknown
+    from toolkit.ranks import launch
+    from toolkit.settings.overrides import unknown
 
-    with distributed.one_message():
+    with launch.one_message():
         name, *rest = given
         if name not in COMMANDS:
             raise unknown("the command", name, COMMANDS)
@@ -49,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         module.add_arguments(parser)
         options = parser.parse_intermixed_args(rest)
         _quiet()
-        distributed.start(_hang_s(rest))
+        launch.start(_hang_s(rest))
         return module.run(options)
 
 
 def _hang_s(arguments: list[str]) -> float:
     """The watchdog's limit among the settings; one that is no number is told by who reads it."""
-    from toolkit.config import FaultsConfig
+    from toolkit.settings import FaultsConfig
 
     given = [text.partition("=")[2] for text in arguments if text.startswith(("hang_s=", "faults.hang_s="))]
     try:
@@ -65,7 +65,7 @@ def _hang_s(arguments: list[str]) -> float:
 
 
 def _quiet() -> None:
-    from toolkit.recipe import quiet_libraries
+    from toolkit.run.recipe import quiet_libraries
 
     quiet_libraries()
 

@@ -8,11 +8,11 @@ from unittest import mock
 import datasets
 import pytest
 
-from toolkit import heartbeat
 from toolkit.data import DataConfig, load_data, load_rows, references
 from toolkit.data.minillm import SETS
 from toolkit.data.sources import as_it_reads
-from toolkit.overrides import unknown
+from toolkit.ranks import heartbeat
+from toolkit.settings.overrides import unknown
 
 ROWS = [{"prompt": "What is two?", "response": "A number."}, {"prompt": "And NA?", "response": "None"}]
 

@@ -8,15 +8,15 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from toolkit import heartbeat
 from toolkit.batch import TokenBatch
-from toolkit.config import RunConfig
 from toolkit.data import DataConfig, TextConfig, TextStream, load_data, load_text
 from toolkit.data.python_docs import python_docs_rows
 from toolkit.data.sources import Source, content_sha256
 from toolkit.data.text import CHUNK_CHARACTERS, blocks, first_documents, is_held_out, read_documents
-from toolkit.inputs import _load_data, load_plain_text
 from toolkit.models import Vocabulary
+from toolkit.ranks import heartbeat
+from toolkit.run.inputs import _load_data, load_plain_text
+from toolkit.settings import RunConfig
 
 DOCUMENTS = [f"Document {n}: " + "the number of a file. " * (n * 7 % 11) for n in range(60)]
 

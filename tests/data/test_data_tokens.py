@@ -3,10 +3,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from toolkit import heartbeat
 from toolkit.batch import TokenBatch
 from toolkit.data import DataConfig, end_with_turns, get_template, load_data, split_rows, tokenize_rows
 from toolkit.data.templates import ALPACA_MARKER
+from toolkit.ranks import heartbeat
 
 MARKERS = {"chat": "<|end|>\n<|assistant|>\n", "alpaca": ALPACA_MARKER}
 

@@ -21,7 +21,7 @@ from toolkit.divergences import (
 )
 from toolkit.divergences import products as products_module
 from toolkit.divergences import tiles as tiles_module
-from toolkit.divergences.backends import has_cpp, has_triton
+from toolkit.divergences.kernels.choice import has_cpp, has_triton
 
 NAMES = ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl", "abkd", "akl", "taid"]
 HARD = [Divergence("srkl", alpha=0.9), Divergence("srkl", alpha=0.99)]  # mixtures that are mostly the student
@@ -719,7 +719,7 @@ def test_triton_launches_on_the_device_of_its_tensors(backend, monkeypatch):
     """That need not be the current one. Watched, not run: it takes two GPUs to differ."""
     if backend != "triton":
         pytest.skip("the others find the device themselves")
-    from toolkit.divergences import rows_triton
+    from toolkit.divergences.kernels import rows_triton
 
     events = []
 

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from toolkit.divergences.backends import has_cpp
+from toolkit.divergences.kernels.choice import has_cpp
 
 SCRIPT = """
 import warnings, torch
 from toolkit.divergences import Divergence, fused_linear_divergence
-from toolkit.divergences.backends import choose_backend
+from toolkit.divergences.kernels.choice import choose_backend
 h, w = torch.ones(3, 4), torch.ones(70, 4)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

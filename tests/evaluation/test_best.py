@@ -7,7 +7,7 @@ import pytest
 
 from tests import engine_cases, evaluation_cases
 from tests.tiny import tiny_overrides
-from toolkit.faults import EXIT_LATER
+from toolkit.ranks.signals import EXIT_LATER
 
 pytestmark = pytest.mark.multiprocess
 

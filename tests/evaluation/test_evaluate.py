@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import evaluation_cases
 from toolkit.batch import TokenBatch
-from toolkit.checkpoint import sole_use
 from toolkit.data import DataConfig, load_rows, tokenize_rows
 from toolkit.evaluation.protocols import PROTOCOLS
+from toolkit.storage.lock import sole_use
 
 pytestmark = pytest.mark.multiprocess
 ROWS = [

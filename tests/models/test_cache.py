@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import make_tokenizer, save_llama
-from toolkit.config import ModelConfig
-from toolkit.models import load_model, materialize
+from toolkit.models import load_model
+from toolkit.pruning.made import materialize
+from toolkit.settings import ModelConfig
 
 
 def test_a_model_written_anew_is_made_anew(tmp_path):
@@ -37,7 +38,7 @@ def test_a_relative_path_is_not_another_folder_of_that_name(tmp_path, monkeypatc
 def test_two_processes_make_it_at_once(tmp_path):
     save_llama(tmp_path / "model", make_tokenizer(), seed=5, layers=4)
     code = (
-        "import sys; from pathlib import Path; from toolkit.config import ModelConfig;"
+        "import sys; from pathlib import Path; from toolkit.settings import ModelConfig;"
         "from toolkit.models import materialize; print('ready', flush=True); sys.stdin.readline();"
         f"print(materialize(ModelConfig(path='{tmp_path}/model', drop_layers=(1,)), Path('{tmp_path}/cache')))"
     )

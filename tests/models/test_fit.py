@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import engine_cases
 from tests.families import FAMILIES, made
-from toolkit.config import ModelConfig
 from toolkit.models.dtypes import dtypes_of
 from toolkit.models.fit import quiet, rehearse
 from toolkit.models.load import load_model
+from toolkit.settings import ModelConfig
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from transformers import (
 
 from tests import engine_cases
 from tests.tiny import make_tokenizer, save_llama
-from toolkit.config import ModelConfig
-from toolkit.models import load_tokenizer, materialize, shared_vocabulary
+from toolkit.models import load_tokenizer, shared_vocabulary
 from toolkit.models.ds_config import OWNED, read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.models.load import base_name
+from toolkit.pruning.made import materialize
+from toolkit.settings import ModelConfig
 
 
 def layers_of(model):

@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.models.read_by_transformers4 import TEXT, found_in
 from tests.tiny import make_tokenizer, save_sentencepiece, save_t5
-from toolkit.config import LoraConfig, ModelConfig
 from toolkit.models.export import export_student, rehearse_export
-from toolkit.models.load import load_model, load_tokenizer, materialize
+from toolkit.models.load import load_model, load_tokenizer
 from toolkit.models.lora import add_adapters
 from toolkit.models.portable import make_portable, with_former_names
-from toolkit.stages import _write_random
+from toolkit.pruning.made import materialize
+from toolkit.run.stages import _write_random
+from toolkit.settings import LoraConfig, ModelConfig
 
 #: with the packages that it needs in other versions than the project
 TRANSFORMERS_4 = ("transformers==4.57.6", "huggingface_hub==0.36.0", "tokenizers==0.22.1")

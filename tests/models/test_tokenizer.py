@@ -11,13 +11,14 @@ from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from tests import engine_cases
 from tests.tiny import make_tokenizer, save_gguf, save_sentencepiece, tiny_overrides
-from toolkit.config import ModelConfig
 from toolkit.data.probe import PROBE
 from toolkit.data.store import tokenizer_sha256
-from toolkit.models import load_tokenizer, materialize, shared_vocabulary
+from toolkit.models import load_tokenizer, shared_vocabulary
 from toolkit.models.gguf import gguf_tokenizer
 from toolkit.models.load import resolve
 from toolkit.models.tokenizer import check_saved
+from toolkit.pruning.made import materialize
+from toolkit.settings import ModelConfig
 
 #: a folder's tokenizer_config.json, as the hub's OpenLLaMA has it
 LLAMA = {

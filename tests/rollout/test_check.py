@@ -8,7 +8,7 @@ from toolkit.models.engines import whole_student
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout import decode
 from toolkit.rollout.check import check_generation
-from toolkit.rollout.engine import GatheredRollout
+from toolkit.rollout.local import GatheredRollout
 
 VOCABULARY = Vocabulary(90, (2,), 2)
 SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)

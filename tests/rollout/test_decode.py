@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from toolkit.models.vocabulary import Vocabulary
-from toolkit.rollout import engine
+from toolkit.rollout import local
 from toolkit.rollout.decode import decode, is_supported, plain_decode
 from toolkit.rollout.sampling import SeededSampling, choose_tokens
 
@@ -114,12 +114,12 @@ def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return decode(model, prompts, sampling, vocabulary, rows)
 
-    monkeypatch.setattr(engine, "decode", scarce)
-    found = engine.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=100)
+    monkeypatch.setattr(local, "decode", scarce)
+    found = local.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=100)
     assert tried == [100, 5, 2] and texts(found) == texts(decode(model, prompts, sampling, VOCABULARY, rows=11))
-    monkeypatch.setattr(engine, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    monkeypatch.setattr(local, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
     with pytest.raises(torch.OutOfMemoryError, match="none at all"):
-        engine.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=4)
+        local.GatheredRollout(None, VOCABULARY)._decode_or_split(model, prompts, sampling, rows=4)
 
 
 def test_nothing_asked_is_nothing_said():

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.rollout.schedule import POLICIES, Schedule, ScheduleConfig, Source, philox, uniform
+from toolkit.rollout.schedule import Schedule, Source
+from toolkit.seeds import philox, uniform
+from toolkit.settings import POLICIES, ScheduleConfig
 
 
 def make(seed=0, total_steps=8000, **fields):

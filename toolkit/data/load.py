@@ -13,12 +13,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
-from toolkit.data.config import PYTHON_DOCS, DataConfig, TextConfig
 from toolkit.data.minillm import LAYOUT, has_test
 from toolkit.data.sources import Source, as_it_reads, content_sha256, load_rows
 from toolkit.data.store import Part, cached, tokenizer_sha256
 from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_identity
 from toolkit.data.tokens import tokenize_rows
+from toolkit.settings import PYTHON_DOCS, DataConfig, TextConfig
 
 #: of a stream, this many documents that it holds out (or of its validation source, the first) are the validation text
 STREAM_VALIDATION_DOCUMENTS = 256

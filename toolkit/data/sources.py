@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import heartbeat
-from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.data.minillm import LAYOUT, SETS, has_test
 from toolkit.data.python_docs import python_docs_rows
+from toolkit.ranks import heartbeat
+from toolkit.settings import PYTHON_DOCS, DataConfig
 
 #: ending -> builder of the `datasets` library
 BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}

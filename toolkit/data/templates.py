@@ -15,8 +15,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from toolkit.data.config import TEMPLATE_NAMES, DataConfig
-from toolkit.overrides import unknown
+from toolkit.settings import TEMPLATE_NAMES, DataConfig
+from toolkit.settings.overrides import unknown
 
 #: for chat templates that print the date: with today's, tokens would change from day to day. Llama 3.2's own default
 TODAY = datetime(2024, 7, 26)

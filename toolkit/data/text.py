@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from toolkit import heartbeat
 from toolkit.batch import Example
-from toolkit.data.config import PYTHON_DOCS
 from toolkit.data.sources import (
     HUB_FILES,
     SUFFIXES,
@@ -28,6 +26,8 @@ from toolkit.data.sources import (
     looks_like_path,
     records,
 )
+from toolkit.ranks import heartbeat
+from toolkit.settings import PYTHON_DOCS
 
 TEXT_SUFFIXES = (".txt", *SUFFIXES)
 CHUNK_CHARACTERS = 2**20  # tokenised in one call; a longer .txt file becomes several documents

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from toolkit import heartbeat
 from toolkit.batch import Example
-from toolkit.data.config import DataConfig
 from toolkit.data.templates import Refused, Template, get_template
+from toolkit.ranks import heartbeat
+from toolkit.settings import DataConfig
 
 CHUNK_ROWS = 1024
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from toolkit.divergences.rows import LOG_ZERO
+from toolkit.divergences.kernels.rows import LOG_ZERO
 from toolkit.divergences.spec import WITH_ALPHA, Divergence
 
 

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolkit.divergences import rows
-from toolkit.divergences.backends import choose_backend, row_kernel
 from toolkit.divergences.formulas import compute_dtype, head_threshold
+from toolkit.divergences.kernels import rows
+from toolkit.divergences.kernels.choice import choose_backend, row_kernel
+from toolkit.divergences.kernels.rows import CODES, LogitRule, Passes, RowTask
+from toolkit.divergences.kernels.rows_torch import TorchRows, logits_of
 from toolkit.divergences.plan import make_plan, new_tile, tile_view
 from toolkit.divergences.products import Projection, adds_by_parts, operand_dtypes
-from toolkit.divergences.rows import CODES, LogitRule, Passes, RowTask
-from toolkit.divergences.rows_torch import TorchRows, logits_of
 from toolkit.divergences.spec import WITH_ALPHA, Divergence
 from toolkit.divergences.top_k import TopKTeacher, finish_gradient, merge_top_k, take_top_k
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolkit.divergences.rows import LOG_ZERO, LogitRule, Row, RowTask
-from toolkit.divergences.rows_torch import gradient, logits_of, slope_of, terms
+from toolkit.divergences.kernels.rows import LOG_ZERO, LogitRule, Row, RowTask
+from toolkit.divergences.kernels.rows_torch import gradient, logits_of, slope_of, terms
 from toolkit.divergences.spec import Divergence
 
 WITH_TOP_K = ("fkl", "rkl", "skl", "srkl")

@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from toolkit import distributed
-from toolkit.config import SamplingSettings
 from toolkit.evaluation.metrics import References, metric
-from toolkit.rollout.engine import GatheredRollout, SeededSampling, sequence_seed
+from toolkit.ranks import collectives
+from toolkit.rollout.local import GatheredRollout, SeededSampling, sequence_seed
+from toolkit.settings import SamplingSettings
 
 Result = TypeVar("Result")
 
@@ -62,6 +62,6 @@ def score(name: str, texts: Sequence[str], references: References) -> float:
 
 
 def _dealt(work: Callable[[range], list[Result]], count: int) -> list[Result]:
-    rank, world = distributed.rank(), distributed.world()
-    dealt = distributed.gather_objects(work(range(rank, count, world)))
+    rank, world = collectives.rank(), collectives.world()
+    dealt = collectives.gather_objects(work(range(rank, count, world)))
     return [dealt[row % world][row // world] for row in range(count)]

@@ -14,10 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit import distributed
 from toolkit.batch import Example
-from toolkit.checkpoint import sole_use
-from toolkit.config import ModelConfig
 from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.data.minillm import SETS
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
@@ -33,18 +30,21 @@ from toolkit.models import (
     generation_ends,
     load_model,
     load_tokenizer,
-    materialize,
     shared_decoder_start,
     shared_vocabulary,
     whole_student,
     whole_teacher,
 )
 from toolkit.models.identity import file_hashes
-from toolkit.monitor import format_table
-from toolkit.overrides import unknown, with_overrides
+from toolkit.pruning.made import materialize
+from toolkit.ranks import collectives
+from toolkit.ranks.watchdog import Watchdog
 from toolkit.rollout.check import check_generation
-from toolkit.rollout.engine import GatheredRollout
-from toolkit.watchdog import Watchdog
+from toolkit.rollout.local import GatheredRollout
+from toolkit.settings import ModelConfig
+from toolkit.settings.overrides import unknown, with_overrides
+from toolkit.storage.lock import sole_use
+from toolkit.tables import format_table
 
 KL = "kl"  # measured on the data's own responses, without generation
 
@@ -68,23 +68,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The summary; on rank 0 it is printed as a table and written beside the answers. Raises ValueError."""
-    request = distributed.together(lambda: Request.of(options))
+    request = collectives.together(lambda: Request.of(options))
     records = Records(Path(options.out).expanduser())
     data = request.config.data
-    rows, skipped = distributed.main_rank_first(lambda: load_rows(data, data.source, is_validation=True))
+    rows, skipped = collectives.main_rank_first(lambda: load_rows(data, data.source, is_validation=True))
     settings = request.settings(rows, skipped)
     with (
         sole_use(records.lock.parent, name=records.lock.name, instead="give --out another name"),
         Watchdog(request.config.hang_s) as watchdog,
     ):
         watchdog.progress("loading")
-        summary = distributed.from_main_rank(lambda: records.open(settings))
+        summary = collectives.from_main_rank(lambda: records.open(settings))
         teacher = _Loaded.load(options.teacher, request) if options.teacher else None
         evaluation = Evaluation(request, rows, records, summary, teacher, watchdog)
         for name in options.model:
             watchdog.progress(f"model {name}")
             evaluation.measure(name)
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         print("\n" + table(summary, options.model, request), flush=True)
     return summary
 
@@ -137,7 +137,7 @@ class Request:
             "max_length": data.max_length,
             "max_prompt_length": data.max_prompt_length,
             "max_new_tokens": self.config.new_tokens,
-            "precision": str(choose_dtype(self.config.precision, distributed.device())).removeprefix("torch."),
+            "precision": str(choose_dtype(self.config.precision, collectives.device())).removeprefix("torch."),
             # where set: answers that are older than these settings go on
             **{name: value for name in ("template_args", "system") if (value := getattr(data, name))},
         } | dataclasses.asdict(self.config.sampling)
@@ -155,15 +155,15 @@ class _Loaded:
     def load(cls, name: str, request: Request) -> _Loaded:
         config = request.config
         given = ModelConfig(path=name, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code)
-        path = distributed.main_rank_first(lambda: materialize(given, default_cache_dir(config.cache_dir)))
-        tokenizer = distributed.main_rank_first(lambda: load_tokenizer(given, path))
+        path = collectives.main_rank_first(lambda: materialize(given, default_cache_dir(config.cache_dir)))
+        tokenizer = collectives.main_rank_first(lambda: load_tokenizer(given, path))
         end_with_turns(tokenizer, config.data.template)
-        dtype = choose_dtype(config.precision, distributed.device())
-        model = distributed.main_rank_first(lambda: load_model(given, path, None, dtype))
+        dtype = choose_dtype(config.precision, collectives.device())
+        model = collectives.main_rank_first(lambda: load_model(given, path, None, dtype))
         files = json.dumps(sorted(file_hashes(path).items()))
         sha256 = hashlib.sha256(files.encode()).hexdigest()
         start = decoder_start_id(given, path)
-        return cls(model.to(distributed.device()), tokenizer, sha256, start, generation_ends(path))
+        return cls(model.to(collectives.device()), tokenizer, sha256, start, generation_ends(path))
 
     def vocabulary(self, teacher: _Loaded | None) -> Vocabulary:
         theirs = teacher or self
@@ -189,18 +189,18 @@ class Evaluation:
         self.watchdog.count_passes(loaded.model)
         entry = self.summary["models"].setdefault(name, {"sha256": loaded.sha256})
         before, now = ({"sha256 of the model": sha256} for sha256 in (entry["sha256"], loaded.sha256))
-        distributed.together(lambda: refuse_changes(f"{self.records.rows} ({name})", before, now))
-        vocabulary = distributed.together(lambda: loaded.vocabulary(self.teacher))
-        examples = distributed.together(lambda: self._examples(loaded, entry))
-        student = distributed.together(lambda: whole_student(loaded.model, vocabulary))
+        collectives.together(lambda: refuse_changes(f"{self.records.rows} ({name})", before, now))
+        vocabulary = collectives.together(lambda: loaded.vocabulary(self.teacher))
+        examples = collectives.together(lambda: self._examples(loaded, entry))
+        student = collectives.together(lambda: whole_student(loaded.model, vocabulary))
         if request.generated:
-            distributed.together(lambda: _check_room(loaded.model, examples, request.config.new_tokens))
+            collectives.together(lambda: _check_room(loaded.model, examples, request.config.new_tokens))
             rollout = GatheredRollout(student.engine, vocabulary, request.config.batch_rows, request.config.cache_mib)
             check_generation("model", rollout)
             self._generate(name, examples, rollout, loaded.tokenizer)
-            entry.setdefault("metrics", {}).update(distributed.from_main_rank(lambda: self._totals(name)))
+            entry.setdefault("metrics", {}).update(collectives.from_main_rank(lambda: self._totals(name)))
         if self.teacher is not None:
-            teacher = distributed.together(lambda: whole_teacher(self.teacher.model, vocabulary))
+            teacher = collectives.together(lambda: whole_teacher(self.teacher.model, vocabulary))
             found = Validator(
                 examples, request.config.kl_batch_rows, vocabulary.pad_id, teacher,
                 decoder_start_id=vocabulary.decoder_start_id,
@@ -235,7 +235,7 @@ class Evaluation:
         config, entry, rows = self.request.config, self.summary["models"][name], self.rows
         entry.setdefault("generated_tokens", 0)
         entry.setdefault("generation_s", 0.0)
-        there = distributed.from_main_rank(lambda: set(self.records.of_model(name)))
+        there = collectives.from_main_rank(lambda: set(self.records.of_model(name)))
         wanted = [(seed, row) for seed in self.request.seeds for row in range(len(rows))]
         missing = [place for place in wanted if place not in there]
         for start in range(0, len(missing), config.save_rows):
@@ -255,9 +255,9 @@ class Evaluation:
                 }
                 for (seed, row), prompt, ones, one, score in zip(part, prompts, texts, answers, scores, strict=True)
             ]  # fmt: skip
-            distributed.from_main_rank(lambda lines=lines: self.records.append(lines))
+            collectives.from_main_rank(lambda lines=lines: self.records.append(lines))
             self._save()
-            if distributed.rank() == 0:
+            if collectives.rank() == 0:
                 count = len(wanted) - len(missing) + start + len(part)
                 print(f"{name}: {count} of {len(wanted)} answers, {_tokens_per_s(entry):,.0f} tokens/s", flush=True)
 
@@ -283,7 +283,7 @@ class Evaluation:
         return found
 
     def _save(self) -> None:
-        distributed.from_main_rank(lambda: self.records.write_summary(self.summary))
+        collectives.from_main_rank(lambda: self.records.write_summary(self.summary))
 
 
 def table(summary: dict[str, Any], models: Sequence[str], request: Request) -> str:

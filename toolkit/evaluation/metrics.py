@@ -11,8 +11,8 @@ from typing import NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from toolkit.config import SCORES
-from toolkit.overrides import unknown
+from toolkit.settings import SCORES
+from toolkit.settings.overrides import unknown
 
 Texts = Sequence[str]
 References = Sequence[Texts]  # of each answer one or more

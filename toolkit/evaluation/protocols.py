@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from toolkit.config import PRECISIONS, FaultsConfig, SamplingSettings
-from toolkit.data.config import DataConfig
 from toolkit.data.minillm import LAYOUT
-from toolkit.overrides import unknown
+from toolkit.settings import PRECISIONS, DataConfig, FaultsConfig, SamplingSettings
+from toolkit.settings.overrides import unknown
 
 SEEDS = (10, 20, 30, 40, 50)  # the paper's
 

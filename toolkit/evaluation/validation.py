@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from toolkit import distributed
 from toolkit.batch import Example, TokenBatch
 from toolkit.divergences import Divergence
 from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
-from toolkit.teacher_cache import CachedTeacher
+from toolkit.ranks import collectives
+from toolkit.teachers.cache import CachedTeacher
 
 
 class Validation(NamedTuple):
@@ -57,13 +57,13 @@ class Validator:
                  teacher: Teacher | NoTeacher | CachedTeacher, scores: Callable[[], Mapping[str, float]] | None = None,
                  decoder_start_id: int | None = None):  # fmt: skip
         self.teacher, self.scores = teacher, scores
-        rank, world = distributed.rank(), distributed.world()
+        rank, world = collectives.rank(), collectives.world()
         own = examples[rank::world]
         passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
         parts = [own[start : start + batch_rows] for start in range(0, len(own), batch_rows)]
         # A rank that runs out of rows still enters the all-gathers, with a row that does not count.
         *self.batches, spare = [
-            TokenBatch.from_examples(part, pad_id, decoder_start_id=decoder_start_id).to(distributed.device())
+            TokenBatch.from_examples(part, pad_id, decoder_start_id=decoder_start_id).to(collectives.device())
             for part in (*parts, examples[:1])
         ]
         self.spares = [spare] * (passes - len(parts))
@@ -84,7 +84,7 @@ class Validator:
                         sums = [total + float(value) for total, value in zip(sums, found, strict=True)]
         finally:
             student.engine.train()
-        kl, cross_entropy, agreements, tokens = distributed.sum_over_ranks(sums)
+        kl, cross_entropy, agreements, tokens = collectives.sum_over_ranks(sums)
         scores = self.scores() if self.scores else {}
         if isinstance(self.teacher, NoTeacher):
             return Validation(None, cross_entropy / tokens, None, scores)

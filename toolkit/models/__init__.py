@@ -18,7 +18,6 @@ from toolkit.models.load import (
     default_cache_dir,
     generation_ends,
     load_model,
-    materialize,
 )
 from toolkit.models.packing import check_packing
 from toolkit.models.tokenizer import load_tokenizer
@@ -41,7 +40,6 @@ __all__ = [
     "generation_ends",
     "load_model",
     "load_tokenizer",
-    "materialize",
     "shared_decoder_start",
     "shared_vocabulary",
     "whole_student",

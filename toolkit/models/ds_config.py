@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.config import RunConfig
-from toolkit.monitor import without_monitors
+from toolkit.settings import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: key of a DeepSpeed config -> the setting of RunConfig that owns it
@@ -81,3 +81,11 @@ def teacher_ds_config(config: RunConfig, dtype_name: str) -> dict[str, Any]:
         "bf16": {"enabled": dtype_name == "bf16"},
         "steps_per_print": 10**9,
     }
+
+
+MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
+
+def without_monitors(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`ds_config` for deepspeed.initialize: with them the engine would write there too, by samples."""
+    return {key: value for key, value in ds_config.items() if key not in MONITOR_SECTIONS}

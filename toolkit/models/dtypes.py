@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from toolkit import distributed
+from toolkit.ranks import collectives
+from toolkit.ranks.output import say
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
@@ -83,10 +84,10 @@ def train_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
         _set_dtype(parameter, dtype)
         if ".lora_" not in name:  # adapters begin at random, in the dtype of what they stand beside
             moved.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(float(error))
-    if moved and distributed.rank() == 0:
+    if moved and collectives.rank() == 0:
         names = ", ".join(f"{name} ({len(errors)} times)" for name, errors in moved.items())
         most = max(max(errors) for errors in moved.values())
-        distributed.say(
+        say(
             f"warning: transformers keeps {names} of the student, a {model.config.model_type} model, in fp32. They are "
             f"trained, and deepspeed trains in one precision: here they are {str(dtype).removeprefix('torch.')} as the "
             f"other weights, with an fp32 copy in the optimizer; rounding moves them by {most:.2%} at most"

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from toolkit import distributed
 from toolkit.batch import Example, TokenBatch
-from toolkit.config import NO_DIVERGENCE, LossConfig, OptimizerConfig, RunConfig
 from toolkit.divergences import (
     Divergence,
     FusedLoss,
@@ -31,13 +29,15 @@ from toolkit.divergences import (
     fused_linear_cross_entropy,
     fused_linear_divergence,
 )
-from toolkit.faults import Halving
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.dtypes import keeping_frozen, train_in
 from toolkit.models.head import Head, check_logits, head_dtype, logit_rules, logits_of, stack_of
 from toolkit.models.load import base_name, load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
-from toolkit.rollout.schedule import philox
+from toolkit.ranks import collectives
+from toolkit.ranks.memory import Halving
+from toolkit.seeds import philox
+from toolkit.settings import NO_DIVERGENCE, LossConfig, OptimizerConfig, RunConfig
 
 #: families whose code takes position ids but makes no mask of them, so that packed texts would see each other
 MAKES_NO_PACKED_MASK = {"opt"}
@@ -80,7 +80,7 @@ class LossSums(NamedTuple):
 
 def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Teacher:
     ds_config = teacher_ds_config(config, _name(dtype))
-    model = distributed.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
+    model = collectives.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
     check_head("teacher", _rows(model.get_output_embeddings().weight), vocabulary)
     model.requires_grad_(False)
     split_where_memory_runs_out(model)
@@ -88,12 +88,12 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
         engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
     engine.eval()
     _check("teacher", engine, vocabulary)
-    return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // distributed.world())
+    return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // collectives.world())
 
 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
-    ds_config = student_ds_config(config, _name(dtype), distributed.world())
-    model = distributed.together(lambda: load_model(config.student, path, ds_config, dtype, config.seed))
+    ds_config = student_ds_config(config, _name(dtype), collectives.world())
+    model = collectives.together(lambda: load_model(config.student, path, ds_config, dtype, config.seed))
     check_head("student", _rows(model.get_output_embeddings().weight), vocabulary)
     if config.student.lora.rank:
         from toolkit.models.lora import add_adapters  # peft takes long to import
@@ -109,7 +109,7 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     engine.eval()
     _check("student", engine, vocabulary)
     engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
-    torch.manual_seed(int(philox(config.seed, 0, distributed.rank()).random_raw()))  # dropout is each rank's own
+    torch.manual_seed(int(philox(config.seed, 0, collectives.rank()).random_raw()))  # dropout is each rank's own
     return Student(engine, config.optimizer, config.train.steps)
 
 

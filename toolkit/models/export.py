@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit import distributed
-from toolkit.faults import to_disk
 from toolkit.models.engines import Student
 from toolkit.models.portable import make_portable
 from toolkit.models.tokenizer import check_saved
+from toolkit.ranks import collectives
+from toolkit.storage.appear import to_disk
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
     and `folder`/adapter is what peft loads onto the base. Raises ValueError, on every rank, if writing fails.
     """
     model, weights, adapter = student.model, {}, {}
-    is_writer = distributed.rank() == 0
+    is_writer = collectives.rank() == 0
     layers = lora.adapted(model) if (lora := _lora(model)) else {}
     for name, parameter in model.named_parameters():  # tied parameters are named once
         with lora.merged_weight(layers[name]) if name in layers else _gathered(parameter) as weight:
@@ -83,11 +83,11 @@ def _in_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:
         return write(unfinished)
 
     try:
-        return distributed.from_main_rank(work)
+        return collectives.from_main_rank(work)
     except ValueError as error:
-        if distributed.rank() == 0:
+        if collectives.rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise distributed.Told(f"the student could not be written to {folder}: {error}") from error
+        raise collectives.Told(f"the student could not be written to {folder}: {error}") from error
 
 
 def _write(

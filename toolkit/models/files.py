@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from toolkit import heartbeat
+from toolkit.ranks import heartbeat
 
 SAFETENSORS, PICKLED = "*.safetensors", "pytorch_model*.bin"
 #: weights, configuration and tokenizer, beside weights in the older format

@@ -18,8 +18,9 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_utils import load_state_dict
 
-from toolkit import distributed
 from toolkit.models.files import weight_files
+from toolkit.ranks import collectives
+from toolkit.ranks.output import say
 
 NAMED = 4  # names in a message, before "and N more"
 
@@ -76,8 +77,8 @@ def check_fit(path: str, model: PreTrainedModel, found: Mapping[str, set], keeps
             f"{other}; copy the missing files, or correct config.json"
         )
     rest = _beside_layers(path, model, unexpected, keeps_all_layers)
-    if rest and distributed.rank() == 0:
-        distributed.say(
+    if rest and collectives.rank() == 0:
+        say(
             f"warning: the weights at {path} hold {len(rest)} tensors that the {model.config.model_type} model of "
             f"config.json does not have, and they are left out: {_listed(rest)}"
         )

@@ -17,9 +17,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
-from toolkit.config import ModelConfig
 from toolkit.models.portable import make_portable
 from toolkit.models.tokenizer import SPACE, load_tokenizer
+from toolkit.settings import ModelConfig
 
 #: llama.cpp's names of byte-level tokenizers that split a text as GPT-2 does, and of those that part digits before that
 GPT2_SPLIT = ("gpt-2", "mpt", "olmo", "jais", "trillion", "granite-docling")

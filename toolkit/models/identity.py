@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 
-from toolkit import distributed, heartbeat
 from toolkit.models.files import PICKLED, TOKENIZER_FILES
+from toolkit.ranks import collectives
+from toolkit.storage.manifest import sha256
 
 
 def file_hashes(path: str) -> dict[str, str]:
@@ -16,10 +16,10 @@ def file_hashes(path: str) -> dict[str, str]:
 
     The files are dealt over the ranks. Collective.
     """
-    rank, world = distributed.rank(), distributed.world()
+    rank, world = collectives.rank(), collectives.world()
     files = _model_files(path)
-    hashes = distributed.together(lambda: {file.name: _known(file) for file in files[rank::world]})
-    return {name: digest for part in distributed.gather_objects(hashes) for name, digest in sorted(part.items())}
+    hashes = collectives.together(lambda: {file.name: _known(file) for file in files[rank::world]})
+    return {name: digest for part in collectives.gather_objects(hashes) for name, digest in sorted(part.items())}
 
 
 def _known(path: Path) -> str:
@@ -31,12 +31,6 @@ def _known(path: Path) -> str:
 @functools.cache
 def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
     return sha256(path)
-
-
-def sha256(path: Path) -> str:
-    heartbeat.beat()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model_files(path: str) -> list[Path]:

@@ -6,23 +6,19 @@ the cache that appears by rename; every rank then loads a plain Hugging Face fol
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
 import pickle
-import secrets
-import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,20 +31,14 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
 
-from toolkit import distributed
-from toolkit.config import InitConfig, ModelConfig
-from toolkit.data.config import PYTHON_DOCS, DataConfig
 from toolkit.divergences.products import cpu_has_bf16_products
 from toolkit.models.dtypes import dtypes_of, keeping_dtypes
-from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, hub_version, source_folder
+from toolkit.models.files import hub_version
 from toolkit.models.fit import blank, check_fit, from_config, quiet, rehearse
-from toolkit.models.gguf import convert_gguf
-from toolkit.models.portable import make_portable
-from toolkit.models.pruning import leave_out_layers, prune
-from toolkit.models.tokenizer import TOKENIZERS_READ, check_saved, load_tokenizer
-from toolkit.overrides import unknown
+from toolkit.ranks import collectives
+from toolkit.settings import ModelConfig
+from toolkit.settings.overrides import unknown
 
-WEIGHT_FILES = (SAFETENSORS, PICKLED)
 #: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows
 ENCODER_DECODERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
 
@@ -85,84 +75,11 @@ def resolve(path: str) -> str:
     return str(files[0])
 
 
-def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = None) -> str:
-    """The folder to load `model` from, after what has to be made of it once; of a hub model that of its newest commit.
-    No communication; run it on rank 0 first.
-
-    `data` is the calibration text of `model.init`, where that names none. Raises ValueError for a local path that is
-    not a model, and for sizes that cannot be cut out of it.
-    """
-    path, trusted = resolve(model.path), model.trust_remote_code
-    if path.endswith(".gguf"):
-        if not Path(path).is_file():
-            raise ValueError(f"no GGUF file at {path}")
-        stat = Path(path).stat()
-        key = f"{Path(path).stem}-{_key(path, stat.st_size, stat.st_mtime_ns, TOKENIZERS_READ)}"
-        path = str(made_once(cache_dir / key, lambda folder: convert_gguf(Path(path), folder)))
-    if model.random_weights:
-        return path if not path or _is_local(path) else str(source_folder(path, with_weights=False))
-    name = Path(path).name
-    if _is_local(path):
-        _check_folder(Path(path))
-        version = _contents(path)
-    else:
-        hub_name, path = hub_version(path)[0], str(source_folder(path))  # all: a run is known by its models' hashes
-        name = Path(hub_name).name
-        version = [hub_name, Path(path).name]  # the commit: other machines fetched the same files at other times
-    if model.drop_layers:
-        key = f"{name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(*version)}"
-        source = path
-        path = str(
-            made_once(cache_dir / key, lambda folder: leave_out_layers(source, model.drop_layers, folder, trusted))
-        )
-        name, version = Path(path).name, _contents(path)
-    if model.init.wanted:
-        data = calibration_data(data or DataConfig(), model.init)
-        text = _contents(data.source) if Path(data.source).is_file() else []
-        tokenizer = [model.tokenizer, TOKENIZERS_READ] if model.tokenizer else [""]
-        key = f"{name}-pruned-{_key(*version, *tokenizer, model.init, data, *text)}"
-        teacher = path
-        path = str(
-            made_once(
-                cache_dir / key,
-                lambda folder: prune_model(model, teacher, model.init, data, folder),
-            )
-        )
-    return path
-
-
 def base_name(model: ModelConfig, path: str) -> str:
     """What others know as the base of an adapter: the hub's name of a model that is used as it is there, else `path`,
     where `materialize` put it."""
     is_changed = model.random_weights or model.drop_layers or model.init.wanted
     return path if is_changed or _is_local(resolve(model.path)) else hub_version(model.path)[0]
-
-
-def calibration_data(data: DataConfig, init: InitConfig) -> DataConfig:
-    """The run's own data, or the text that `init` names, read as the run's would be; whole where it is at hand."""
-    if not init.data:
-        return data
-    streaming = data.streaming and not is_at_hand(init.data)
-    return dataclasses.replace(data, source=init.data, subset=None, streaming=streaming)
-
-
-def is_at_hand(source: str) -> bool:
-    """Whether text is built in or local: nothing of it has to be streamed."""
-    return source == PYTHON_DOCS or Path(source).exists()
-
-
-def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfig, folder: Path) -> dict[str, Any]:
-    """Write what `init` leaves of `model`, which `materialize` put at `path`, into the empty `folder`, beside it the
-    tokenizer that `model` names; returns what pruning.json holds. Raises ValueError as `prune` does."""
-    record = prune(path, init, data, folder, lambda: load_tokenizer(model, path), model.trust_remote_code)
-    if model.tokenizer:
-        for file in [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]:
-            file.unlink()
-        tokenizer = load_tokenizer(model, path)
-        tokenizer.save_pretrained(folder)
-        make_portable(folder)
-        check_saved(folder, tokenizer)
-    return record
 
 
 def decoder_start_id(model: ModelConfig, path: str) -> int | None:
@@ -214,7 +131,7 @@ def load_model(
             return _plan(model, path, ds_config, dtype)
 
     # Together: a rank whose files are other ones would leave the rest alone in the collectives of the load.
-    plan = distributed.together(planned) if is_sharded else planned()
+    plan = collectives.together(planned) if is_sharded else planned()
     # transformers keeps only a weak reference: without this name alive the model would load whole on every rank.
     # deepspeed reads precision from the config: under zero.Init `dtype` alone is not enough.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config else None
@@ -371,49 +288,6 @@ def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"no model folder at {folder}; give a folder, a .gguf file, or a hub name as owner/name")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
-    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ValueError(
-            f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); copy them there, or ask for random_weights=true"
-        )
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="pt"):  # reads the header, and checks that the file is as long as it says
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut off: {error}; copy it again") from error
-
-
-def _contents(path: str) -> list[object]:
-    """What tells apart two folders of one name, and a folder from what it was before it was written anew."""
-    files = sorted(p for p in Path(path).glob("*") if p.is_file()) or [Path(path)] * Path(path).is_file()
-    return [Path(path).resolve(), *((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files)] if files else []
-
-
 def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
 
-
-def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
-    """`folder`, whole or absent: `make` fills another one, which is renamed. One that is there is taken as it is."""
-    if not folder.is_dir():
-        # Not the process id: containers share a cache and repeat ids, and a killed run leaves its folder behind.
-        unfinished = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.unfinished")
-        unfinished.mkdir(parents=True)
-        try:
-            make(unfinished)
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have made it meanwhile
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-def _key(*parts: object) -> str:
-    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:8]

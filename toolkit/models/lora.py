@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from toolkit import distributed
-from toolkit.config import LoraConfig
-from toolkit.overrides import unknown
+from toolkit.ranks import collectives
+from toolkit.settings import LoraConfig
+from toolkit.settings.overrides import unknown
 
 NAME = "default"  # peft's own name for the only adapter
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -124,7 +124,7 @@ def _load(model: PreTrainedModel, path: str) -> None:
                 f"{SETTINGS} and {WEIGHTS}"
             ) from error
 
-    theirs, saved = distributed.together(read)
+    theirs, saved = collectives.together(read)
     _refuse_other_settings(file.parent / SETTINGS, theirs, settings)
     own = {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from toolkit.config import ModelConfig
 from toolkit.data.probe import PROBE
 from toolkit.models.files import source_folder
+from toolkit.settings import ModelConfig
 
 #: Part of the names of what is kept with a tokenizer in it: raise it when the same files come to be read otherwise.
 TOKENIZERS_READ = 2

@@ -8,7 +8,7 @@ import torch
 from toolkit.batch import TokenBatch
 from toolkit.models.engines import both_logits
 from toolkit.models.head import TOLERANCE
-from toolkit.rollout.engine import GatheredRollout, evaluation_mode
+from toolkit.rollout.local import GatheredRollout, evaluation_mode
 from toolkit.rollout.sampling import SeededSampling
 
 LENGTHS, NEW_TOKENS, ROWS = (3, 8, 1, 6, 5), 6, 3

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from toolkit.batch import Example
-from toolkit.rollout.schedule import philox
+from toolkit.seeds import philox
 
 
 class Entry(NamedTuple):

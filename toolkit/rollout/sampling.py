@@ -13,8 +13,8 @@ import torch
 from deepspeed.runtime.rollout import SamplingConfig
 from torch import Tensor
 
-from toolkit.config import SamplingSettings
-from toolkit.rollout.schedule import philox
+from toolkit.seeds import philox
+from toolkit.settings import SamplingSettings
 
 BLOCK = 256  # entries whose sum is one number of the outer cumulative distribution
 CANDIDATES = 256  # where top-p first looks for its nucleus

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from toolkit import distributed
 from toolkit.batch import Example
-from toolkit.config import RunConfig
 from toolkit.models import Student, Vocabulary
 from toolkit.models.export import export_student
-from toolkit.rollout.engine import Rollout, RolloutStats, SeededSampling, check_prompts, evaluation_mode, joined
+from toolkit.ranks import collectives
+from toolkit.rollout.local import Rollout, RolloutStats, SeededSampling, check_prompts, evaluation_mode, joined
+from toolkit.settings import RunConfig
 
 START = "start"  # folder of the weights that the server starts with
 REQUESTS_AT_ONCE = 64  # of one rank; the server makes batches of what all ranks ask
@@ -70,8 +70,8 @@ class VllmRollout(Rollout):
         one. Collective; raises ValueError on every rank."""
         folder = self.folder / START
         export_student(self.student, self.tokenizer, folder)
-        self.served_name, self.max_model_len = distributed.from_main_rank(self._wait_for_server)
-        distributed.together(lambda: self._check_room(self.max_length))
+        self.served_name, self.max_model_len = collectives.from_main_rank(self._wait_for_server)
+        collectives.together(lambda: self._check_room(self.max_length))
         self._hand_over(folder)
 
     def sync_weights(self, step: int) -> None:
@@ -90,9 +90,9 @@ class VllmRollout(Rollout):
 
         Raises ValueError, on every rank, for a server that does not answer, or answers what it was not asked.
         """
-        distributed.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
+        collectives.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
         started_s = time.perf_counter()
-        texts = distributed.together(lambda: self._texts(prompts, sampling))
+        texts = collectives.together(lambda: self._texts(prompts, sampling))
         self.last = RolloutStats(
             self.name, time.perf_counter() - started_s, len(texts), sum(map(len, texts)), len(texts),
             min(len(texts), self._at_once), 0.0,
@@ -206,7 +206,7 @@ class VllmRollout(Rollout):
         """Have the server read the exported weights, forget what it computed by older ones, and show that it did."""
         ids = np.random.default_rng(0).integers(0, self.vocabulary.size, PROBE_TOKENS)
         wanted = self._own_log_probs(ids)
-        distributed.together(lambda: self._reload_and_check(folder, ids, wanted) if distributed.rank() == 0 else None)
+        collectives.together(lambda: self._reload_and_check(folder, ids, wanted) if collectives.rank() == 0 else None)
 
     def _reload_and_check(self, folder: Path, ids: np.ndarray, wanted: np.ndarray) -> None:
         deadline_s = self._deadline_s
@@ -235,7 +235,7 @@ class VllmRollout(Rollout):
     @torch.no_grad()
     def _own_log_probs(self, ids: np.ndarray) -> np.ndarray:
         """Of each token but the first; sharded, so every rank does it."""
-        ids_1T = torch.from_numpy(ids)[None].to(distributed.device())
+        ids_1T = torch.from_numpy(ids)[None].to(collectives.device())
         with evaluation_mode(self.student.engine):
             log_probs_TV = self.student.model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(-1)
         return log_probs_TV[:-1].gather(1, ids_1T[0, 1:, None]).squeeze(1).cpu().numpy()

@@ -1,0 +1,1 @@
+"""The elementwise work on a tile: one interface (`rows`), kernels in torch, C++ and Triton, and which one runs."""

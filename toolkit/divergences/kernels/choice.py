@@ -1,0 +1,62 @@
+"""Which kernels make a tile's row passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("auto", "torch", "cpp", "triton")
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto`: triton on a GPU, the C++ kernel on a CPU with a compiler, torch else and for float64.
+
+    Raises ValueError for an unknown name, and for a backend that cannot run here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; known: {', '.join(BACKENDS)}")
+    if name == "torch" or (name == "auto" and dtype != torch.float32):
+        return "torch"
+    if name == "auto":
+        if device.type == "cuda":
+            return "triton" if has_triton() else "torch"
+        return "cpp" if device.type == "cpu" and has_cpp() else "torch"
+    if dtype != torch.float32:
+        raise ValueError(f"backend {name!r} computes in fp32, but the inputs are {dtype}: use backend='torch'")
+    if name == "triton":
+        if not has_triton():
+            raise ValueError("backend is 'triton', but triton is not installed: pip install triton, or backend='torch'")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend is 'triton', but the tensors are on {device.type}: move them to a GPU, or use backend='auto'"
+            )
+    if name == "cpp" and not (device.type == "cpu" and has_cpp()):
+        raise ValueError(
+            f"backend is 'cpp', but the tensors are on {device} and a compiler is needed: use backend='auto'"
+        )
+    return name
+
+
+def has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def has_cpp() -> bool:
+    from toolkit.divergences.kernels import rows_cpp
+
+    return rows_cpp.is_available()
+
+
+def row_kernel(name: str) -> Callable:
+    """`run` of a backend without buffers."""
+    if name == "cpp":
+        from toolkit.divergences.kernels.rows_cpp import run
+    else:
+        from toolkit.divergences.kernels.rows_triton import run
+    return run

@@ -1,0 +1,133 @@
+"""The row passes in C++, for fp32 and bf16 tiles on a CPU; `rows_torch` is the readable twin.
+
+`rows_cpu.cpp` is compiled at first use, into PyTorch's folder of extensions, once for each kind of CPU and version of
+torch; under a name of its own that is renamed when it is whole: ranks that start together, or a build that was killed,
+leave nothing that another would wait for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from toolkit.divergences.kernels.rows import LogitRule, Passes, RowTask
+
+SOURCE = Path(__file__).with_name("rows_cpu.cpp")
+#: What torch itself is compiled with for each capability; any other gets the compiler's default.
+CAPABILITY_FLAGS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"),
+}
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("is_half", ctypes.c_int64)]
+
+
+class _LogitRule(ctypes.Structure):
+    _fields_ = [("bias", ctypes.c_void_p), ("scale", ctypes.c_float), ("cap", ctypes.c_float)]
+
+
+class _Task(ctypes.Structure):
+    _fields_ = [
+        *((name, _Tile) for name in ("student", "teacher", "out")),
+        *((name, _LogitRule) for name in ("student_rule", "teacher_rule")),
+        *((name, ctypes.c_int64) for name in ("n", "columns", "first_column", "code", "passes")),
+        ("state", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("state_row_stride", "state_token_stride")),
+        *((name, ctypes.c_void_p) for name in ("alpha", "weights", "threshold", "targets")),
+        *((name, ctypes.c_float) for name in ("temperature", "cross_entropy_weight", "abkd_alpha", "beta")),
+    ]
+
+
+def is_available() -> bool:
+    """Whether the kernel is built, or could be; a build that fails is reported once. DISTILL_CPP=0 switches it off."""
+    return os.environ.get("DISTILL_CPP") != "0" and _library() is not None
+
+
+def run(task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None,
+        passes: Passes) -> None:  # fmt: skip
+    """The interface of `rows`; state in fp32, logits in fp32 or bf16."""
+    spec, keep = task.spec, []
+
+    def pointer(x: Tensor | None) -> int | None:
+        if x is None:
+            return None
+        keep.append(x := x.contiguous())
+        return x.data_ptr()
+
+    def rule(x: LogitRule) -> _LogitRule:
+        return _LogitRule(pointer(x.bias_B), x.scale, x.cap or 0.0)
+
+    _library().distil_rows_run(ctypes.byref(_Task(
+        _tile(student_nB), _tile(teacher_nB), _tile(out_nB), rule(task.student), rule(task.teacher),
+        *student_nB.shape, task.first_column, task.code, int(passes), state.data_ptr(), *state.stride(),
+        pointer(task.alpha_n), pointer(task.weights_n), pointer(task.threshold_n), pointer(task.targets_n),
+        task.temperature, task.cross_entropy_weight, 0.0 if spec is None else spec.alpha,
+        0.0 if spec is None else spec.beta,
+    )))  # fmt: skip
+
+
+def _tile(x: Tensor | None) -> _Tile:
+    return _Tile(None, 0, 0) if x is None else _Tile(x.data_ptr(), x.stride(0), x.dtype == torch.bfloat16)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    version = hashlib.sha256(
+        f"{SOURCE.read_text()}{Path(__file__).read_text()}{torch.__version__}".encode()
+    ).hexdigest()[:12]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "distil_rows"
+    path = folder / f"rows_{platform.machine()}_{capability.lower()}_{version}.so"
+    try:
+        if not path.exists():
+            _build(path, capability)
+        library = ctypes.CDLL(str(path))
+        if (found := library.distil_rows_task_bytes()) != ctypes.sizeof(_Task):
+            raise OSError(f"{path} has a task of {found} bytes, this module one of {ctypes.sizeof(_Task)}")
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"the loss runs without its C++ kernel, slower: {str(reason).strip()[-300:]}. Install a C++17 compiler "
+            "(g++), or set DISTILL_CPP=0 to say that this is meant",
+            stacklevel=2,
+        )
+        return None
+    return library
+
+
+def _build(path: Path, capability: str) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler was found (CXX, g++, clang++, c++)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    includes = [part for folder in cpp_extension.include_paths() for part in ("-isystem", folder)]
+    libraries = str(Path(torch.__file__).with_name("lib"))
+    macros = (f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}")
+    flags = (
+        (*CAPABILITY_FLAGS[capability], *macros) if capability in CAPABILITY_FLAGS else ("-DCPU_CAPABILITY=DEFAULT",)
+    )
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        # No contraction: q - p of equal models has to be 0.
+        built = Path(folder) / path.name
+        subprocess.run(
+            [compiler, "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden",
+             "-ffp-contract=off", *flags,
+             *includes, str(SOURCE), "-o", str(built), f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu",
+             "-lc10"],
+            check=True, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        built.replace(path)

@@ -1,0 +1,118 @@
+"""Memory of this rank: what is free, what was used at most, and work that is cut in halves where it does not fit."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from toolkit.ranks import collectives
+from toolkit.ranks.output import say
+
+Result = TypeVar("Result")
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class Halving:
+    """A size, rows or MiB, that is halved where memory runs out, said each time, and stays at what fitted.
+
+    size: what to begin with; None is a whole of `whole`, which `run` is told each time. It does not go below `least`.
+    """
+
+    def __init__(self, what: str, unit: str, size: float | None = None, least: float = 1):
+        self.what, self.unit, self.size, self.least = what, unit, size, least
+
+    def run(self, work: Callable[[float | None], Result], whole: float) -> Result:
+        """`work(size)`, or of the largest half, quarter, ... that fits. It may not communicate: other ranks do not
+        repeat it. Raises what `work` raised last where not even `least` fits."""
+        while True:
+            try:
+                return work(self.size)
+            except RuntimeError as error:
+                tried = whole if self.size is None else min(whole, self.size)
+                if not is_out_of_memory(error) or tried <= self.least:
+                    raise
+                said = str(error).split("\n")[0][:200]
+            # Outside the `except`: there, the error's traceback would keep the failed attempt's tensors alive.
+            self.size = max(self.least, tried // 2)
+            say(
+                f"rank {collectives.rank()}: out of memory in {self.what}; {tried:g} {self.unit} become "
+                f"{self.size:g} ({said})",
+                sys.stderr,
+            )
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has a class for GPUs; on the CPU its allocator says so in words, and so does cuBLAS."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def free_bytes() -> int:
+    """Free memory where this rank's parameters are; on a CPU, its share of what the node and its cgroup have."""
+    if torch.cuda.is_available() and collectives.device().type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = min(psutil.virtual_memory().available, cgroup_free_bytes())
+    return int(free // int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world())))
+
+
+def cgroup_free_bytes(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """What the memory limits of containers and batch jobs leave to this process, inf without one.
+
+    The least of limit - (usage - file pages that can be dropped) over its cgroup and all above it, v2 and v1. Psutil
+    does not know these limits: it tells what the whole machine has free.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return float("inf")
+    found = [float("inf")]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = mount / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        below = root / path.strip("/")
+        # A container may see its own cgroup as the root, under a path that only its host has.
+        for folder in [below, *(parent for parent in below.parents if parent.is_relative_to(root))]:
+            try:
+                limit = float((folder / names[0]).read_text().strip().replace("max", "inf"))
+                used = int((folder / names[1]).read_text())
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            found.append(limit - used + min(used, int(stat.get(names[2], 0))))
+    return max(0.0, min(found))
+
+
+GIB = 2**30
+
+
+def peak_rss_gib() -> float:
+    """Most memory this process has had resident. Over ranks, shared pages are counted once per rank."""
+    try:
+        # Not ru_maxrss: on Linux a child starts with its parent's value, and a small rank would report that.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GIB
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def peak_device_gib() -> float:
+    """Most memory that tensors held on the current GPU since the start or torch's reset; 0.0 without."""
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0

@@ -1,0 +1,311 @@
+"""Generation by a ZeRO-3 sharded model: parameters are gathered once, hooks are off, and no rank waits for another.
+
+Where the whole model does not fit on a rank, it generates sharded, all ranks in step.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from transformers import PreTrainedModel
+
+from toolkit.batch import Example
+from toolkit.models.head import stack_of
+from toolkit.models.vocabulary import Vocabulary
+from toolkit.ranks import collectives
+from toolkit.ranks.memory import Halving, free_bytes
+from toolkit.rollout.decode import (
+    DecodeStats,
+    cache_bytes_per_token,
+    decode,
+    idle_pass,
+    is_supported,
+    plain_decode,
+    row_tokens,
+)
+from toolkit.rollout.packed import packed_weights, packs
+from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
+from toolkit.rollout.seq2seq import decode_seq2seq
+
+__all__ = [
+    "GatheredRollout",
+    "Rollout",
+    "RolloutStats",
+    "SeededSampling",
+    "choose_tokens",
+    "sequence_seed",
+    "whole_model",
+]
+
+MIB = 2**20
+ROOM = 0.8  # of the free memory, for weights and what the cache takes at least
+
+
+@dataclass
+class RolloutStats:
+    """The last call on this rank. mode: "gathered", "sharded" or "vllm". seconds: gathering included. passes: of the
+    model over a batch, or requests to a server."""
+
+    mode: str
+    seconds: float
+    texts: int
+    tokens: int
+    passes: int
+    peak_rows: int
+    cache_mib: float
+
+
+class Rollout(RolloutEngine):
+    """What a training loop asks of an engine that generates student text.
+
+    last: what this rank did in the last call. weights_step: the optimizer step whose weights are spoken by; text is as
+    old as they are.
+    """
+
+    vocabulary: Vocabulary
+    last: RolloutStats | None = None
+    weights_step: int = 0
+
+    @abstractmethod
+    def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
+        """Prompts (int [L] each) and what the model says after them, EOS included where it came, order kept.
+
+        Every rank calls it, with any number of prompts, none included. What fails on one rank is raised on all.
+        Raises ValueError unless there is one seed a prompt, and for a prompt without tokens or with unknown ones.
+        """
+
+    def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
+        """DeepSpeed's interface: a left-padded batch, `n_samples_per_prompt` texts for each row, beside each other."""
+        ids_BT = request.prompt_ids.repeat_interleave(sampling.n_samples_per_prompt, 0)
+        mask_BT = request.prompt_attention_mask.repeat_interleave(sampling.n_samples_per_prompt, 0)
+        rows, width = ids_BT.shape
+        seeds = getattr(sampling, "seeds", None) or range(rows)
+        if len(seeds) != rows:
+            raise ValueError(f"{rows} texts asked for with {len(seeds)} seeds; give one seed for each text")
+        prompts = [ids[mask.bool()].cpu().numpy() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
+        texts = [e.response for e in self.complete(prompts, SeededSampling(**{**vars(sampling), "seeds": seeds}))]
+        longest = max(len(text) for text in texts)
+        padded = [[*text.tolist(), *[self.vocabulary.pad_id] * (longest - len(text))] for text in texts]
+        is_text = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
+        return RolloutBatch(
+            input_ids=torch.cat([ids_BT, ids_BT.new_tensor(padded)], 1),
+            attention_mask=torch.cat([mask_BT, mask_BT.new_tensor(is_text)], 1),
+            response_start_idx=ids_BT.new_full((rows,), width),
+        )
+
+
+class GatheredRollout(Rollout):
+    """Generates on each rank for itself, from parameters gathered once a call; sharded where they would not fit.
+
+    engine: a deepspeed engine whose module has the language model as `.model`. batch_rows: rows decoded together, at
+    most. cache_mib: bound on the key-value cache of a rank, at least one row though; None is half of the memory that is
+    free when a call starts. gather: "always", "never" (sharded, ranks in step), or "auto": gathered where on every rank
+    the model and its cache fit into four fifths of the free memory. On a CPU weights are packed where there is room for
+    them twice (`packed_weights`).
+    """
+
+    name = "gathered"
+
+    def __init__(self, engine: Any, vocabulary: Vocabulary, batch_rows: int | None = None,
+                 cache_mib: int | None = None, gather: str = "auto"):  # fmt: skip
+        self.engine, self.vocabulary = engine, vocabulary
+        self.rows = Halving("generation", "rows", batch_rows)
+        self.cache_mib, self.gather = cache_mib, gather
+
+    def sync_weights(self, step: int) -> None:
+        """The engine's own weights are used: nothing to push."""
+        self.weights_step = step
+
+    def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
+        """See `Rollout`. Give it all prompts that are wanted from these weights, those of several windows too: it
+        gathers once."""
+        collectives.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
+        started_s = time.perf_counter()
+        longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
+        row_bytes = cache_bytes_per_token(self.engine.module.model) * row_tokens(longest)
+        if self._gathers(row_bytes):
+            mode, failure = "gathered", None
+            packing = packed_weights if self._packs(row_bytes) else nullcontext
+            with whole_model(self.engine) as model:
+                try:
+                    with packing(model):
+                        texts, stats = self._decode_or_split(model, prompts, sampling, self._rows(row_bytes))
+                except Exception as error:  # told below, where the other ranks listen
+                    failure = error
+            _agree(False, failure)
+        else:
+            mode = "sharded"
+            model = self.engine.module.model
+            with evaluation_mode(self.engine), _InStep(model) as ranks:
+                texts, stats = _decoder(model)(
+                    model, prompts, sampling, self.vocabulary, self._rows(row_bytes), ranks.anyone_going
+                )
+        self.last = RolloutStats(
+            mode, time.perf_counter() - started_s, len(prompts), stats.tokens, stats.prefills + stats.steps,
+            stats.peak_rows, stats.cache_bytes / MIB,
+        )  # fmt: skip
+        return joined(prompts, texts)
+
+    def _decode_or_split(
+        self, model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: SeededSampling, rows: int
+    ) -> tuple[list[np.ndarray], DecodeStats]:
+        def work(size: float | None) -> tuple[list[np.ndarray], DecodeStats]:
+            # A text is a function of its seed: what is tried again says the same.
+            return _decoder(model)(model, prompts, sampling, self.vocabulary, int(min(rows, size or rows)))
+
+        return self.rows.run(work, whole=min(rows, len(prompts)))
+
+    def _rows(self, row_bytes: int) -> int:
+        budget = self.cache_mib * MIB if self.cache_mib else free_bytes() // 2
+        return int(min(self.rows.size or 10**9, max(1, budget // max(1, row_bytes))))
+
+    def _gathers(self, row_bytes: int) -> bool:
+        if self.engine.zero_optimization_stage() < 3 or self.gather == "always":
+            return True
+        if self.gather == "never":
+            return False
+        return self._fits(self._bytes_to_gather(), row_bytes)
+
+    def _packs(self, row_bytes: int) -> bool:
+        """Whether weights are packed, on all ranks or on none: its products round otherwise."""
+        model = self.engine.module.model
+        if not packs(model):
+            return False
+        whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+        return self._fits(self._bytes_to_gather() + whole, row_bytes)
+
+    def _bytes_to_gather(self) -> int:
+        parameters = self.engine.module.model.parameters()
+        return sum(p.ds_numel * p.element_size() for p in parameters if getattr(p, "ds_numel", p.numel()) != p.numel())
+
+    def _fits(self, weight_bytes: int, row_bytes: int) -> bool:
+        return collectives.everywhere(weight_bytes + self._cache_bytes(row_bytes) <= ROOM * free_bytes())
+
+    def _cache_bytes(self, row_bytes: int) -> int:
+        """What the cache takes at least."""
+        return self.cache_mib * MIB if self.cache_mib else row_bytes
+
+
+def _decoder(model: PreTrainedModel) -> Any:
+    if model.config.is_encoder_decoder:
+        return decode_seq2seq
+    return decode if is_supported(model) else plain_decode
+
+
+def check_prompts(prompts: Sequence[np.ndarray], sampling: SeededSampling, vocabulary: Vocabulary) -> None:
+    if len(sampling.seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts with {len(sampling.seeds)} seeds; give one seed for each prompt")
+    if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompt {empty[0]} of {len(prompts)} has no tokens; a text needs one to start from")
+    for index, prompt in enumerate(prompts):
+        if not 0 <= np.min(prompt) <= np.max(prompt) < vocabulary.size:
+            raise ValueError(
+                f"prompt {index} of {len(prompts)} holds the ids {np.min(prompt)} to {np.max(prompt)}, the vocabulary "
+                f"ends at {vocabulary.size - 1}; the prompts have to come from the student's tokenizer"
+            )
+
+
+def joined(prompts: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> list[Example]:
+    return [
+        Example(np.concatenate([prompt, text]).astype(np.int32), len(prompt))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+class _InStep:
+    """Ranks whose every pass of the model is a collective: they go on together, and fail together.
+
+    Between two passes a rank that failed tells the others where they ask whether to go on, having made the pass that it
+    still owed. Inside a pass it cannot: the others wait in gathers of layers that it has not reached. Its error is then
+    raised on this rank alone, and ends the job as an error in a training step does.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.owes_pass, self.is_inside = model, False, False
+        # An encoder-decoder model makes two kinds of passes, and which one is owed is not known here.
+        self.tells = not model.config.is_encoder_decoder
+
+    def anyone_going(self, going: bool) -> bool:
+        """Whether any rank goes on; raises RuntimeError where one has failed. Collective."""
+        self.owes_pass = _agree(going, None)
+        return self.owes_pass
+
+    def __enter__(self) -> _InStep:
+        def enter(*_: Any) -> None:
+            self.is_inside = True
+
+        def leave(*_: Any) -> None:
+            self.owes_pass = self.is_inside = False
+
+        self.hooks = [
+            stack_of(self.model).register_forward_pre_hook(enter),
+            self.model.get_output_embeddings().register_forward_hook(leave),
+        ]
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            told = isinstance(error, _GenerationFailed)
+            if isinstance(error, Exception) and self.tells and not self.is_inside and not told:
+                if self.owes_pass:
+                    idle_pass(self.model)
+                _agree(False, error)
+        finally:
+            for hook in self.hooks:
+                hook.remove()
+
+
+def _agree(going: bool, error: Exception | None) -> bool:
+    """Whether any rank goes on; raises RuntimeError on all of them where one has an error. Collective."""
+    any_going, any_failed = collectives.sum_over_ranks([going, error is not None])
+    if any_failed:
+        told = collectives.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
+        raise _GenerationFailed(f"generation failed on rank {rank}: {text}") from error
+    return any_going > 0
+
+
+class _GenerationFailed(RuntimeError):
+    """Raised on all ranks alike: nobody has to be told again."""
+
+
+@contextmanager
+def evaluation_mode(engine: Any) -> Iterator[None]:
+    was_training = engine.module.training
+    engine.module.eval()
+    try:
+        yield
+    finally:
+        engine.module.train(was_training)
+
+
+@contextmanager
+def whole_model(engine: Any) -> Iterator[PreTrainedModel]:
+    """The engine's model with all parameters on this rank and without ZeRO hooks, in eval mode. Collective to enter and
+    to leave; between the two the ranks are free. Hooks and mode come back even when generation fails."""
+    model = engine.module.model
+    with evaluation_mode(engine):
+        if engine.zero_optimization_stage() < 3:
+            yield model
+            return
+        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
+            # With the hooks on, every layer is gathered and released for every token, gathered before or not.
+            offload._remove_module_hooks()
+            offload.forward_hooks.clear()  # deepspeed keeps the dead handles, and pushes the module once per set-up
+            offload.backward_hooks.clear()
+            FWD_MODULE_STACK.pop()
+            try:
+                yield model
+            finally:
+                offload.setup_zero_stage3_hooks()

@@ -1,0 +1,160 @@
+"""`python -m toolkit cache-teacher`: a teacher's answers to a recipe's data, for `teacher.cache=DIR` of that recipe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from toolkit.data import TextStream
+from toolkit.models import build_teacher
+from toolkit.models.ds_config import read_ds_config
+from toolkit.models.identity import file_hashes
+from toolkit.ranks import collectives
+from toolkit.ranks.output import say
+from toolkit.ranks.signals import EXIT_LATER, GoOnLater, StopSignals
+from toolkit.ranks.watchdog import Watchdog
+from toolkit.run.inputs import load_inputs, refuse_encoders
+from toolkit.run.recipe import chosen
+from toolkit.settings import RunConfig
+from toolkit.teachers.cache import Form, TeacherCache, build, identity_of, plan
+from toolkit.teachers.cache.build import refuse_existing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Store the teacher's answers to a recipe's training and validation rows. Data, template, tokenizer and teacher "
+        "are those of the recipe with the same settings. A command that was stopped goes on where it was."
+    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="file of a recipe, or its name in recipes/")
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens and the mass of the others")
+    add("--draws", type=int, default=0, metavar="N", help="keep N random tokens, for loss.divergence=fkl")
+    add("--out", required=True, metavar="DIR", help="folder of the cache")
+    add("--shard-tokens", type=int, default=2**16, help="response tokens of a file, 65536 by default")
+    add(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings of the run; of a recipe with several runs or stages, its name first",
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The manifest. Raises ValueError; exits with EXIT_LATER where a signal stopped it, after the shards in work."""
+    config, folder = collectives.together(lambda: _config(options)), Path(options.out).expanduser()
+    try:
+        with (
+            Watchdog(config.faults.hang_s) as watchdog,
+            StopSignals(config.faults.grace_s).watched() as signals,
+        ):
+            return _run(config, options, folder, watchdog, signals)
+    except GoOnLater as stopped:
+        if collectives.rank() == 0:
+            say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
+        sys.exit(EXIT_LATER)
+
+
+def _run(
+    config: RunConfig, options: argparse.Namespace, folder: Path, watchdog: Watchdog, signals: StopSignals
+) -> dict[str, Any]:
+    started_s, is_main = time.monotonic(), collectives.rank() == 0
+    watchdog.progress("loading")
+    # From rank 0, which makes the folder: over NFS other nodes may not see it yet.
+    if not collectives.from_main_rank(lambda: TeacherCache.is_in(folder)):
+        collectives.together(lambda: refuse_existing(folder))
+    inputs = load_inputs(config)
+    vocabulary, data, temperature = inputs.vocabulary, inputs.data, config.loss.temperature
+    form = Form(options.top_k, options.draws, config.seed if options.draws else 0)
+    collectives.together(lambda: form.validate(vocabulary.size))
+    refuse_encoders(vocabulary)
+    if isinstance(data.train, TextStream):
+        raise ValueError("data.streaming = true: a stream's texts are not known; set it to false")
+
+    def identity() -> dict[str, Any]:
+        return {
+            "form": dataclasses.asdict(form),
+            **identity_of(config.teacher, config.seed, file_hashes(inputs.teacher_path), data.sha256, inputs.tokenizer,
+                          vocabulary, temperature),
+            "teacher_path": inputs.teacher_path,
+            "precision": str(inputs.dtype).removeprefix("torch."),
+            "batch_rows": config.validation.batch_rows,
+            "shard_tokens": options.shard_tokens,
+        }  # fmt: skip
+
+    if collectives.from_main_rank(lambda: TeacherCache.is_in(folder)):
+        now = identity()
+        return collectives.from_main_rank(lambda: _finished(folder, now))
+    # Validation is at temperature 1, whatever is trained at.
+    parts = [(data.train, temperature), (data.validation, 1.0)]
+    shards = collectives.together(
+        lambda: plan(parts, vocabulary.pad_id, config.validation.batch_rows, options.shard_tokens)
+    )
+    teacher = build_teacher(config, inputs.teacher_path, inputs.dtype, vocabulary)
+    watchdog.count_passes(teacher.model)
+
+    def between_shards(done: int, count: int, tokens_per_s: float) -> None:
+        watchdog.progress("teacher cache", done)
+        if signals.agreed():
+            raise GoOnLater(f"stopped by a signal after {done} of {count} shards of {folder}")
+        if is_main:
+            say(f"{done} of {count} shards, {tokens_per_s:,.0f} tokens/s")
+
+    # The teacher's files are all here now, also those of a hub name.
+    build(folder, identity(), shards, teacher, vocabulary, form, between_shards)
+    manifest = collectives.from_main_rank(lambda: TeacherCache(folder).manifest)
+    if is_main:
+        say(f"{_summary(folder, form, manifest)}, made in {time.monotonic() - started_s:.1f} s")
+    return manifest
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    config = chosen(_recipe(options.recipe), options.settings).with_overrides(["teacher.cache="])
+    if options.shard_tokens < 1:
+        raise ValueError(f"--shard-tokens {options.shard_tokens}; it has to be at least 1")
+    if config.data.responses != "data":
+        raise ValueError(
+            f'data.responses = {config.data.responses!r}: these texts are not those of the data; set it to "data"'
+        )
+    config.validate()
+    config.teacher.validate("teacher")
+    read_ds_config(config.teacher.ds_config)
+    return config
+
+
+def _recipe(name: str) -> Any:
+    """RECIPE or RECIPES of the file. It is code of the user's, and is run."""
+    given = Path(name).expanduser()
+    places = (given, ROOT / given, ROOT / "recipes" / given.with_suffix(".py").name)
+    path = next((place for place in places if place.suffix == ".py" and place.is_file()), None)
+    if path is None:
+        known = sorted(file.stem for file in (ROOT / "recipes").glob("[!_]*.py"))
+        raise ValueError(f"no recipe {name!r}; give its file, or one of {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for constant in ("RECIPE", "RECIPES"):
+        if hasattr(module, constant):
+            return getattr(module, constant)
+    raise ValueError(f"{path} has neither RECIPE nor RECIPES; a recipe names its RunConfig so")
+
+
+def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    cache = TeacherCache(folder)
+    cache.check_belongs(identity)
+    say(f"{_summary(folder, cache.form, cache.manifest)}, was finished before")
+    return cache.manifest
+
+
+def _summary(folder: Path, form: Form, manifest: dict[str, Any]) -> str:
+    positions, size = manifest["positions"], manifest["bytes"]
+    return (
+        f"{folder}: {form} of {positions:,} positions in {manifest['texts']:,} texts, {size:,} bytes, "
+        f"{size / positions:.1f} a position"
+    )

@@ -1,0 +1,194 @@
+"""What a run reads before it builds an engine: models, tokenizer, data, plain text, the teacher's stored answers;
+each is checked on one rank and refused on all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from toolkit.data import Data, TextStream, end_with_turns, load_data, load_text
+from toolkit.data.store import longest
+from toolkit.divergences import Divergence
+from toolkit.models import (
+    Vocabulary,
+    check_positions,
+    choose_dtype,
+    decoder_start_id,
+    default_cache_dir,
+    generation_ends,
+    load_tokenizer,
+    shared_decoder_start,
+    shared_vocabulary,
+)
+from toolkit.models.files import source_folder
+from toolkit.models.load import resolve
+from toolkit.pruning.made import materialize
+from toolkit.ranks import collectives
+from toolkit.settings import NO_DIVERGENCE, RunConfig
+from toolkit.teachers.cache import TeacherCache, identity_of
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it builds anything. teacher_path: "" where no teacher is named, or none is loaded and
+    none of its files are here."""
+
+    cache_dir: Path
+    dtype: torch.dtype
+    teacher_path: str
+    student_path: str
+    tokenizer: Any
+    vocabulary: Vocabulary
+    data: Data
+
+
+def load_inputs(config: RunConfig) -> Inputs:
+    """Collective; raises ValueError on every rank for a model, tokenizer or data that cannot be used."""
+    cache_dir = default_cache_dir(config.cache_dir)
+    collectives.together(lambda: cache_dir.mkdir(parents=True, exist_ok=True) if collectives.rank() == 0 else None)
+    collectives.check_shared(cache_dir)  # or each node makes all of it for itself, every rank of it at once
+    teacher_path = ""
+    if config.has_teacher:
+        teacher_path = collectives.main_rank_first(lambda: materialize(config.teacher, cache_dir))
+    elif config.teacher.cache and config.teacher.path:
+        teacher_path = collectives.main_rank_first(lambda: _what_is_here(config, cache_dir))
+    student_path = collectives.main_rank_first(lambda: materialize(config.student, cache_dir, config.data))
+    tokenizer, vocabulary = collectives.together(lambda: _tokenizer(config, teacher_path, student_path))
+    data = collectives.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
+    collectives.together(lambda: _check_positions(config, data, teacher_path, student_path))
+    dtype = choose_dtype(config.precision, collectives.device())
+    return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
+
+
+def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
+    """The folder of a teacher that is not loaded, "" where it is not here. Its files are compared with the cache's, so
+    far as there are any; none is fetched but the tokenizer, for a student without one of its own."""
+    teacher = config.teacher
+    asks_tokenizer = not (config.student.path or config.student.tokenizer or teacher.tokenizer)
+    try:
+        path = resolve(teacher.path)
+        is_here = Path(path).exists()
+        if path.endswith(".gguf") or teacher.drop_layers or teacher.init.wanted:  # a folder that is made of it
+            return materialize(teacher, cache_dir) if is_here or asks_tokenizer else ""
+        return path if is_here else str(source_folder(path, with_weights=False, may_fetch=asks_tokenizer))
+    except (OSError, ValueError) as error:
+        if asks_tokenizer:
+            raise ValueError(
+                f"the student has no tokenizer of its own, and that of the teacher {teacher.path} could not be had: "
+                f"{error}; set student.tokenizer"
+            ) from error
+        return ""
+
+
+def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
+    """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
+    has_own = bool(config.student.tokenizer or student_path)
+    asks_teacher = config.has_teacher or (config.teacher.cache and not has_own)
+    teacher = load_tokenizer(config.teacher, teacher_path) if asks_teacher else None
+    has_own = has_own or teacher is None
+    student = load_tokenizer(config.student, student_path) if has_own else teacher
+    for tokenizer in filter(None, (teacher, student)):
+        end_with_turns(tokenizer, config.data.template if config.data.kind == "instructions" else "")
+    starts = decoder_start_id(config.student, student_path)
+    theirs = decoder_start_id(config.teacher, teacher_path) if config.has_teacher else starts
+    if starts is not None and config.packs:
+        raise ValueError(
+            "an encoder-decoder student reads prompt and response apart: data.packing, text.source and data.kind = "
+            '"text" are for models without an encoder; set them to false, "" and "instructions"'
+        )
+    ends = [end for path in {teacher_path, student_path} for end in generation_ends(path)]
+    vocabulary = shared_vocabulary(teacher or student, student, ends)
+    return student, vocabulary._replace(decoder_start_id=shared_decoder_start(theirs, starts))
+
+
+def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_dir: Path) -> Data:
+    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.decoder_start_id is not None)
+    if isinstance(data.train, TextStream):
+        data.train.check(collectives.rank(), collectives.world())  # now, not at the first step
+    elif len(data.train) < config.train.batch_rows:
+        raise ValueError(
+            f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "
+            f"{config.train.batch_rows} ({collectives.world()} ranks); use more data, fewer ranks or a smaller batch"
+        )
+    return data
+
+
+def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_path: str) -> None:
+    """Of the longest text that a run can meet: of the data, generated, or plain."""
+    parts = [part for part in (data.train, data.validation) if not isinstance(part, TextStream)]
+    rows, prompts = (max(lengths) for lengths in zip(*map(longest, parts), strict=True))
+    if len(parts) < 2:
+        rows = config.data.max_length
+    if config.text.source:
+        rows = max(rows, config.text.max_length)
+    padded = -(-rows // 8) * 8  # as batches are
+    if config.generates:
+        padded = max(padded, prompts + config.max_new_tokens)
+    if config.has_teacher:
+        check_positions("teacher", config.teacher, teacher_path, padded)
+    check_positions("student", config.student, student_path, padded)
+
+
+def load_plain_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
+    text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
+    if isinstance(text, TextStream):
+        text.check(collectives.rank(), collectives.world())
+    elif text is not None and len(text) < config.text_rows:
+        raise ValueError(
+            f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, "
+            f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
+        )
+    return text, sha256
+
+
+def refuse_encoders(vocabulary: Vocabulary) -> None:
+    """A cache is built and read for models without an encoder."""
+    if vocabulary.decoder_start_id is not None:
+        raise ValueError(
+            f"teacher.cache with an encoder-decoder model (its decoder starts with id {vocabulary.decoder_start_id}): "
+            'answers are kept for models without an encoder only; set teacher.cache to ""'
+        )
+
+
+def cache_identity(
+    config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: Any, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    """What the cache makes of the run's identity `parts`. It is checked to be this run's, by its manifest alone; one
+    that was deleted after the run was finished is what the run's summary says. Collective."""
+    folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / "summary.json"
+
+    def known() -> dict[str, Any]:
+        refuse_encoders(vocabulary)
+        cache, loss = TeacherCache(folder), config.loss
+        cache.check_belongs(identity_of(
+            config.teacher, config.seed, parts["teacher_sha256"], data.sha256, tokenizer, vocabulary, loss.temperature
+        ))  # fmt: skip
+        if loss.divergence != NO_DIVERGENCE:
+            for alpha in (loss.alpha, loss.alpha if loss.alpha_end is None else loss.alpha_end):
+                cache.form.check_divergence(Divergence(loss.divergence, alpha=alpha))
+        return cache.identity | {"teacher_cache": cache.sha256}
+
+    found: dict[str, Any] = {}
+    if config.resume != "never" and not collectives.anywhere(TeacherCache.is_in(folder)):
+        saved = collectives.together(lambda: json.loads(summary.read_text()) if summary.is_file() else {})
+        found = collectives.gather_objects(saved.get("identity", {}))[0]
+    if "teacher_cache" in found:
+        found["teacher_sha256"] |= parts["teacher_sha256"]  # files that are here have to be the same ones still
+    else:
+        found = collectives.together(known)
+    names = ["teacher_cache"] if config.has_teacher else ["teacher_cache", "teacher_path", "teacher_sha256"]
+    return parts | {name: found[name] for name in names}
+
+
+def open_cache(config: RunConfig) -> TeacherCache:
+    """The cache, checked to be whole, with its index. Collective."""
+
+    def opened() -> TeacherCache:
+        cache = TeacherCache(Path(config.teacher.cache).expanduser())
+        cache.check(collectives.rank(), collectives.world())
+        cache.read_index()
+        return cache
+
+    return collectives.together(opened)

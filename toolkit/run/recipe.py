@@ -1,0 +1,174 @@
+"""What a recipe calls: its command line, the choice among its runs, its stages one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import transformers
+import yaml
+
+from toolkit.models import default_cache_dir
+from toolkit.models.identity import file_hashes
+from toolkit.pruning.made import materialize
+from toolkit.ranks import collectives, launch
+from toolkit.ranks.output import say
+from toolkit.ranks.signals import EXIT_LATER, GoOnLater, StopSignals
+from toolkit.ranks.watchdog import Watchdog
+from toolkit.run.run import checked, run
+from toolkit.run.stages import INIT, Stages, stages_table
+from toolkit.settings import RunConfig
+from toolkit.settings.methods import METHODS, expanded
+from toolkit.settings.overrides import unknown
+from toolkit.storage.lock import sole_use
+
+Recipe = RunConfig | Mapping[str, RunConfig] | Stages
+
+
+def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
+    several runs the first argument names one; of one with stages it may, and all are run where it does not.
+
+    Returns the summary (of stages, one for each). Wrong input ends every rank with exit code 2 and one message; a run
+    that a signal stopped ends with EXIT_LATER, and the same command goes on with it.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
+    quiet_libraries()
+    with launch.one_message():
+        if {"-h", "--help"} & set(overrides):
+            return _help(recipe, overrides)
+        try:
+            with Watchdog(_hang_s(recipe, overrides)) as watchdog:
+                launch.start(watchdog.limit_s)
+                is_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
+                if isinstance(recipe, Stages) and not is_one:
+                    return run_stages(recipe, overrides, watchdog)
+                config = collectives.together(lambda: checked(chosen(recipe, overrides)))
+                with sole_use(config.run_dir.parent) if isinstance(recipe, Stages) else nullcontext():
+                    return run(config, watchdog)
+        except GoOnLater as stopped:
+            if collectives.rank() == 0:
+                say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
+            sys.exit(EXIT_LATER)
+
+
+def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict[str, dict[str, Any]]:
+    """Cut the student, then each run from the student of the one before it; `init` as the first argument only cuts.
+
+    A stage whose result is there is skipped, one that was stopped goes on. Each frees its engines before the next one
+    begins. Raises as `run` does.
+    """
+    only_cut = arguments[:1] == [INIT]
+
+    def read() -> tuple[Stages, dict[str, RunConfig]]:
+        stages = recipe.with_overrides(expanded(arguments[only_cut:]))
+        runs = stages.chained()
+        for config in runs.values():
+            checked(config)
+        return stages, runs
+
+    def say(text: str) -> None:
+        if collectives.rank() == 0:
+            say(text)
+
+    stages, runs = collectives.together(read)
+    count, summaries = len(stages.names), {}
+    with sole_use(stages.folder):
+        collectives.check_shared(stages.folder)
+        if stages.is_cut:
+            watchdog.progress(INIT)
+            if all(config.resume == "never" for config in runs.values()):
+                collectives.together(lambda: stages.clear() if collectives.rank() == 0 else None)
+            with StopSignals(stages.first.faults.grace_s).watched() as signals:
+                found = summaries[INIT] = _cut(stages, any(config.has_teacher for config in runs.values()))
+                signals.stop_if_asked("after the student was cut")
+            say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
+        for name, config in ({} if only_cut else runs).items():
+            say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
+            summaries[name] = run(config, watchdog, is_last=name == stages.names[-1])
+    say("\n" + stages_table(summaries))
+    return summaries
+
+
+def _cut(stages: Stages, has_teacher: bool) -> dict[str, Any]:
+    """The summary of the first student, made where it is not there. Runs from stored answers alone (not `has_teacher`)
+    need no teacher once it is. Collective."""
+    teacher, cache_dir, path = stages.first.teacher, default_cache_dir(stages.first.cache_dir), ""
+    if not has_teacher and collectives.everywhere(stages.is_made):
+        return collectives.main_rank_first(lambda: stages.cut(path, None))
+    if not teacher.random_weights:
+        path = collectives.main_rank_first(lambda: materialize(teacher, cache_dir))
+    hashes = file_hashes(path)
+    return collectives.main_rank_first(lambda: stages.cut(path, hashes))
+
+
+def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
+    """The recipe, or the one of its runs or stages that the first argument names, with the other arguments applied.
+
+    Raises ValueError where it names none.
+    """
+    arguments = expanded(arguments)
+    if isinstance(recipe, RunConfig):
+        return recipe.with_overrides(arguments)
+    name, rest = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else ("", arguments)
+    kind, known = ("stage", recipe.runs) if isinstance(recipe, Stages) else ("run", recipe)
+    if not name:
+        raise ValueError(f"this recipe has several {kind}s; name one first: {', '.join(known)}")
+    if name not in known:
+        raise unknown(kind, name, known)
+    if isinstance(recipe, Stages):
+        return recipe.with_overrides(rest).alone(name)
+    return recipe[name].with_overrides(rest)
+
+
+def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
+    """Prints what the recipe says of itself, its runs, and its settings: of several runs, those of the one that is
+    named, else of the first. Raises ValueError where one is named that is not there."""
+    parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
+    parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
+    settings = {"": recipe} if isinstance(recipe, RunConfig) else {}
+    if isinstance(recipe, Stages):
+        parts.append(
+            f"Stages, one after another: {', '.join(recipe.names)}. The name of one before the settings runs it alone. "
+            "\nsection.key=value is for all of them, STAGE.section.key=value for one."
+        )
+        parts.append("Settings of init, to be changed with init.key=value:")
+        parts.append(yaml.safe_dump(dataclasses.asdict(recipe.init), sort_keys=False))
+        settings = recipe.runs
+    elif not settings:
+        name = next((text for text in arguments if "=" not in text and not text.startswith("-")), next(iter(recipe)))
+        if name not in recipe:
+            raise unknown("run", name, recipe)
+        parts.append(
+            f"Runs, one of which is named before the settings (before --help, to see its own): {', '.join(recipe)}"
+        )
+        settings = {name: recipe[name]}
+    for name, config in settings.items():
+        parts.append(f"Settings{f' of {name}' if name else ''}, to be changed with section.key=value:")
+        parts.append(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if os.environ.get("RANK", "0") == "0":
+        say("\n\n".join(parts))
+    return {}
+
+
+def _hang_s(recipe: Recipe, arguments: list[str]) -> float:
+    """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
+    try:
+        if not isinstance(recipe, Stages):
+            return chosen(recipe, arguments).faults.hang_s
+        overrides = expanded([text for text in arguments if "=" in text])
+        return max(config.faults.hang_s for config in recipe.with_overrides(overrides).runs.values())
+    except ValueError:
+        return RunConfig().faults.hang_s
+
+
+def quiet_libraries() -> None:
+    """No warnings about what deepspeed calls in torch, no bars over weight shards: a run's own lines stay readable."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    transformers.utils.logging.disable_progress_bar()

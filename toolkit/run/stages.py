@@ -1,0 +1,227 @@
+"""A student made in stages by one command: cut out of its teacher, then trained by one run after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from toolkit.models.load import load_model
+from toolkit.models.portable import make_portable
+from toolkit.models.tokenizer import load_tokenizer
+from toolkit.pruning.made import calibration_data, prune_model
+from toolkit.settings import DataConfig, InitConfig, ModelConfig, RunConfig
+from toolkit.settings.overrides import unknown, with_overrides
+from toolkit.storage.appear import made_once
+from toolkit.tables import format_table
+
+INIT, STUDENT, RANDOM_TEACHER = "init", "student", "random_teacher"
+SETTINGS, SUMMARY = "config.yaml", "summary.json"  # the latter is written last, of every stage
+#: of the calibration text, what decides which it is
+TEXT_SETTINGS = (
+    "kind", "source", "subset", "split", "text_field", "prompt_field", "response_field", "input_field",
+    "messages_field", "template", "template_args", "system", "prefix",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Each run starts from the student that the one before it exported, the first from `init`: a part of its teacher.
+
+    runs: stage -> run; all have one output_dir and name, and that folder holds one for each stage. Their student.path
+    is empty; where the first run's is set, by the command line for instance, nothing is cut.
+    """
+
+    init: InitConfig
+    runs: Mapping[str, RunConfig]
+
+    @property
+    def names(self) -> list[str]:
+        return [*([INIT] if self.is_cut else []), *self.runs]
+
+    @property
+    def first(self) -> RunConfig:
+        return next(iter(self.runs.values()))
+
+    @property
+    def is_cut(self) -> bool:
+        return not self.first.student.path
+
+    @property
+    def folder(self) -> Path:
+        return self.first.run_dir
+
+    def with_overrides(self, overrides: list[str]) -> Stages:
+        """`STAGE.section.key=value` is for one run, `init.key=value` for the cut, `section.key=value` for all runs."""
+        init, runs = self.init, dict(self.runs)
+        for text in overrides:
+            stage, _, rest = text.partition("=")[0].partition(".")
+            own = text.partition(".")[2]
+            if stage == INIT:
+                init = with_overrides(init, [own])
+            elif stage in runs:
+                runs[stage] = runs[stage].with_overrides([own])
+            elif rest and stage not in RunConfig.__dataclass_fields__:
+                raise unknown("config key", stage, [INIT, *runs, *RunConfig.__dataclass_fields__])
+            else:
+                runs = {name: config.with_overrides([text]) for name, config in runs.items()}
+        return Stages(init, runs)
+
+    def placed(self) -> dict[str, RunConfig]:
+        """The runs with their own folders and with the models that the stages before them leave there."""
+        found, start = {}, str(self.folder / INIT / STUDENT)
+        for name, config in self.runs.items():
+            if config.run_dir != self.folder:
+                raise ValueError(
+                    f"the folder of stage {name} is {config.run_dir}, that of the first is {self.folder}; stages lie "
+                    "below one: set output_dir and name for all of them"
+                )
+            teacher = config.teacher
+            if teacher.random_weights and self.is_cut:
+                teacher = dataclasses.replace(
+                    teacher, path=str(self.folder / RANDOM_TEACHER), tokenizer="", random_weights=False, num_layers=None
+                )
+            student = dataclasses.replace(config.student, path=config.student.path or start)
+            found[name] = dataclasses.replace(
+                config, output_dir=str(self.folder), name=name, teacher=teacher, student=student
+            )
+            start = str(found[name].run_dir / STUDENT)
+        return found
+
+    def chained(self) -> dict[str, RunConfig]:
+        """The runs of `placed`, to be made one after another. Raises ValueError for what would break the chain."""
+        self.init.validate(INIT)
+        if self.is_cut and not self.init.wanted:
+            raise ValueError("init.layers, hidden, heads, kv_heads and mlp are all null; say what the student keeps")
+        names = list(self.runs)
+        for name in names if self.is_cut else names[1:]:
+            student = self.runs[name].student
+            for key, value, is_other in (
+                ("path", student.path, bool(student.path)), ("random_weights", True, student.random_weights),
+                ("num_layers", student.num_layers, student.num_layers is not None),
+                ("drop_layers", list(student.drop_layers), bool(student.drop_layers)),
+                ("init", "set", student.init.wanted),
+                ("lora.adapter", student.lora.adapter, bool(student.lora.adapter)),
+            ):  # fmt: skip
+                if is_other:
+                    raise ValueError(
+                        f"student.{key} = {value!r} in stage {name}, which starts from what the stage before it made; "
+                        f"write {names[0]}.student.path for another first student"
+                        + (f" (and {names[0]}.student.{key} for it alone)" if key != "path" else "")
+                        + ", or name one stage first to run it alone"
+                    )
+        return self.placed()
+
+    def alone(self, name: str) -> RunConfig:
+        """One run, from a student that is there. Raises ValueError where it is not."""
+        if name not in self.runs:
+            raise unknown("stage", name, self.names)
+        config = self.placed()[name]
+        if not self.runs[name].student.path and not Path(config.student.path).with_name(SUMMARY).is_file():
+            before = self.names[self.names.index(name) - 1]
+            raise ValueError(
+                f"{config.student.path}, what stage {name} starts from, is not there or not finished; run the stage "
+                f"{before} first, or name a folder with student.path"
+            )
+        return config
+
+    def clear(self) -> None:
+        """Delete what `cut` made."""
+        for name in (INIT, RANDOM_TEACHER):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the first student is cut."""
+        return (self.folder / INIT / SUMMARY).is_file()
+
+    def cut(self, path: str, hashes: Mapping[str, str] | None) -> dict[str, Any]:
+        """Make the first student, where it is not there yet; returns its summary. No communication; rank 0 goes first.
+
+        path, hashes: of the teacher, from `materialize` and `file_hashes`; not used for one of random weights. Without
+        hashes a student that is there is of any teacher. Raises ValueError for sizes that cannot be, and where the one
+        that is there was made with other settings.
+        """
+        config, data = self.first, calibration_data(self.first.data, self.init)
+        settings = {
+            INIT: {key: value for key, value in dataclasses.asdict(self.init).items() if key != "data"},
+            "calibration": {key: getattr(data, key) for key in TEXT_SETTINGS},
+        } | ({} if hashes is None else {"teacher": _identity(config.teacher, config.seed, hashes)})
+
+        def make(folder: Path) -> None:
+            started_s = time.monotonic()
+            teacher, source = config.teacher, path
+            if teacher.random_weights:
+                shutil.rmtree(self.folder / RANDOM_TEACHER, ignore_errors=True)  # it may be of other settings
+                source = str(
+                    made_once(
+                        self.folder / RANDOM_TEACHER, lambda made: _write_random(config.teacher, config.seed, made)
+                    )
+                )
+                teacher = ModelConfig(path=source)
+            student = folder / STUDENT
+            student.mkdir()
+            record = prune_model(teacher, source, self.init, data, student)
+            found = {name: record.get("calibration", {}).get(name) for name in ("kl_nats", "top1_agreement")}
+            summary = {
+                "wall_time_s": time.monotonic() - started_s, "validation": {"final": found},
+                "kept_layers": record["kept"]["layers"], "student": str(self.folder / INIT / STUDENT),
+            }  # fmt: skip
+            (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
+            (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
+
+        made = made_once(self.folder / INIT, make)
+        before, defaults = yaml.safe_load((made / SETTINGS).read_text()), dataclasses.asdict(DataConfig())
+        changed = [
+            f"{part}.{key} was {old.get(key)!r}, is {now.get(key)!r}"
+            for part, now in settings.items() for old in [before.get(part, {})]
+            for key in old.keys() | now.keys()
+            if old.get(key, defaults.get(key)) != now.get(key)  # one that is newer than the student had its default
+        ]  # fmt: skip
+        if changed:
+            raise ValueError(
+                f"the student in {made} was made with other settings:\n  " + "\n  ".join(changed)
+                + "\nset these back, choose another name (name=...), or delete the folder"
+            )  # fmt: skip
+        return json.loads((made / SUMMARY).read_text())
+
+
+def stages_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each stage: held-out measures where it ended, its time."""
+    titles = ["stage", "KL (nats)", "agreement", "perplexity", "ROUGE-L", "tokens", "minutes"]
+
+    def text(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows = []
+    for name, summary in summaries.items():
+        final, rouge = summary["validation"]["final"], summary.get("rouge_l") or {}
+        rows.append([
+            name, text(final["kl_nats"], ".3f"), text(final["top1_agreement"], ".1%"),
+            text(final.get("perplexity"), ".2f"), text(rouge.get("final"), ".1f"), text(summary.get("tokens"), ","),
+            text(summary["wall_time_s"] / 60, ".1f"),
+        ])  # fmt: skip
+    return format_table(titles, rows)
+
+
+def _identity(teacher: ModelConfig, seed: int, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What decides which weights are pruned."""
+    if teacher.random_weights:
+        of_weights = {"shape": teacher.shape, "path": teacher.path, "num_layers": teacher.num_layers, "seed": seed}
+    else:
+        of_weights = {f"{name} SHA-256": digest for name, digest in hashes.items()}
+    return {"tokenizer": teacher.tokenizer, **of_weights}
+
+
+def _write_random(teacher: ModelConfig, seed: int, folder: Path) -> None:
+    load_model(teacher, teacher.path, None, torch.bfloat16, seed).save_pretrained(folder)
+    load_tokenizer(teacher, teacher.path).save_pretrained(folder)
+    make_portable(folder)

@@ -1,8 +1,0 @@
-"""A teacher's answers to fixed text, computed once: `build` makes a cache, `TeacherCache` reads it, `CachedTeacher`
-stands where a teacher would in a training step."""
-
-from toolkit.teacher_cache.build import build, plan
-from toolkit.teacher_cache.forms import Form
-from toolkit.teacher_cache.store import CachedTeacher, TeacherCache, identity_of
-
-__all__ = ["CachedTeacher", "Form", "TeacherCache", "build", "identity_of", "plan"]

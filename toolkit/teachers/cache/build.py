@@ -1,0 +1,233 @@
+"""Making a cache: shards are planned from the data alone, dealt over the ranks, and kept across interruptions.
+
+The plan, and so every byte, does not depend on the number of ranks. A folder `OUT.unfinished` holds the shards that are
+done; a shard appears by rename, and the folder is renamed to OUT once all are there, with the manifest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from toolkit.batch import Example, TokenBatch
+from toolkit.models import Teacher, Vocabulary
+from toolkit.models.head import Head
+from toolkit.ranks import collectives, heartbeat
+from toolkit.seeds import philox
+from toolkit.storage.appear import to_disk
+from toolkit.storage.lock import LOCK, sole_use
+from toolkit.storage.manifest import MANIFEST, read_json, sha256, write_checked, write_json
+from toolkit.teachers.cache.forms import Arrays, Form, log_prob_tiles
+from toolkit.teachers.cache.store import FORMAT, Text, read_shard, texts_of
+
+PLAN = "plan.json"
+
+
+class Pass(NamedTuple):
+    """Examples of one text each that the teacher reads at once, at one temperature."""
+
+    examples: list[Example]
+    temperature: float
+
+
+def plan(
+    parts: Sequence[tuple[Sequence[Example], float]], pad_id: int, batch_rows: int, shard_tokens: int
+) -> list[list[Pass]]:
+    """The passes of each shard, of at least `shard_tokens` predicted tokens but for the last one. `parts`: examples,
+    and the temperature that they are asked at. A block of several texts is taken apart, as none of them sees another; a
+    text that comes again is left out."""
+    seen: set[int] = set()
+    shards: list[list[Pass]] = []
+    for examples, temperature in parts:
+        kept: list[Example] = []
+        for example in itertools.chain.from_iterable(map(_single_texts, examples)):
+            heartbeat.beat()
+            (text,) = texts_of(TokenBatch.from_examples([example], pad_id, 1), temperature)
+            if text.key not in seen:
+                seen.add(text.key)
+                kept.append(example)
+        kept.sort(key=lambda e: len(e.tokens))  # little padding, and the ranks' shards of a round take about as long
+        tokens = shard_tokens
+        for start in range(0, len(kept), batch_rows):
+            if tokens >= shard_tokens:
+                shards.append([])
+                tokens = 0
+            rows = kept[start : start + batch_rows]
+            shards[-1].append(Pass(rows, temperature))
+            tokens += sum(len(example.response) for example in rows)
+    return shards
+
+
+def _single_texts(example: Example) -> list[Example]:
+    if not example.text_starts:
+        return [example]
+    bounds = itertools.pairwise((0, *example.text_starts, len(example.tokens)))
+    return [Example(example.tokens[start:end], 1) for start, end in bounds if end - start > 1]
+
+
+def build(
+    folder: Path, identity: Mapping[str, Any], shards: Sequence[Sequence[Pass]], teacher: Teacher,
+    vocabulary: Vocabulary, form: Form, between_shards: Callable[[int, int, float], None] = lambda *_: None,
+) -> None:  # fmt: skip
+    """Write the cache of `shards` to `folder`, or what is missing of it. Collective.
+
+    identity: of text, teacher and form; plain JSON types. between_shards(done, all, tokens a second) is called on every
+    rank before each round of shards; what it raises passes through, and the next call goes on from there.
+    Raises ValueError on every rank for a folder that is there, that another build has begun, or that not all ranks see,
+    and where files cannot be written.
+    """
+    folder = folder.absolute()
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    collectives.together(lambda: refuse_existing(folder))
+    with sole_use(unfinished):
+        collectives.check_shared(unfinished)
+        collectives.together(lambda: _begin(unfinished, identity) if collectives.rank() == 0 else None)
+        there = collectives.together(lambda: [number for number in range(len(shards)) if _is_done(unfinished, number)])
+        there = set(collectives.gather_objects(there)[0])  # a network file system may show ranks different folders
+        missing = [number for number in range(len(shards)) if number not in there]
+        rank, world, tokens, started_s = collectives.rank(), collectives.world(), 0.0, time.monotonic()
+        spare = TokenBatch.from_examples(shards[0][0].examples[:1], vocabulary.pad_id).to(collectives.device())
+        for start in range(0, len(missing), world):
+            between_shards(len(there) + start, len(shards), tokens / max(1e-9, time.monotonic() - started_s))
+            numbers = missing[start : start + world]
+            own = shards[numbers[rank]] if rank < len(numbers) else []
+            found = []
+            for index in range(max(len(shards[number]) for number in numbers)):
+                if index < len(own):
+                    found.append(_answers(own[index], teacher, vocabulary, form))
+                else:  # the others' all-gathers need every rank
+                    teacher.signals([spare])
+                    with teacher.head():
+                        pass
+            name = _name(numbers[rank]) if own else ""
+            collectives.together(
+                lambda name=name, found=found: _write(unfinished / name, found, vocabulary, form) if name else None
+            )
+            tokens += collectives.sum_over_ranks([sum(len(part["targets"]) for part in found)])[0]
+        hashes = collectives.together(lambda: {
+            _name(number): _entry(unfinished / _name(number)) for number in range(rank, len(shards), world)
+        })  # fmt: skip
+        files = {name: entry for part in collectives.gather_objects(hashes) for name, entry in part.items()}
+        collectives.together(lambda: _finish(unfinished, folder, identity, files) if collectives.rank() == 0 else None)
+
+
+@torch.no_grad()
+def _answers(part: Pass, teacher: Teacher, vocabulary: Vocabulary, form: Form) -> Arrays:
+    """What is kept of one pass, and the `keys` of its texts with their numbers of `targets`."""
+    batch = TokenBatch.from_examples(part.examples, vocabulary.pad_id)
+    texts = texts_of(batch, part.temperature)
+    (hidden_NH,) = teacher.signals([batch.to(collectives.device())])
+    uniforms_ND = _uniforms(texts, form) if form.draws else None
+    with teacher.head() as head:
+        tiles = _tiles(hidden_NH, head, vocabulary, part.temperature, form, uniforms_ND)
+    joined = {name: np.concatenate([tile[name] for tile in tiles]) for name in tiles[0]}
+    return joined | {
+        "keys": np.array([t.key for t in texts], np.int64),
+        "targets": np.array([t.targets for t in texts]),
+    }
+
+
+def _tiles(
+    hidden_NH: torch.Tensor, head: Head, vocabulary: Vocabulary, temperature: float, form: Form,
+    uniforms_ND: np.ndarray | None,
+) -> list[Arrays]:  # fmt: skip
+    found, at = [], 0
+    for log_p_nV in log_prob_tiles(hidden_NH, head, vocabulary.size, temperature):
+        end = at + len(log_p_nV)
+        found.append(form.arrays(log_p_nV, None if uniforms_ND is None else uniforms_ND[at:end]))
+        at = end
+    return found
+
+
+def _uniforms(texts: Sequence[Text], form: Form) -> np.ndarray:
+    """[N, draws], a function of the seed and each text, whatever it is computed with."""
+    return np.concatenate([
+        np.random.Generator(philox(form.seed, text.key % 2**64, 0)).random((text.targets, form.draws))
+        for text in texts
+    ])  # fmt: skip
+
+
+def _write(path: Path, passes: Sequence[Arrays], vocabulary: Vocabulary, form: Form) -> None:
+    joined = {name: np.concatenate([part[name] for part in passes]) for name in passes[0]}
+    ends = joined.pop("targets").cumsum()
+    ids_per_position = joined.get("distinct", np.full(ends[-1], form.top_k, np.int64))
+    index = {"keys": joined.pop("keys"), "ends": ends, "U_ends": ids_per_position.cumsum()[ends - 1]}
+    arrays = index | form.packed(joined, vocabulary.size)
+    ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)  # each array lies at a multiple of its items
+    part = path.with_name(path.name + ".part")
+    write_checked(part, [(name, torch.from_numpy(np.ascontiguousarray(array))) for name, array in ordered])
+    part.rename(path)
+    to_disk(path.parent)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises ValueError where the cache could not take its place in the end."""
+    if folder.exists():
+        raise ValueError(f"{folder} is there already and is no finished cache; delete it, or give another --out")
+
+
+def _begin(unfinished: Path, identity: Mapping[str, Any]) -> None:
+    identity = {"format": FORMAT, **identity}
+    if not (unfinished / PLAN).is_file():
+        if shards := sorted(unfinished.glob("shard-*.safetensors")):
+            raise ValueError(
+                f"{unfinished} holds {len(shards)} shards and no {PLAN}, which would say whose they are; delete it, or "
+                "give another --out"
+            )
+        write_json(unfinished / (PLAN + ".part"), identity, indent=2)
+        (unfinished / (PLAN + ".part")).rename(unfinished / PLAN)
+        to_disk(unfinished)
+        return
+    begun = read_json(unfinished / PLAN)
+    differing = [
+        f"{name}: {begun.get(name)!r} there, {identity.get(name)!r} now"
+        for name in sorted(begun.keys() | identity.keys())
+        if begun.get(name) != identity.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{unfinished} holds another cache, of which a part is done:\n  "
+            + "\n  ".join(differing)
+            + "\nset these back to go on with it, delete it, or give another --out"
+        )
+
+
+def _is_done(unfinished: Path, number: int) -> bool:
+    path = unfinished / _name(number)
+    if not path.is_file():
+        return False
+    read_shard(path)
+    return True
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    sums = [(len(shard["keys"]), int(shard["ends"][-1])) for shard in (read_shard(unfinished / name) for name in files)]
+    manifest = {
+        "format": FORMAT,
+        "identity": identity,
+        "texts": sum(texts for texts, _ in sums),
+        "positions": sum(positions for _, positions in sums),
+        "bytes": sum(entry["bytes"] for entry in files.values()),
+        "files": dict(sorted(files.items())),
+    }
+    write_json(unfinished / MANIFEST, manifest, indent=1)
+    for leftover in itertools.chain(unfinished.glob("*.part"), [unfinished / LOCK]):
+        leftover.unlink(missing_ok=True)
+    to_disk(unfinished)
+    unfinished.rename(folder)
+    to_disk(folder.parent)
+    (folder / PLAN).unlink(missing_ok=True)  # not before: shards without it belong to nobody
+
+
+def _name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"

@@ -1,0 +1,248 @@
+"""A cache on disk: memory-mapped shards, an index from text to place, and a manifest that says what it belongs to.
+
+A folder of `shard-000012.safetensors` files and `manifest.json`. What is found is a text: its tokens, which of them are
+predicted, and the temperature are its key. So rows may be sorted, packed or dealt over ranks as they like.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from toolkit.batch import TokenBatch
+from toolkit.divergences import TopKTeacher
+from toolkit.models import Vocabulary
+from toolkit.ranks import heartbeat
+from toolkit.settings import ModelConfig
+from toolkit.storage.manifest import MANIFEST, check_files, read_json
+from toolkit.teachers.cache.forms import Arrays, Form
+
+FORMAT = 1
+#: what a manifest says of the run that the cache is for
+IDENTITY = (
+    "data_sha256", "vocabulary_size", "vocabulary_sha256", "temperature", "teacher_path", "teacher_sha256",
+    "teacher_random", "precision",
+)  # fmt: skip
+#: each open shard keeps a file descriptor, of which a process often has 1,024
+OPEN_SHARDS = 64
+DTYPES = {"I64": np.int64, "F16": np.float16, "U16": np.uint16, "U8": np.uint8}
+
+
+class Text(NamedTuple):
+    """key: 64 bits, so that two of ten million texts share one with a chance of 3e-6. targets: its predicted tokens."""
+
+    key: int
+    targets: int
+
+
+def texts_of(batch: TokenBatch, temperature: float) -> list[Text]:
+    """The texts of a batch in the order of its targets, without those in which nothing is predicted."""
+    ids_BT, mask_BT, predicts_BT = (
+        tensor.cpu().numpy() for tensor in (batch.input_ids_BT, batch.attention_mask_BT, batch.predicts_BT)
+    )
+    positions_BT = None if batch.position_ids_BT is None else batch.position_ids_BT.cpu().numpy()
+    found = []
+    for b, length in enumerate(mask_BT.sum(1)):
+        starts = [0] if positions_BT is None else np.flatnonzero(positions_BT[b, :length] == 0).tolist()
+        for start, end in itertools.pairwise([*starts, int(length)]):
+            predicts = predicts_BT[b, start:end]
+            if targets := int(predicts.sum()):
+                head = f"{float(temperature)!r} {end - start} {predicts.argmax()} {targets} "
+                content = head.encode() + ids_BT[b, start:end].astype(np.int32).tobytes()
+                if batch.encoder_ids_BS is not None:
+                    read = batch.encoder_ids_BS[b][batch.encoder_mask_BS[b].bool()]
+                    content += b" " + read.cpu().numpy().astype(np.int32).tobytes()
+                digest = hashlib.blake2b(content, digest_size=8).digest()
+                found.append(Text(int.from_bytes(digest, "little", signed=True), targets))
+    return found
+
+
+class TeacherCache:
+    """A finished cache: its manifest, and once `read_index` was called, its answers. The last `OPEN_SHARDS` shards that
+    were read stay mapped; processes of a machine share the pages.
+
+    Raises ValueError where `folder` holds none, or its manifest is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not self.is_in(folder):
+            raise ValueError(
+                f"no finished teacher cache in {folder}; make one with: python -m toolkit cache-teacher RECIPE "
+                f"--top-k 64 --out {folder}"
+            )
+        self.manifest = read_json(folder / MANIFEST)
+        if self.manifest.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {self.manifest.get('format')!r}, this version reads {FORMAT}")
+        try:
+            self.identity, files = self.manifest["identity"], self.manifest["files"]
+            self.form = Form(**self.identity["form"])
+            self._wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+            if lacking := [name for name in IDENTITY if name not in self.identity]:
+                raise KeyError(lacking[0])
+            sums = [self.manifest[name] for name in ("texts", "positions", "bytes")]
+            if not self._wanted or not all(isinstance(value, int) for value in sums):
+                raise TypeError(f"files = {files!r:.60}; texts, positions, bytes = {sums}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / MANIFEST} does not say what a teacher cache's says ({type(error).__name__}: {error}): it "
+                "is damaged; delete the folder and make the cache again"
+            ) from error
+        self.vocabulary_size = self.identity["vocabulary_size"]
+        self._paths = paths = [folder / name for name in sorted(files)]
+        self._shard = functools.lru_cache(OPEN_SHARDS)(lambda number: read_shard(paths[number]))
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether it is there and finished."""
+        return (folder / MANIFEST).is_file()
+
+    def check(self, share: int = 0, shares: int = 1) -> None:
+        """Raises ValueError, naming file and both values, for a file that is not the manifest's. Sizes of all files,
+        hashes of every `shares`-th. No communication."""
+        check_files(self.folder, self._wanted, share, shares)
+
+    def read_index(self) -> None:
+        keys, shards, rows = [], [], []
+        for number, path in enumerate(self._paths):
+            own = np.array(read_shard(path)["keys"])  # a copy, so that no shard stays mapped
+            keys.append(own)
+            shards.append(np.full(len(own), number, np.int32))
+            rows.append(np.arange(len(own), dtype=np.int32))
+        joined = np.concatenate(keys)
+        order = np.argsort(joined, kind="stable")
+        self._keys = joined[order]
+        self._shard_of, self._row_of = np.concatenate(shards)[order], np.concatenate(rows)[order]
+
+    @property
+    def sha256(self) -> str:
+        """Of all that is in it: equal for two copies, however they were built."""
+        content = {name: sha256 for name, (_, sha256) in self._wanted.items()}
+        return hashlib.sha256(json.dumps([self.identity["form"], content], sort_keys=True).encode()).hexdigest()
+
+    def check_belongs(self, found: Mapping[str, Any]) -> None:
+        """`found`: identity of a run, as far as it is known, under the manifest's names. Of a teacher that is not
+        loaded some files may not be here; those that are have to be the cache's.
+
+        Raises ValueError with both identities unless each is the manifest's.
+        """
+        differing = []
+        for name, now in found.items():
+            then = self.identity[name]
+            if name == "teacher_sha256":
+                differing += [
+                    f"the teacher's {file}: {str(then.get(file))[:16]} in the cache, {str(now.get(file))[:16]} in the "
+                    f"run (of {self.identity['teacher_path']!r} in the cache)"
+                    for file in sorted(now)
+                    if then.get(file) != now.get(file)
+                ]
+            elif then != now:
+                differing.append(f"{name}: {_short(then)} in the cache, {_short(now)} in the run")
+        if differing:
+            raise ValueError(
+                f"the teacher cache {self.folder} is another run's:\n  "
+                + "\n  ".join(differing)
+                + '\nset these back, make a cache for this run, or train without one (teacher.cache="")'
+            )
+
+    def signal(self, batch: TokenBatch, temperature: float) -> TopKTeacher:
+        """The teacher at the batch's targets, on its device.
+
+        Raises ValueError for a text that is not in the cache.
+        """
+        texts = texts_of(batch, temperature)
+        wanted = np.array([text.key for text in texts], np.int64)
+        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        missing = np.flatnonzero(self._keys[at] != wanted)
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} of {len(texts)} texts of a micro-batch are not in the teacher cache {self.folder} at "
+                f"temperature {temperature}"
+            )
+        parts = [self._entry(self._shard_of[i], self._row_of[i]) for i in at]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        signal = self.form.signal(joined, self.vocabulary_size)
+        assert len(signal.ids_NK) == batch.num_targets
+        device = batch.input_ids_BT.device
+        return TopKTeacher(*(None if x is None else x.to(device, non_blocking=True) for x in signal))
+
+    def _entry(self, shard: int, row: int) -> Arrays:
+        arrays = self._shard(shard)
+        first, first_id = (0, 0) if row == 0 else (arrays["ends"][row - 1], arrays["U_ends"][row - 1])
+        end, end_id = arrays["ends"][row], arrays["U_ends"][row]
+        return {
+            name: np.array(array[first_id:end_id] if name.startswith("U_") else array[first:end])
+            for name, array in arrays.items()
+            if name not in ("keys", "ends", "U_ends")
+        }
+
+
+class CachedTeacher:
+    """Stands where a Teacher would for texts that are in a cache. It communicates with nobody."""
+
+    kind = "cache"
+
+    def __init__(self, cache: TeacherCache, temperature: float):
+        self.cache, self.temperature = cache, temperature
+
+    def signals(self, window: list[TokenBatch]) -> list[TopKTeacher]:
+        """For each micro-batch its stored top k or draws, in the order of `targets_N`."""
+        return [self.cache.signal(batch, self.temperature) for batch in window]
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        yield None
+
+
+def read_shard(path: Path) -> Arrays:
+    """The arrays of a safetensors file, mapped and not read. Raises ValueError for a file that is none."""
+    heartbeat.beat()
+    try:
+        raw = np.memmap(path, np.uint8, mode="r")
+        size = int.from_bytes(raw[:8].tobytes(), "little")
+        header = json.loads(raw[8 : 8 + size].tobytes())
+        return {
+            name: raw[8 + size + begin : 8 + size + end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no shard of a teacher cache: {error}; delete it, it is made again") from error
+
+
+def identity_of(
+    teacher: ModelConfig, seed: int, teacher_sha256: Mapping[str, str], data_sha256: str,
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, temperature: float,
+) -> dict[str, Any]:  # fmt: skip
+    """What a cache and a run that reads it have to share; plain JSON types. Of a teacher that is not named or whose
+    files are not here, nothing."""
+    found: dict[str, Any] = {
+        "data_sha256": data_sha256,
+        "vocabulary_size": vocabulary.size,
+        "vocabulary_sha256": vocabulary_sha256(tokenizer),
+        "temperature": float(temperature),
+    }
+    if teacher.random_weights:  # these have no file
+        random = {"shape": teacher.shape, "num_layers": teacher.num_layers, "seed": seed}
+        return found | {"teacher_sha256": dict(sorted(teacher_sha256.items())), "teacher_random": random}
+    return found | (
+        {"teacher_sha256": dict(sorted(teacher_sha256.items())), "teacher_random": None} if teacher_sha256 else {}
+    )
+
+
+def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of every entry and its id."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    return f"{value[:16]}..." if isinstance(value, str) and len(value) == 64 else f"{value!r}"
