@@ -8,13 +8,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load, load_file
-from tests.test_loop import assert_close, train_dense, weights
-from tests.test_resume import assert_equal, flip, outcome, settings
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from tests import engine_cases
+from tests.run.test_loop import assert_close, train_dense, weights
+from tests.run.test_resume import assert_equal, flip, outcome, settings
 from tests.tiny import tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
 

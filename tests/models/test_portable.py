@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.models.read_by_transformers4 import TEXT, found_in
 from tests.tiny import make_tokenizer, save_sentencepiece, save_t5
+from toolkit.models import load_model, load_tokenizer
 from toolkit.models.export import export_student, rehearse_export
-from toolkit.models.load import load_model, load_tokenizer
 from toolkit.models.lora import add_adapters
 from toolkit.models.portable import make_portable, with_former_names
 from toolkit.pruning.made import materialize

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.test_loop import assert_close
-from tests.test_resume import FULL, assert_equal, outcome
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig
 
 from tests import engine_cases
+from tests.run.test_loop import assert_close
+from tests.run.test_resume import FULL, assert_equal, outcome
 from tests.tiny import make_tokenizer, save_rows, save_t5, tiny_overrides
 from toolkit.data import DataConfig, PromptDataset, load_data
 from toolkit.ranks.signals import EXIT_LATER
