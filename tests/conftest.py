@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 import pytest  # noqa: E402
 
-from tests.ranks import RankPool  # noqa: E402
+from tests.rank_pool import RankPool  # noqa: E402
 
 
 @pytest.fixture(scope="session")
