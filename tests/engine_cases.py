@@ -362,28 +362,6 @@ def error_of_unknown_ids(folder):
     return with_engine(folder, work)
 
 
-def hooks_around_generation(folder):
-    """(forward hooks before, inside, after) and whether parameters are partitioned again after generation."""
-    from toolkit.rollout.local import whole_model
-
-    def count(module):
-        return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
-
-    def work(rollout, tokenizer):
-        module = rollout.engine.module.model
-        before = count(module)
-        with whole_model(rollout.engine) as model:
-            inside, whole = count(module), all(p.numel() == p.ds_numel for p in model.parameters())
-        for _ in range(3):
-            with whole_model(rollout.engine):
-                pass
-        weight = module.model.layers[0].mlp.up_proj.weight
-        offload = rollout.engine.optimizer.parameter_offload
-        return before, inside, count(module), whole, weight.numel(), len(offload.forward_hooks)
-
-    return with_engine(folder, work)
-
-
 def zero3_config(dtype):
     return {
         "zero_optimization": {"stage": 3},

@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
-from toolkit import operators
+from toolkit.ranks import builds
 class Tiny(CPUOpBuilder):
     absolute_name = lambda self: "tiny"
     sources = lambda self: [sys.argv[1]]
     include_paths = lambda self: []
-operators.outlive_killed_builds()
-operators.outlive_killed_builds()
+builds.outlive_killed_builds()
+builds.outlive_killed_builds()
 print("loaded", Tiny("tiny").load(verbose=False).__name__)
 """
 SOURCE = """

@@ -97,17 +97,6 @@ def test_a_batch_that_exceeds_the_cache_budget_is_split(tiny, ranks1):
 
 
 @pytest.mark.multiprocess
-def test_hooks_and_partitions_come_back(tiny, ranks2):
-    for before, inside, after, whole, local_numel, kept_handles in ranks2.run(
-        engine_cases.hooks_around_generation, tiny
-    ):
-        assert inside == 0 and whole
-        assert before == after > 0
-        assert local_numel == 0  # partitioned again
-        assert kept_handles <= before
-
-
-@pytest.mark.multiprocess
 def test_eos_ends_a_text_and_is_learned_though_it_is_the_pad_token(tiny, ranks1):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id

@@ -7,7 +7,6 @@ from toolkit.models.engines import (
     Teacher,
     build_student,
     build_teacher,
-    free,
     whole_student,
     whole_teacher,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "choose_dtype",
     "decoder_start_id",
     "default_cache_dir",
-    "free",
     "generation_ends",
     "load_model",
     "load_tokenizer",

@@ -6,7 +6,6 @@ Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher
 from __future__ import annotations
 
 import functools
-import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 import deepspeed
 import numpy as np
 import torch
-from deepspeed.runtime.zero import parameter_offload
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -29,8 +27,9 @@ from toolkit.divergences import (
     fused_linear_cross_entropy,
     fused_linear_divergence,
 )
+from toolkit.models import zero
 from toolkit.models.ds_config import student_ds_config, teacher_ds_config
-from toolkit.models.dtypes import keeping_frozen, train_in
+from toolkit.models.dtypes import train_in
 from toolkit.models.head import Head, check_logits, head_dtype, logit_rules, logits_of, stack_of
 from toolkit.models.load import base_name, load_model
 from toolkit.models.vocabulary import Vocabulary, check_head
@@ -81,11 +80,10 @@ class LossSums(NamedTuple):
 def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Teacher:
     ds_config = teacher_ds_config(config, _name(dtype))
     model = collectives.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
-    check_head("teacher", _rows(model.get_output_embeddings().weight), vocabulary)
+    check_head("teacher", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
     model.requires_grad_(False)
     split_where_memory_runs_out(model)
-    with keeping_frozen(model):
-        engine, *_ = deepspeed.initialize(model=_TeacherForward(model), config=ds_config)
+    engine = zero.initialize(_TeacherForward(model), ds_config)
     engine.eval()
     _check("teacher", engine, vocabulary)
     return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // collectives.world())
@@ -94,7 +92,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
     ds_config = student_ds_config(config, _name(dtype), collectives.world())
     model = collectives.together(lambda: load_model(config.student, path, ds_config, dtype, config.seed))
-    check_head("student", _rows(model.get_output_embeddings().weight), vocabulary)
+    check_head("student", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
     if config.student.lora.rank:
         from toolkit.models.lora import add_adapters  # peft takes long to import
 
@@ -104,26 +102,12 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     train_in(model, dtype)
     module = _StudentForward(model, config.loss, vocabulary)
     optimizer = _optimizer(module, config.optimizer, ds_config)
-    with keeping_frozen(model):
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    engine = zero.initialize(module, ds_config, optimizer)
     engine.eval()
     _check("student", engine, vocabulary)
     engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
     torch.manual_seed(int(philox(config.seed, 0, collectives.rank()).random_raw()))  # dropout is each rank's own
     return Student(engine, config.optimizer, config.train.steps)
-
-
-def free(*models: Teacher | Student | NoTeacher) -> None:
-    """Undo what would hold the engines' memory after their last use: with deepspeed 0.19 that are gradient buckets, the
-    modules of its last forward pass, and caches of methods. The garbage collector finds the rest."""
-    for engine in (model.engine for model in models if not isinstance(model, NoTeacher)):
-        engine.destroy()
-    parameter_offload.FWD_MODULE_STACK.clear()
-    # hpZ's group of ranks, which deepspeed makes once in a process: the next zero.Init would be refused.
-    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    for found in gc.get_objects():  # type(): isinstance asks objects that warn when they are touched
-        if type(found) is functools._lru_cache_wrapper and found.__module__.startswith("deepspeed."):
-            found.cache_clear()
 
 
 class WholeModel:
@@ -191,7 +175,7 @@ class Teacher:
         """The gathered output projection, once for a whole window: no tile loop communicates."""
         projection = self.model.get_output_embeddings()
         parameters = [p for p in (projection.weight, getattr(projection, "bias", None)) if p is not None]
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        with zero.gathered(parameters):
             # .data: a partitioned parameter handed to another engine's forward would be released by its hooks.
             weight_VH, bias_V = [*(parameter.data for parameter in parameters), None][:2]
             yield Head(weight_VH, bias_V, *logit_rules(self.model.config))
@@ -237,7 +221,7 @@ class Student:
 
     def set_learning_rate(self, step: int) -> float:
         rate = self.learning_rate(step)
-        for group in self.engine.optimizer.param_groups:
+        for group in zero.inner_optimizer(self.engine).param_groups:
             group["lr"] = rate
         return rate
 
@@ -291,9 +275,9 @@ class _StudentForward(nn.Module):
         hidden_NS = response_hidden(self.model, batch)
         projection = self.model.get_output_embeddings()
         scale, soft_cap = logit_rules(self.model.config)
-        weight_VS = projection.weight  # read here: deepspeed gathers it as an external parameter, for backward as well
-        bias_V = getattr(projection, "bias", None)
-        if answer == "hidden":  # not before: deepspeed knows passes by their modules, and expects what one has gathered
+        weight_VS, bias_V = (zero.borrow(projection, name) for name in ("weight", "bias"))
+        # Not earlier: ZeRO-3 learns from a pass what the next one through the same modules is going to gather.
+        if answer == "hidden":
             return hidden_NS
         divergence, cross_entropy_weight, temperature, alpha_per_sequence = objective
         shared = {
@@ -392,14 +376,14 @@ def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str,
 def split_where_memory_runs_out(model: PreTrainedModel) -> None:
     """Lets each decoder layer of a frozen model work on half of its rows, a quarter, ..., once memory runs out.
 
-    ZeRO-3 gathers a layer as a whole then (deepspeed's leaf modules): inside it nothing communicates, and a rank that
-    repeats a layer keeps in step with the others. To be called before deepspeed.initialize.
+    ZeRO-3 gathers a layer as a whole then: inside it nothing communicates, and a rank that repeats a layer keeps in
+    step with the others. To be called before `zero.initialize`.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         return
-    deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+    zero.gather_at_once(model, layers)
     halving = Halving("the teacher's window", "rows")
     for layer in layers:
         layer.forward = _in_parts(layer.forward, halving)
@@ -444,8 +428,8 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
 def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict) -> torch.optim.Optimizer:
     trained = [p for p in module.parameters() if p.requires_grad]
     # Weight decay pulls matrices towards 0; the gain of a norm or a bias has no reason to be there.
-    groups = [[p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]]
-    groups.append([p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1])
+    groups = [[p for p in trained if len(zero.whole_shape(p)) > 1]]
+    groups.append([p for p in trained if len(zero.whole_shape(p)) <= 1])
     parameters = [
         {"params": group, "weight_decay": decay}
         for group, decay in zip(groups, (config.weight_decay, 0.0), strict=True) if group
@@ -456,10 +440,6 @@ def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict) -> t
     if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
-
-
-def _rows(weight: Tensor) -> int:
-    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def _name(dtype: torch.dtype) -> str:

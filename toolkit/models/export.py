@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import deepspeed
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from toolkit.models import zero
 from toolkit.models.engines import Student
 from toolkit.models.portable import make_portable
 from toolkit.models.tokenizer import check_saved
@@ -151,7 +151,7 @@ def _contradictions(settings: GenerationConfig) -> list[str]:
 
 @contextmanager
 def _gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+    with zero.gathered([parameter]):
         yield parameter
 
 

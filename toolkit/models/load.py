@@ -32,9 +32,10 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
 
 from toolkit.divergences.products import cpu_has_bf16_products
-from toolkit.models.dtypes import dtypes_of, keeping_dtypes
+from toolkit.models.dtypes import dtypes_of
 from toolkit.models.files import hub_version
 from toolkit.models.fit import blank, check_fit, from_config, quiet, rehearse
+from toolkit.models.zero import dtypes_under_init
 from toolkit.ranks import collectives
 from toolkit.settings import ModelConfig
 from toolkit.settings.overrides import unknown
@@ -137,7 +138,7 @@ def load_model(
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config else None
     torch.manual_seed(seed)
     try:
-        with _told_plainly(model, path), keeping_dtypes(plan.dtypes):
+        with _told_plainly(model, path), dtypes_under_init(plan.dtypes):
             loaded = _made(plan, model, path, dtype)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as error:
         if not is_sharded:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import peft
 import torch
 from peft.tuners.lora import Linear
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from toolkit.models import zero
 from toolkit.ranks import collectives
 from toolkit.settings import LoraConfig
 from toolkit.settings.overrides import unknown
@@ -83,7 +83,7 @@ def adapted(model: nn.Module) -> dict[str, Linear]:
 def merged_weight(layer: Linear) -> Iterator[Tensor]:
     """The gathered W + alpha / rank * B A of one layer, computed in fp32, in the dtype of W. Collective."""
     weight, a_RI, b_OR = layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    with deepspeed.zero.GatheredParameters([weight, a_RI, b_OR], modifier_rank=None), torch.no_grad():
+    with zero.gathered([weight, a_RI, b_OR]), torch.no_grad():
         change_OI = layer.scaling[NAME] * (b_OR.float() @ a_RI.float())
         change = change_OI.T if isinstance(layer.base_layer, Conv1D) else change_OI
         yield (weight.float() + change).to(weight.dtype)

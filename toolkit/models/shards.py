@@ -7,10 +7,13 @@ nothing about the number of ranks or the ZeRO stage: any other layout reads the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import deepspeed
 import torch
 from torch import Tensor
+
+from toolkit.models import zero
 
 #: kinds of a piece: the weights, and the optimizer's state under the optimizer's own name for it
 WEIGHTS = "weights"
@@ -26,91 +29,50 @@ class Piece(NamedTuple):
 
     @property
     def key(self) -> str:
+        """Its name in a checkpoint's file."""
         return f"{self.kind}/{self.name}@{self.start}"
 
 
-class Owned(NamedTuple):
-    """Where a parameter's piece lies in a flat fp32 buffer: `at` elements in, `numel` long."""
-
-    name: str
-    start: int
-    flat: Tensor
-    at: int
-    numel: int
-
-
-def pieces(engine: Any) -> Iterator[Piece]:
+def pieces(engine: deepspeed.DeepSpeedEngine) -> Iterator[Piece]:
     """Every piece of this rank: views, nothing is copied or communicated."""
-    states = engine.optimizer.optimizer.state
-    for owned in _owned(engine):
+    states = zero.inner_optimizer(engine).state
+    for owned in zero.owned(engine):
         yield Piece(WEIGHTS, owned.name, owned.start, owned.flat.detach().narrow(0, owned.at, owned.numel))
         for kind, value in states.get(owned.flat, {}).items():
             if _is_per_element(value, owned.flat):
                 yield Piece(kind, owned.name, owned.start, value.narrow(0, owned.at, owned.numel))
 
 
-def optimizer_scalars(engine: Any) -> dict[str, float]:
+def optimizer_scalars(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
     """State that is one number for all parameters: AdamW's count of steps. Empty before the first step."""
     found: dict[str, float] = {}
-    for flat, state in engine.optimizer.optimizer.state.items():
+    for flat, state in zero.inner_optimizer(engine).state.items():
         found |= {kind: float(value) for kind, value in state.items() if not _is_per_element(value, flat)}
     return found
 
 
-def load_pieces(engine: Any, kinds: list[str], scalars: dict[str, float], read: Callable[[Piece], None]) -> None:
+def load_pieces(
+    engine: deepspeed.DeepSpeedEngine, kinds: list[str], scalars: dict[str, float], read: Callable[[Piece], None]
+) -> None:
     """Make the optimizer's states of `kinds` (beside the weights), let `read` fill each piece in place, and bring the
-    weights that training computes with in line. Every rank calls it: persistent parameters are gathered again.
+    weights that training computes with in line. Collective.
     """
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "_partition_all_parameters"):
-        optimizer._partition_all_parameters()  # ZeRO-3 keeps small parameters whole: their copies are old now
-    for flat in {id(owned.flat): owned.flat for owned in _owned(engine)}.values():
-        state = optimizer.optimizer.state[flat]
+    optimizer = zero.inner_optimizer(engine)
+    for flat in {id(owned.flat): owned.flat for owned in zero.owned(engine)}.values():
+        state = optimizer.state[flat]
         for kind in kinds:
             state.setdefault(kind, torch.zeros_like(flat, requires_grad=False))
-        state.update({name: _scalar(optimizer.optimizer, flat, value) for name, value in scalars.items()})
+        state.update({name: _scalar(optimizer, flat, value) for name, value in scalars.items()})
     for piece in pieces(engine):
         read(piece)
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        optimizer.invalidate_secondary_tensor()
-    else:
-        optimizer.update_lp_params()
+    zero.load_weights_from_masters(engine)
 
 
-def _owned(engine: Any) -> Iterator[Owned]:
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        if getattr(optimizer, "swap_optimizer", False):
-            raise ValueError("the student's optimizer is offloaded to NVMe, which checkpoints cannot read; use cpu")
-        for name, parameter in named:
-            group, at, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = share * optimizer._get_param_partition_rank(parameter)
-            numel = min(share, parameter.ds_numel - start)  # the last ranks' shares are padded
-            if numel > 0:
-                yield Owned(name, start, optimizer.fp32_partitioned_groups_flat[group], at, numel)
-    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
-        for name, parameter in named:
-            if (mapping := parameter._hp_mapping) is not None:
-                flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                ours, theirs = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield Owned(name, theirs.start, flat, ours.start, ours.numel)
-    else:
-        raise ValueError(
-            f"the student's DeepSpeed config has ZeRO stage {stage}, and checkpoints are made of stages 1, 2 and 3; "
-            "set zero_optimization.stage, for example with ds_configs/student_zero2.json"
-        )
-
-
-def _is_per_element(value: Any, flat: Tensor) -> bool:
+def _is_per_element(value: object, flat: Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == flat.shape and value.dim() == 1
 
 
-def _scalar(optimizer: torch.optim.Optimizer, flat: Tensor, value: float) -> Any:
+def _scalar(optimizer: torch.optim.Optimizer, flat: Tensor, value: float) -> Tensor | int:
     """As the optimizer keeps it: torch a tensor, on the device if fused; deepspeed's CPU Adam an int."""
     if not type(optimizer).__module__.startswith("torch."):
         return int(value)

@@ -1,4 +1,8 @@
-"""DeepSpeed's C++ operators, compiled at first use: a build that was killed does not hold up later starts."""
+"""DeepSpeed's C++ operators, compiled at first use: a build that was killed does not hold up later starts.
+
+Beside `toolkit/models/zero.py` this is the only file that relies on DeepSpeed's insides. It stands here because ranks
+start before any model is imported.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ def outlive_killed_builds() -> None:
 
     PyTorch's own lock is a file that stays where its process was killed, and every later one waits for it without end.
     """
+    # DeepSpeed 0.19.8: every operator that is not there yet is compiled in OpBuilder.jit_load, by torch's extension
+    # builder, in the folder that torch has for the operator's name.
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     if hasattr(OpBuilder.jit_load, "__wrapped__"):
@@ -42,7 +48,8 @@ def _sole_builder(folder: Path) -> Iterator[None]:
             yield
             return
         file.seek(0)
-        if file.read():  # whoever held this lock died in a build, and so is whoever left PyTorch's
+        # The last holder of this lock died in a build, and left PyTorch's lock behind.
+        if file.read():
             (folder / "lock").unlink(missing_ok=True)
         file.write(MARK)
         file.flush()

@@ -22,7 +22,7 @@ _paces = itertools.count()
 
 
 class Told(ValueError):
-    """Raised on all ranks alike: one of them tells it."""
+    """Raised on all ranks with the same message. Rank 0 alone prints it."""
 
 
 def started_as() -> tuple[int, int]:

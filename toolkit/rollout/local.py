@@ -12,14 +12,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from transformers import PreTrainedModel
 
 from toolkit.batch import Example
+from toolkit.models import zero
 from toolkit.models.head import stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.ranks import collectives
@@ -181,12 +180,12 @@ class GatheredRollout(Rollout):
         model = self.engine.module.model
         if not packs(model):
             return False
-        whole = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+        whole = sum(zero.whole_numel(p) * p.element_size() for p in model.parameters())
         return self._fits(self._bytes_to_gather() + whole, row_bytes)
 
     def _bytes_to_gather(self) -> int:
         parameters = self.engine.module.model.parameters()
-        return sum(p.ds_numel * p.element_size() for p in parameters if getattr(p, "ds_numel", p.numel()) != p.numel())
+        return sum(zero.whole_numel(p) * p.element_size() for p in parameters if not zero.is_whole(p))
 
     def _fits(self, weight_bytes: int, row_bytes: int) -> bool:
         return collectives.everywhere(weight_bytes + self._cache_bytes(row_bytes) <= ROOM * free_bytes())
@@ -293,19 +292,5 @@ def evaluation_mode(engine: Any) -> Iterator[None]:
 def whole_model(engine: Any) -> Iterator[PreTrainedModel]:
     """The engine's model with all parameters on this rank and without ZeRO hooks, in eval mode. Collective to enter and
     to leave; between the two the ranks are free. Hooks and mode come back even when generation fails."""
-    model = engine.module.model
-    with evaluation_mode(engine):
-        if engine.zero_optimization_stage() < 3:
-            yield model
-            return
-        offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
-            # With the hooks on, every layer is gathered and released for every token, gathered before or not.
-            offload._remove_module_hooks()
-            offload.forward_hooks.clear()  # deepspeed keeps the dead handles, and pushes the module once per set-up
-            offload.backward_hooks.clear()
-            FWD_MODULE_STACK.pop()
-            try:
-                yield model
-            finally:
-                offload.setup_zero_stage3_hooks()
+    with evaluation_mode(engine), zero.gathered_without_hooks(engine):
+        yield engine.module.model

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from toolkit.models.identity import file_hashes
 from toolkit.models.shards import WEIGHTS, Piece, load_pieces, optimizer_scalars, pieces
+from toolkit.models.zero import whole_numel
 from toolkit.ranks import collectives
 from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.run.random_state import load_rng_state, rng_state
@@ -173,7 +174,7 @@ class Checkpoint:
             for name, parameter in engine.module.named_parameters():
                 if parameter.requires_grad:
                     found = sum(length for _, length, *_ in index.get((WEIGHTS, name), []))
-                    wanted = getattr(parameter, "ds_numel", parameter.numel())
+                    wanted = whole_numel(parameter)
                     if found != wanted:
                         raise ValueError(
                             f"{self.folder} holds {found} elements of the student's {name}, which has {wanted}: "

@@ -12,7 +12,7 @@ import torch
 from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.data import PromptDataset, TextStream
 from toolkit.evaluation import Best, Validation, Validator
-from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary
+from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary, zero
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import peak_device_gib, peak_rss_gib
 from toolkit.ranks.signals import GoOnLater, StopSignals
@@ -119,9 +119,8 @@ class DistillationLoop:
         targets, tokens, text_targets, text_tokens = collectives.sum_over_ranks(
             [sum(getattr(batch, n) for batch in part) for part in (window, text) for n in ("num_targets", "num_tokens")]
         )
-        # deepspeed divides by a number of micro-batches, the config's, and averages over ranks; this undoes both and
-        # divides by tokens, once.
-        shares = self.student.engine.gradient_accumulation_steps() * collectives.world()
+        # This undoes DeepSpeed's division by micro-batches and ranks, and divides by tokens, once.
+        shares = zero.loss_divisor(self.student.engine)
         token_weights = [shares / targets] * len(window)
         token_weights += [self.config.text.weight * shares / text_targets for _ in text]
         learning_rate = self.student.set_learning_rate(step)
@@ -134,8 +133,7 @@ class DistillationLoop:
         with teacher.head() as head:
             for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):
                 with self.timer.phase("student"):
-                    # told and not counted by deepspeed: with a token budget every step may have another number of them
-                    self.student.engine.set_gradient_accumulation_boundary(len(sums) + 1 == len(token_weights))
+                    zero.begin_micro_batch(self.student.engine, is_last=len(sums) + 1 == len(token_weights))
                     found = self.student.loss(batch, signal, head, objective, token_weight)
                     sums.append(
                         torch.stack([found.divergence_nats, found.cross_entropy_nats, found.agreements]).double()
@@ -158,7 +156,7 @@ class DistillationLoop:
                     self.student.engine.step()
 
         self.asked_to_stop = stop > 0
-        taken = self.student.engine.was_step_applied()
+        taken = zero.was_step_taken(self.student.engine)
         self.guard.record(loss, taken)
         if not taken:
             self._tell_skipped(step, source, [*examples, *text_examples], objection or "its gradient is not finite")
@@ -180,7 +178,7 @@ class DistillationLoop:
             "micro_batches": len(token_weights),
             "response_tokens": int(targets),
             "learning_rate": learning_rate,
-            "grad_norm": float(self.student.engine.get_global_grad_norm() or 0.0),
+            "grad_norm": zero.gradient_norm(self.student.engine),
             "skipped_steps": self.guard.skipped,
             "peak_rss_gib": rss_gib,
             "peak_device_gib": peak_device_gib(),

@@ -16,7 +16,7 @@ import yaml
 
 from toolkit.data import Data, PromptDataset, TextStream, references
 from toolkit.evaluation import Validation, Validator, answer, row_seeds, score
-from toolkit.models import NoTeacher, build_student, build_teacher, check_packing, free
+from toolkit.models import NoTeacher, build_student, build_teacher, check_packing, zero
 from toolkit.models.ds_config import read_ds_config, student_ds_config, teacher_ds_config
 from toolkit.models.export import export_student, rehearse_export
 from toolkit.ranks import collectives
@@ -202,7 +202,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         with timer.phase("export"):
             export_student(student, tokenizer, run_dir / "student")
         timer.take()
-    free(teacher, student)
+    zero.release(built.engine for built in (teacher, student) if not isinstance(built, NoTeacher))
 
     answers = {"initial": before, "final": after, **({"teacher": theirs} if theirs else {})}
     wall_time_s = run_state()["wall_time_s"]
