@@ -190,7 +190,7 @@ def with_student(folder, work, **changes):
     from pathlib import Path
 
     from tests.tiny import tiny_overrides
-    from toolkit.models import build_student, decoder_start_id, load_tokenizer, shared_vocabulary
+    from toolkit.models import build_student, load_tokenizer, row_layout, shared_vocabulary
     from toolkit.pruning.made import materialize
     from toolkit.ranks import collectives
 
@@ -199,7 +199,7 @@ def with_student(folder, work, **changes):
     path = materialize(config.student, Path(config.cache_dir))
     tokenizer = load_tokenizer(config.student, path)
     vocabulary = shared_vocabulary(tokenizer, tokenizer)
-    vocabulary = vocabulary._replace(decoder_start_id=decoder_start_id(config.student, path))
+    vocabulary = vocabulary._replace(layout=row_layout(config.student, path))
     return work(config, build_student(config, path, torch.float32, vocabulary), tokenizer, vocabulary)
 
 
@@ -667,14 +667,14 @@ def loss_step(folder, memory_budget_mib):
 
     from tests.allocations import LargestTensor
     from tests.tiny import tiny_overrides
-    from toolkit.batch import Example, TokenBatch
+    from toolkit.batch import Example
     from toolkit.divergences.tiles import Tiles
     from toolkit.models import (
         Objective,
         build_student,
         build_teacher,
-        decoder_start_id,
         load_tokenizer,
+        row_layout,
         shared_vocabulary,
     )
     from toolkit.pruning.made import materialize
@@ -683,12 +683,11 @@ def loss_step(folder, memory_budget_mib):
     config = RunConfig().with_overrides(overrides)
     paths = [materialize(model, Path(config.cache_dir)) for model in (config.teacher, config.student)]
     tokenizer = load_tokenizer(config.student, paths[1])
-    start = decoder_start_id(config.student, paths[1])
-    vocabulary = shared_vocabulary(tokenizer, tokenizer)._replace(decoder_start_id=start)
+    vocabulary = shared_vocabulary(tokenizer, tokenizer)._replace(layout=row_layout(config.student, paths[1]))
     teacher = build_teacher(config, paths[0], torch.float32, vocabulary)
     student = build_student(config, paths[1], torch.float32, vocabulary)
     draw = np.random.default_rng(5)
-    batch = TokenBatch.from_examples([Example(draw.integers(5, 300, 96), 10) for _ in range(16)], 0, 8, start)
+    batch = vocabulary.layout.batch([Example(draw.integers(5, 300, 96), 10) for _ in range(16)], 0)
     heads = {
         "teacher": teacher.model.get_output_embeddings().weight,
         "student": student.model.get_output_embeddings().weight,

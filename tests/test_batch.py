@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.batch import Example, TokenBatch, make_window
+from toolkit.batch import EncoderDecoder, Example, TokenBatch, make_window
 
 PAD = 9
 
@@ -103,10 +103,11 @@ def ragged(count, longest=60, seed=0):
 
 
 def area(batch):
-    return sum(ids.numel() for ids in (batch.input_ids_BT, batch.encoder_ids_BS) if ids is not None)
+    ids = [tensor for name, tensor in batch.model_inputs().items() if name.endswith("input_ids")]
+    return sum(tensor.numel() for tensor in ids)
 
 
-@pytest.mark.parametrize("layout", [{}, {"pack_to": 64}, {"decoder_start_id": 0}])
+@pytest.mark.parametrize("layout", [{}, {"pack_to": 64}, {"layout": EncoderDecoder(0)}])
 @pytest.mark.parametrize("micro_tokens", [80, 128, 300, 10_000])
 def test_a_token_budget_holds_however_many_micro_batches_the_other_ranks_need(layout, micro_tokens):
     examples = ragged(24)

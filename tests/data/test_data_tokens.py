@@ -3,7 +3,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from toolkit.batch import TokenBatch
+from toolkit.batch import EncoderDecoder, TokenBatch
 from toolkit.data import DataConfig, end_with_turns, get_template, load_data, split_rows, tokenize_rows
 from toolkit.data.templates import ALPACA_MARKER
 from toolkit.ranks import heartbeat
@@ -125,7 +125,7 @@ def test_tokenizers_that_cannot_serve_are_refused(new_tokenizer, tokenizer):
     with pytest.raises(ValueError, match=r'max_prompt_length = 3, but the end of a "alpaca" prompt .* needs \d+'):
         one(tokenizer, row(), template="alpaca", max_prompt_length=3)
     with pytest.raises(ValueError, match=r"max_prompt_length = 1, .* needs 2"):  # an encoder's EOS is no prompt
-        tokenize_rows([row()], tokenizer, DataConfig(template="plain", max_prompt_length=1), for_encoder=True)
+        tokenize_rows([row()], tokenizer, DataConfig(template="plain", max_prompt_length=1), EncoderDecoder(0))
     with pytest.raises(ValueError, match="did you mean 'plain'"):
         get_template("plan")
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from tests import engine_cases, evaluation_cases
 from tests.tiny import make_tokenizer, save_llama, save_t5
+from toolkit.batch import EncoderDecoder
 from toolkit.data import DataConfig, load_data
 
 pytestmark = pytest.mark.multiprocess
@@ -32,7 +33,7 @@ def examples(t5):
     """The rows as training has them."""
     file = str(t5 / "rows.jsonl")
     config = DataConfig(source=file, validation_source=file, **SETTINGS)
-    data = load_data(config, AutoTokenizer.from_pretrained(t5 / "student"), for_encoder=True)
+    data = load_data(config, AutoTokenizer.from_pretrained(t5 / "student"), layout=EncoderDecoder(0))
     assert 0 < data.counts["train_truncated_prompts"] < 11
     return data.train
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
+from toolkit.batch import EncoderDecoder
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.decode import cache_bytes_per_token
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, uniform_draws
 from toolkit.rollout.seq2seq import decode_seq2seq
 
-VOCABULARY = Vocabulary(size=90, eos_ids=(1,), pad_id=0, decoder_start_id=0)  # the heads below have 96 rows
+VOCABULARY = Vocabulary(size=90, eos_ids=(1,), pad_id=0, layout=EncoderDecoder(0))  # the heads below have 96 rows
 MANY_ENDS = VOCABULARY._replace(eos_ids=(1, *range(60, 64)))  # texts of very different lengths
 SHAPE = dict(
     vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0,

@@ -13,6 +13,7 @@ from tests import engine_cases
 from tests.run.test_loop import assert_close
 from tests.run.test_resume import FULL, assert_equal, outcome
 from tests.tiny import make_tokenizer, save_rows, save_t5, tiny_overrides
+from toolkit.batch import EncoderDecoder
 from toolkit.data import DataConfig, PromptDataset, load_data
 from toolkit.ranks.signals import EXIT_LATER
 
@@ -70,7 +71,7 @@ def dense_reference(t5, student, steps, divergence, rows=8, lr=0.1, min_lr=1e-7,
     file = f"{t5}/rows.jsonl"
     config = DataConfig(source=file, validation_source=file, max_length=96, max_prompt_length=64, template="plain",
                         prefix=PREFIX)  # fmt: skip
-    dataset = PromptDataset(load_data(config, tokenizer, seed=10, for_encoder=True).train, 10)
+    dataset = PromptDataset(load_data(config, tokenizer, seed=10, layout=EncoderDecoder(0)).train, 10)
     teacher, model = (
         AutoModelForSeq2SeqLM.from_pretrained(t5 / name, dtype=torch.float64) for name in ("teacher", student)
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from toolkit.batch import Example
+from toolkit.batch import DECODER_ONLY, Example, RowLayout
 from toolkit.data.minillm import LAYOUT, has_test
 from toolkit.data.sources import Source, as_it_reads, content_sha256, load_rows
 from toolkit.data.store import Part, cached, tokenizer_sha256
@@ -46,23 +46,22 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
     token_cache: Path | None = None,
-    for_encoder: bool = False,
+    layout: RowLayout = DECODER_ONLY,
 ) -> Data:
     """Everything a run trains on and validates on; equal on all ranks.
 
     `seed` only salts the choice of validation rows where `source` is split: two runs to be compared, or a
     teacher and its student, need the same one. `token_cache`: a folder that keeps the tokens for the next start.
-    `for_encoder`: prompts as `tokenize_rows` makes them. Raises ValueError for anything wrong with the settings or the
-    rows, see the parts.
+    `layout`: see `tokenize_rows`. Raises ValueError for anything wrong with the settings or the rows, see the parts.
     """
     config.validate()
     if config.kind == "text" and config.streaming:
         return _streamed(config, tokenizer, seed)
-    key = _key(config, tokenizer, seed) | {"for_encoder": for_encoder} if token_cache else {}
+    key = _key(config, tokenizer, seed) | {"layout": layout.name} if token_cache else {}
     if config.kind == "text":
         parts = cached(token_cache, key, lambda: _text_parts(config, tokenizer, seed))
     else:
-        parts = cached(token_cache, key, lambda: _row_parts(config, tokenizer, seed, for_encoder))
+        parts = cached(token_cache, key, lambda: _row_parts(config, tokenizer, seed, layout))
     counts = {}
     for name in ("train", "validation"):
         if not len(parts[name].examples):
@@ -126,7 +125,7 @@ def split_rows(rows: list[dict], validation_fraction: float, seed: int = 0) -> t
     return train, validation
 
 
-def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, for_encoder: bool) -> dict[str, Part]:
+def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, layout: RowLayout) -> dict[str, Part]:
     rows, skipped = load_rows(config, config.source)
     validation_skipped = 0
     if _is_split(config):
@@ -136,7 +135,7 @@ def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         validation_rows, validation_skipped = load_rows(config, source, is_validation=True)
     parts = {}
     for name, some, bad in (("train", rows, skipped), ("validation", validation_rows, validation_skipped)):
-        part = tokenize_rows(some, tokenizer, config, for_encoder)
+        part = tokenize_rows(some, tokenizer, config, layout)
         if not part.examples:
             raise ValueError(
                 f"{config.source}: none of {len(some)} {name} rows is left after tokenizing "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from toolkit.batch import Example
+from toolkit.batch import DECODER_ONLY, Example, RowLayout
 from toolkit.data.templates import Refused, Template, get_template
 from toolkit.ranks import heartbeat
 from toolkit.settings import DataConfig
@@ -28,15 +28,14 @@ class Tokenized(NamedTuple):
 
 
 def tokenize_rows(
-    rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DataConfig, for_encoder: bool = False
+    rows: list[dict], tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: RowLayout = DECODER_ONLY
 ) -> Tokenized:
     """Prompt ids, response ids, EOS for every row ({"prompt", "input", "response"}), order kept.
 
-    A prompt longer than max_prompt_length goes by config.on_long_prompt; one that is cut keeps its last tokens, so the
-    template's marker stays, and its BOS if it begins with one. A response and its EOS that do not fit into max_length
-    go by config.on_long_response. Prompt and response are tokenized apart: a generated response continues just the
-    prompt ids that training has seen. `for_encoder`: prompts end in EOS, as T5's encoder was trained, and one that is
-    cut loses what stands before that.
+    A prompt longer than max_prompt_length goes by config.on_long_prompt; what is left of one that is cut is up to the
+    layout of the model's rows, as is what ends a prompt. A response and its EOS that do not fit into max_length go by
+    config.on_long_response. Prompt and response are tokenized apart: a generated response continues just the prompt ids
+    that training has seen.
 
     Raises ValueError if the tokenizer has no EOS, if the marker does not fit into max_prompt_length, for a row without
     tokens or with turns that the chat template refuses (on_bad_row "stop"), and for a long prompt or response
@@ -47,19 +46,20 @@ def tokenize_rows(
             f"the tokenizer {tokenizer.name_or_path!r} has no EOS token; a student could not learn to stop"
         )
     template = get_template(config.template)
-    _check_marker(template, tokenizer, config, for_encoder)
+    _check_marker(template, tokenizer, config, layout)
     examples, kept, counts = [], [], Counter()
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         texts = [_prompt_text(template, tokenizer, row, config) for row in chunk]
-        prompts = _prompt_ids(texts, template, tokenizer, for_encoder)
+        prompts = _prompt_ids(texts, template, tokenizer, layout)
         responses = _ids([row["response"] for row in chunk], tokenizer)
         for number, (row, text, prompt, response) in enumerate(
             zip(chunk, texts, prompts, responses, strict=True), start + 1
         ):
             response = response if response[-1:] == [tokenizer.eos_token_id] else [*response, tokenizer.eos_token_id]
             is_refused = isinstance(text, Refused)
-            if is_refused or len(prompt) <= for_encoder or len(response) < 2:  # an encoder's EOS alone is no prompt
+            # The ending alone is no prompt, and EOS alone no response.
+            if is_refused or len(prompt) <= layout.prompt_ending or len(response) < 2:
                 if config.on_bad_row == "stop":
                     what = text if is_refused else f"{len(prompt)} prompt and {len(response) - 1} response tokens"
                     raise ValueError(f'{_name(number, row)}: {what}; mend the row, or set data.on_bad_row to "skip"')
@@ -75,7 +75,7 @@ def tokenize_rows(
                     counts["skipped_long_prompts"] += 1
                     continue
                 counts["truncated_prompts"] += 1
-                prompt = _cut(prompt, config.max_prompt_length, tokenizer, for_encoder)
+                prompt = layout.cut_prompt(prompt, config.max_prompt_length, tokenizer)
             room = config.max_length - len(prompt)
             if len(response) > room:
                 if config.on_long_response == "stop":
@@ -108,24 +108,15 @@ def _prompt_text(
 
 
 def _prompt_ids(
-    texts: list[str | Refused], template: Template, tokenizer: PreTrainedTokenizerBase, for_encoder: bool
+    texts: list[str | Refused], template: Template, tokenizer: PreTrainedTokenizerBase, layout: RowLayout
 ) -> list[list[int]]:
-    """Whole, with BOS or EOS where the model expects them."""
+    """Whole, with BOS where the tokenizer puts it, ended as the layout has it."""
     bos, prompts = _bos(template, tokenizer), []
     for ids in _ids(["" if isinstance(text, Refused) else text for text in texts], tokenizer):
         if ids[:1] != bos:
             ids = bos + ids
-        if for_encoder and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        prompts.append(ids)
+        prompts.append(layout.end_prompt(ids, tokenizer))
     return prompts
-
-
-def _cut(ids: list[int], longest: int, tokenizer: PreTrainedTokenizerBase, for_encoder: bool) -> list[int]:
-    if for_encoder:
-        return [*ids[: longest - 1], tokenizer.eos_token_id]
-    head = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    return head + ids[len(ids) - (longest - len(head)) :]
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -140,11 +131,11 @@ def _bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _check_marker(
-    template: Template, tokenizer: PreTrainedTokenizerBase, config: DataConfig, for_encoder: bool
+    template: Template, tokenizer: PreTrainedTokenizerBase, config: DataConfig, layout: RowLayout
 ) -> None:
     marker = template.marker(tokenizer, config)
-    # with a BOS, or an encoder's EOS, and one token of the prompt itself
-    needed = len(_ids([marker], tokenizer)[0]) + 2 if marker else 1 + for_encoder
+    # The marker stands beside a BOS or an ending, and every prompt keeps one token of its own.
+    needed = len(_ids([marker], tokenizer)[0]) + 2 if marker else 1 + layout.prompt_ending
     if needed > config.max_prompt_length:
         raise ValueError(
             f"data.max_prompt_length = {config.max_prompt_length}, but the end of a "

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit.batch import Example
+from toolkit.batch import Example, RowLayout
 from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.data.minillm import SETS
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
@@ -25,12 +25,12 @@ from toolkit.evaluation.validation import Validator
 from toolkit.models import (
     Vocabulary,
     choose_dtype,
-    decoder_start_id,
     default_cache_dir,
     generation_ends,
     load_model,
     load_tokenizer,
-    shared_decoder_start,
+    row_layout,
+    shared_layout,
     shared_vocabulary,
     whole_student,
     whole_teacher,
@@ -148,7 +148,7 @@ class _Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sha256: str
-    decoder_start_id: int | None  # None: without an encoder
+    layout: RowLayout
     ends: list[int]
 
     @classmethod
@@ -162,14 +162,14 @@ class _Loaded:
         model = collectives.main_rank_first(lambda: load_model(given, path, None, dtype))
         files = json.dumps(sorted(file_hashes(path).items()))
         sha256 = hashlib.sha256(files.encode()).hexdigest()
-        start = decoder_start_id(given, path)
-        return cls(model.to(collectives.device()), tokenizer, sha256, start, generation_ends(path))
+        layout = row_layout(given, path)
+        return cls(model.to(collectives.device()), tokenizer, sha256, layout, generation_ends(path))
 
     def vocabulary(self, teacher: _Loaded | None) -> Vocabulary:
         theirs = teacher or self
-        start = shared_decoder_start(theirs.decoder_start_id, self.decoder_start_id)
+        layout = shared_layout(theirs.layout, self.layout)
         shared = shared_vocabulary(theirs.tokenizer, self.tokenizer, [*theirs.ends, *self.ends])
-        return shared._replace(decoder_start_id=start)
+        return shared._replace(layout=layout)
 
 
 @dataclass(frozen=True)
@@ -203,15 +203,14 @@ class Evaluation:
             teacher = collectives.together(lambda: whole_teacher(self.teacher.model, vocabulary))
             found = Validator(
                 examples, request.config.kl_batch_rows, vocabulary.pad_id, teacher,
-                decoder_start_id=vocabulary.decoder_start_id,
+                layout=vocabulary.layout,
             ).measure(student)  # fmt: skip
             score = {"mean": found.kl_nats, "deviation": None, "teacher_sha256": self.teacher.sha256}
             entry.setdefault("metrics", {})[KL] = score
         self._save()
 
     def _examples(self, loaded: _Loaded, entry: dict[str, Any]) -> list[Example]:
-        for_encoder = loaded.decoder_start_id is not None
-        found = tokenize_rows(self.rows, loaded.tokenizer, self.request.config.data, for_encoder)
+        found = tokenize_rows(self.rows, loaded.tokenizer, self.request.config.data, loaded.layout)
         if len(found.rows) < len(self.rows):
             raise ValueError(
                 f"{len(self.rows) - len(found.rows)} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from toolkit.batch import Example, TokenBatch
+from toolkit.batch import DECODER_ONLY, Example, RowLayout
 from toolkit.divergences import Divergence
 from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
 from toolkit.ranks import collectives
@@ -50,22 +50,21 @@ class Best(NamedTuple):
 
 class Validator:
     """Measures on `examples`, dealt over the ranks, against `teacher`. Every rank makes as many passes, whatever its
-    share. scores: answers held-out prompts and scores the answers; None leaves it out. decoder_start_id: as
-    TokenBatch has it."""
+    share. scores: answers held-out prompts and scores the answers; None leaves it out. layout: of
+    both models' rows."""
 
     def __init__(self, examples: list[Example], batch_rows: int, pad_id: int,
                  teacher: Teacher | NoTeacher | CachedTeacher, scores: Callable[[], Mapping[str, float]] | None = None,
-                 decoder_start_id: int | None = None):  # fmt: skip
+                 layout: RowLayout = DECODER_ONLY):  # fmt: skip
         self.teacher, self.scores = teacher, scores
         rank, world = collectives.rank(), collectives.world()
         own = examples[rank::world]
         passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
         parts = [own[start : start + batch_rows] for start in range(0, len(own), batch_rows)]
         # A rank that runs out of rows still enters the all-gathers, with a row that does not count.
-        *self.batches, spare = [
-            TokenBatch.from_examples(part, pad_id, decoder_start_id=decoder_start_id).to(collectives.device())
-            for part in (*parts, examples[:1])
-        ]
+        *self.batches, spare = (
+            layout.batch(part, pad_id).to(collectives.device()) for part in (*parts, examples[:1])
+        )
         self.spares = [spare] * (passes - len(parts))
 
     @torch.no_grad()

@@ -13,14 +13,14 @@ from toolkit.models.engines import (
 from toolkit.models.load import (
     check_positions,
     choose_dtype,
-    decoder_start_id,
     default_cache_dir,
     generation_ends,
     load_model,
+    row_layout,
 )
 from toolkit.models.packing import check_packing
 from toolkit.models.tokenizer import load_tokenizer
-from toolkit.models.vocabulary import Vocabulary, shared_decoder_start, shared_vocabulary
+from toolkit.models.vocabulary import Vocabulary, shared_layout, shared_vocabulary
 
 __all__ = [
     "NoTeacher",
@@ -33,12 +33,12 @@ __all__ = [
     "check_packing",
     "check_positions",
     "choose_dtype",
-    "decoder_start_id",
     "default_cache_dir",
     "generation_ends",
     "load_model",
     "load_tokenizer",
-    "shared_decoder_start",
+    "row_layout",
+    "shared_layout",
     "shared_vocabulary",
     "whole_student",
     "whole_teacher",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from toolkit.batch import Example, TokenBatch
+from toolkit.batch import DecoderOnly, EncoderDecoder, Example, RowLayout, TokenBatch, layout_of
 from toolkit.divergences import (
     Divergence,
     FusedLoss,
@@ -160,7 +160,8 @@ class Teacher:
     def signals(self, window: list[TokenBatch]) -> list[Signal]:
         """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
         window, so every rank makes as many passes, and enters as many all-gathers."""
-        # Of settings, not of the batches at hand: micro-batches may have other numbers of rows on other ranks.
+        # All ranks have to make as many passes. Micro-batches may have other numbers of rows on other ranks, so how
+        # many of them share a pass follows from settings alone.
         per_pass = max(1, (self.pass_rows or self.window_rows) * len(window) // self.window_rows)
         found: list[Signal] = []
         for start in range(0, len(window), per_pass):
@@ -242,8 +243,7 @@ def hidden_states(engine: Any, batch: TokenBatch) -> Tensor:
 def _check(role: str, engine: Any, vocabulary: Vocabulary) -> None:
     """`check_logits` on a few tokens. Collective."""
     ids_T = np.random.default_rng(0).integers(0, vocabulary.size, 8)
-    start = vocabulary.decoder_start_id
-    batch = TokenBatch.from_examples([Example(ids_T, 4)], vocabulary.pad_id, decoder_start_id=start)
+    batch = vocabulary.layout.batch([Example(ids_T, 4)], vocabulary.pad_id)
     check_logits(role, engine.module.model, *both_logits(engine, batch), vocabulary)
 
 
@@ -305,23 +305,21 @@ class _StudentForward(nn.Module):
                 alpha_N=alpha_N, memory_budget_mib=budget_mib, **_teacher_side(signal, teacher_head), **shared,
             )  # fmt: skip
 
-        # Around the operation and not the forward pass: nothing in it communicates, so one rank may repeat it alone.
+        # A rank that runs out of memory repeats the operation in smaller tiles, alone. It may, as nothing inside of
+        # the operation communicates; the forward pass before it does, and is not repeated.
         out = self.tiles.run(work, whole=default_budget_mib(hidden_NS.device))
         return out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum()
 
 
 def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """hidden_NH at the positions that predict response tokens, in the order of `batch.targets_N`."""
+    hidden_BTH = HIDDEN_STATES[type(layout_of(model.config))](model, batch)
+    return hidden_BTH[batch.predicts_BT].to(head_dtype(model))  # Mamba's come in fp32, whatever its head is
+
+
+def _of_one_stack(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """hidden_BTH."""
     inputs = batch.model_inputs()
-    if batch.encoder_ids_BS is not None:
-        # The stacks one by one: an encoder-decoder model is its own base model, and would run its head.
-        mask_BS = inputs["attention_mask"]
-        encoded_BSH = model.encoder(input_ids=inputs["input_ids"], attention_mask=mask_BS).last_hidden_state
-        hidden_BTH = model.decoder(
-            input_ids=inputs["decoder_input_ids"], attention_mask=inputs["decoder_attention_mask"],
-            encoder_hidden_states=encoded_BSH, encoder_attention_mask=mask_BS, use_cache=False,
-        ).last_hidden_state  # fmt: skip
-        return hidden_BTH[batch.predicts_BT]
     if batch.position_ids_BT is not None and model.config.model_type in MAKES_NO_PACKED_MASK:
         like_BT1 = batch.input_ids_BT.new_empty((*batch.input_ids_BT.shape, 1), dtype=model.dtype)
         inputs["attention_mask"] = create_causal_mask(
@@ -331,8 +329,25 @@ def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
         # transformers finds the texts for flash attention in a single row only; positions start over in each row too
         inputs = {name: tensor_BT.reshape(1, -1) for name, tensor_BT in inputs.items()}
     hidden_BTH = stack_of(model)(**inputs, use_cache=False).last_hidden_state
-    hidden_NH = hidden_BTH.reshape(*batch.predicts_BT.shape, -1)[batch.predicts_BT]
-    return hidden_NH.to(head_dtype(model))  # Mamba's come in fp32, whatever its head is
+    return hidden_BTH.reshape(*batch.predicts_BT.shape, -1)
+
+
+def _of_encoder_and_decoder(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """hidden_BTH of the decoder. The stacks run one by one: the model is its own base model, and would run its head."""
+    inputs = batch.model_inputs()
+    mask_BS = inputs["attention_mask"]
+    encoded_BSH = model.encoder(input_ids=inputs["input_ids"], attention_mask=mask_BS).last_hidden_state
+    return model.decoder(
+        input_ids=inputs["decoder_input_ids"], attention_mask=inputs["decoder_attention_mask"],
+        encoder_hidden_states=encoded_BSH, encoder_attention_mask=mask_BS, use_cache=False,
+    ).last_hidden_state  # fmt: skip
+
+
+#: layout of rows -> how a model of it makes hidden states of a batch
+HIDDEN_STATES: dict[type[RowLayout], Callable[[PreTrainedModel, TokenBatch], Tensor]] = {
+    DecoderOnly: _of_one_stack,
+    EncoderDecoder: _of_encoder_and_decoder,
+}
 
 
 @torch.no_grad()
@@ -394,9 +409,8 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
     def run(hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = len(hidden_BTH)
         if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
-            return forward(
-                hidden_BTH, *args, **kwargs
-            )  # generation: the cache holds all rows, and halves its own batch
+            # This is generation, which halves its batch by itself; the cache holds all of its rows.
+            return forward(hidden_BTH, *args, **kwargs)
 
         def part(value: Any, start: int, end: int) -> Any:
             if isinstance(value, tuple):

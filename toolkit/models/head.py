@@ -15,8 +15,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
 
 
 def stack_of(model: PreTrainedModel) -> nn.Module:
-    """What makes a causal model's hidden states, between its ids and its head."""
-    if model.base_model is not model or model.config.is_encoder_decoder:
+    """What makes the hidden states of a model without an encoder, between its ids and its head."""
+    if model.base_model is not model:
         return model.base_model
     # Llama 4's base_model_prefix names no part of it, so it counts as its own base.
     embeddings = model.get_input_embeddings()

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import cached_file
 
+from toolkit.batch import RowLayout, layout_of
 from toolkit.divergences.products import cpu_has_bf16_products
 from toolkit.models.dtypes import dtypes_of
 from toolkit.models.files import hub_version
@@ -83,8 +84,8 @@ def base_name(model: ModelConfig, path: str) -> str:
     return path if is_changed or _is_local(resolve(model.path)) else hub_version(model.path)[0]
 
 
-def decoder_start_id(model: ModelConfig, path: str) -> int | None:
-    """The id that the decoder of an encoder-decoder model begins with, None for a model without an encoder.
+def row_layout(model: ModelConfig, path: str) -> RowLayout:
+    """How the model reads a prompt and its response.
 
     `path` is what `materialize` returned. Raises ValueError for a configuration that is not to be had or not known.
     """
@@ -92,7 +93,7 @@ def decoder_start_id(model: ModelConfig, path: str) -> int | None:
         config = _configuration(model, path)
     except (OSError, StrictDataclassError) as error:
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
-    return config.decoder_start_token_id if config.is_encoder_decoder else None
+    return layout_of(config)
 
 
 def generation_ends(path: str) -> list[int]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from toolkit.batch import layout_of
 from toolkit.models import zero
 from toolkit.ranks import collectives
 from toolkit.settings import LoraConfig
@@ -54,7 +55,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base_path: str, see
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules) or "all-linear",
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        task_type=layout_of(model.config).task_type,
         base_model_name_or_path=base_path or None,
     )
     torch.manual_seed(seed)

@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from toolkit.batch import DECODER_ONLY, RowLayout
 from toolkit.models.tokenizer import first_difference, plain_ids
 
 
 class Vocabulary(NamedTuple):
-    """eos_ids: what ends a generated text; the first is the tokenizer's EOS, the end of the data's own.
-
-    decoder_start_id: what an encoder-decoder model's decoder begins with; None: the models have no encoder."""
+    """What both models share. eos_ids: what ends a generated text; the first is the tokenizer's EOS, the end of the
+    data's own. layout: how both read a prompt and its response."""
 
     size: int
     eos_ids: tuple[int, ...]
     pad_id: int
-    decoder_start_id: int | None = None
+    layout: RowLayout = DECODER_ONLY
 
 
 def shared_vocabulary(
@@ -58,13 +58,11 @@ def shared_vocabulary(
     return Vocabulary(size, (eos_id, *others), student.pad_token_id)
 
 
-def shared_decoder_start(teacher: int | None, student: int | None) -> int | None:
-    """What both models' decoders begin with, None where they have no encoder. Raises ValueError where they differ."""
+def shared_layout(teacher: RowLayout, student: RowLayout) -> RowLayout:
+    """The layout of both models' rows. Raises ValueError where they differ."""
     if teacher != student:
-        said = ["has no encoder" if start is None else f"starts its decoder with id {start}"
-                for start in (teacher, student)]  # fmt: skip
         raise ValueError(
-            f"the teacher {said[0]}, the student {said[1]}: they read rows of different make; take two encoder-decoder "
+            f"the teacher {teacher}, the student {student}: they read rows of different make; take two encoder-decoder "
             "models that start alike (decoder_start_token_id of config.json), or two without an encoder"
         )
     return student

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from toolkit.batch import TokenBatch
 from toolkit.models.engines import both_logits
 from toolkit.models.head import TOLERANCE
 from toolkit.rollout.local import GatheredRollout, evaluation_mode
@@ -38,7 +37,7 @@ def check_generation(role: str, rollout: GatheredRollout) -> None:
         examples = trial.complete(prompts, greedy)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(about.format(f"{type(error).__name__}: {error}")) from error
-    batch = TokenBatch.from_examples(examples, vocabulary.pad_id, decoder_start_id=vocabulary.decoder_start_id)
+    batch = vocabulary.layout.batch(examples, vocabulary.pad_id)
     with evaluation_mode(rollout.engine):
         logits_NV = both_logits(rollout.engine, batch)[0][:, : vocabulary.size].float()
     said_N1 = batch.targets_N.to(logits_NV.device)[:, None]

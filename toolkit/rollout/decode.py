@@ -152,11 +152,8 @@ AttentionInterface.register(ATTENTION, _attend)  # and no mask under this name: 
 class Passes:
     """The model's passes over the rows of a cache: what `decode` has to know of a kind of model. All give hidden_BH.
 
-    begins: for each prompt the tokens that its row starts with. steps_differ: a pass over prompts runs other modules
-    than a step, so that ranks whose passes are collectives have to agree on which it is.
+    begins: for each prompt the tokens that its row starts with.
     """
-
-    steps_differ = False
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
         self.model, self.begins, self.rows = model, prompts, rows
@@ -259,7 +256,8 @@ def decode(
         while anyone_going(bool(waiting or running)) if anyone_going else waiting or running:
             free = rows - len(running)
             fills = bool(waiting) and (not running or 4 * free >= rows)
-            anyone_fills = anyone_going(fills) if anyone_going and passes.steps_differ else fills
+            # Where the two kinds of passes differ, ranks whose passes are collectives agree on which it is.
+            anyone_fills = anyone_going(fills) if anyone_going and vocabulary.layout.steps_differ else fills
             if not (waiting or running) or (anyone_fills and not fills):
                 logits_of(model, passes.idle(anyone_fills), None)
                 continue

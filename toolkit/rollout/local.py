@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from transformers import PreTrainedModel
 
-from toolkit.batch import Example
+from toolkit.batch import DecoderOnly, EncoderDecoder, Example, RowLayout
 from toolkit.models import zero
 from toolkit.models.head import stack_of
 from toolkit.models.vocabulary import Vocabulary
@@ -48,6 +48,14 @@ __all__ = [
 
 MIB = 2**20
 ROOM = 0.8  # of the free memory, for weights and what the cache takes at least
+
+
+DecodeLoop = Callable[..., tuple[list[np.ndarray], DecodeStats]]
+#: layout of rows -> the loop that makes text of a model of it
+LOOPS: dict[type[RowLayout], Callable[[PreTrainedModel], DecodeLoop]] = {
+    DecoderOnly: lambda model: decode if is_supported(model) else plain_decode,
+    EncoderDecoder: lambda model: decode_seq2seq,
+}
 
 
 @dataclass
@@ -145,8 +153,8 @@ class GatheredRollout(Rollout):
         else:
             mode = "sharded"
             model = self.engine.module.model
-            with evaluation_mode(self.engine), _InStep(model) as ranks:
-                texts, stats = _decoder(model)(
+            with evaluation_mode(self.engine), _InStep(model, self.vocabulary.layout) as ranks:
+                texts, stats = self._loop(model)(
                     model, prompts, sampling, self.vocabulary, self._rows(row_bytes), ranks.anyone_going
                 )
         self.last = RolloutStats(
@@ -160,9 +168,12 @@ class GatheredRollout(Rollout):
     ) -> tuple[list[np.ndarray], DecodeStats]:
         def work(size: float | None) -> tuple[list[np.ndarray], DecodeStats]:
             # A text is a function of its seed: what is tried again says the same.
-            return _decoder(model)(model, prompts, sampling, self.vocabulary, int(min(rows, size or rows)))
+            return self._loop(model)(model, prompts, sampling, self.vocabulary, int(min(rows, size or rows)))
 
         return self.rows.run(work, whole=min(rows, len(prompts)))
+
+    def _loop(self, model: PreTrainedModel) -> DecodeLoop:
+        return LOOPS[type(self.vocabulary.layout)](model)
 
     def _rows(self, row_bytes: int) -> int:
         budget = self.cache_mib * MIB if self.cache_mib else free_bytes() // 2
@@ -195,12 +206,6 @@ class GatheredRollout(Rollout):
         return self.cache_mib * MIB if self.cache_mib else row_bytes
 
 
-def _decoder(model: PreTrainedModel) -> Any:
-    if model.config.is_encoder_decoder:
-        return decode_seq2seq
-    return decode if is_supported(model) else plain_decode
-
-
 def check_prompts(prompts: Sequence[np.ndarray], sampling: SeededSampling, vocabulary: Vocabulary) -> None:
     if len(sampling.seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts with {len(sampling.seeds)} seeds; give one seed for each prompt")
@@ -229,10 +234,10 @@ class _InStep:
     raised on this rank alone, and ends the job as an error in a training step does.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, layout: RowLayout):
         self.model, self.owes_pass, self.is_inside = model, False, False
-        # An encoder-decoder model makes two kinds of passes, and which one is owed is not known here.
-        self.tells = not model.config.is_encoder_decoder
+        # Where there are two kinds of passes, it is not known here which one is owed.
+        self.tells = not layout.steps_differ
 
     def anyone_going(self, going: bool) -> bool:
         """Whether any rank goes on; raises RuntimeError where one has failed. Collective."""
@@ -246,10 +251,10 @@ class _InStep:
         def leave(*_: Any) -> None:
             self.owes_pass = self.is_inside = False
 
-        self.hooks = [
-            stack_of(self.model).register_forward_pre_hook(enter),
-            self.model.get_output_embeddings().register_forward_hook(leave),
-        ]
+        self.hooks = []
+        if self.tells:
+            self.hooks.append(stack_of(self.model).register_forward_pre_hook(enter))
+            self.hooks.append(self.model.get_output_embeddings().register_forward_hook(leave))
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

@@ -153,7 +153,7 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class _DecoderPasses(Passes):
-    steps_differ = True  # an encoder runs with the first, and the cross-attention's projections
+    """A prompt's pass runs the encoder and puts the cross-attention's keys into the cache, a step runs the decoder."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
         start = np.array([model.config.decoder_start_token_id])

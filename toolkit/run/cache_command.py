@@ -18,7 +18,7 @@ from toolkit.ranks import collectives
 from toolkit.ranks.output import say
 from toolkit.ranks.signals import EXIT_LATER, GoOnLater, StopSignals
 from toolkit.ranks.watchdog import Watchdog
-from toolkit.run.inputs import load_inputs, refuse_encoders
+from toolkit.run.inputs import load_inputs
 from toolkit.run.recipe import chosen
 from toolkit.settings import RunConfig
 from toolkit.teachers.cache import Form, TeacherCache, build, identity_of, plan
@@ -73,7 +73,7 @@ def _run(
     vocabulary, data, temperature = inputs.vocabulary, inputs.data, config.loss.temperature
     form = Form(options.top_k, options.draws, config.seed if options.draws else 0)
     collectives.together(lambda: form.validate(vocabulary.size))
-    refuse_encoders(vocabulary)
+    vocabulary.layout.check_use(cache=True)
     if isinstance(data.train, TextStream):
         raise ValueError("data.streaming = true: a stream's texts are not known; set it to false")
 

@@ -16,11 +16,11 @@ from toolkit.models import (
     Vocabulary,
     check_positions,
     choose_dtype,
-    decoder_start_id,
     default_cache_dir,
     generation_ends,
     load_tokenizer,
-    shared_decoder_start,
+    row_layout,
+    shared_layout,
     shared_vocabulary,
 )
 from toolkit.models.files import source_folder
@@ -91,20 +91,16 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
     student = load_tokenizer(config.student, student_path) if has_own else teacher
     for tokenizer in filter(None, (teacher, student)):
         end_with_turns(tokenizer, config.data.template if config.data.kind == "instructions" else "")
-    starts = decoder_start_id(config.student, student_path)
-    theirs = decoder_start_id(config.teacher, teacher_path) if config.has_teacher else starts
-    if starts is not None and config.packs:
-        raise ValueError(
-            "an encoder-decoder student reads prompt and response apart: data.packing, text.source and data.kind = "
-            '"text" are for models without an encoder; set them to false, "" and "instructions"'
-        )
+    layout = row_layout(config.student, student_path)
+    theirs = row_layout(config.teacher, teacher_path) if config.has_teacher else layout
+    layout.check_use(packing=config.packs)
     ends = [end for path in {teacher_path, student_path} for end in generation_ends(path)]
     vocabulary = shared_vocabulary(teacher or student, student, ends)
-    return student, vocabulary._replace(decoder_start_id=shared_decoder_start(theirs, starts))
+    return student, vocabulary._replace(layout=shared_layout(theirs, layout))
 
 
 def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_dir: Path) -> Data:
-    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.decoder_start_id is not None)
+    data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.layout)
     if isinstance(data.train, TextStream):
         data.train.check(collectives.rank(), collectives.world())  # now, not at the first step
     elif len(data.train) < config.train.batch_rows:
@@ -143,15 +139,6 @@ def load_plain_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple
     return text, sha256
 
 
-def refuse_encoders(vocabulary: Vocabulary) -> None:
-    """A cache is built and read for models without an encoder."""
-    if vocabulary.decoder_start_id is not None:
-        raise ValueError(
-            f"teacher.cache with an encoder-decoder model (its decoder starts with id {vocabulary.decoder_start_id}): "
-            'answers are kept for models without an encoder only; set teacher.cache to ""'
-        )
-
-
 def cache_identity(
     config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: Any, vocabulary: Vocabulary
 ) -> dict[str, Any]:
@@ -160,7 +147,7 @@ def cache_identity(
     folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / "summary.json"
 
     def known() -> dict[str, Any]:
-        refuse_encoders(vocabulary)
+        vocabulary.layout.check_use(cache=True)
         cache, loss = TeacherCache(folder), config.loss
         cache.check_belongs(identity_of(
             config.teacher, config.seed, parts["teacher_sha256"], data.sha256, tokenizer, vocabulary, loss.temperature

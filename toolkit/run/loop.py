@@ -239,7 +239,7 @@ class DistillationLoop:
             return []
         window = make_window(
             examples, self.config.micro_rows(collectives.world()), self.vocabulary.pad_id, pack_to=pack_to,
-            decoder_start_id=self.vocabulary.decoder_start_id, micro_tokens=self.config.train.micro_tokens,
+            layout=self.vocabulary.layout, micro_tokens=self.config.train.micro_tokens,
             agree=collectives.max_over_ranks,
         )  # fmt: skip
         return [batch.to(collectives.device()) for batch in window]

@@ -175,7 +175,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
                 (lambda: _scores(data, _sampled(config, data, student_rollout, tokenizer), validation.best))
                 if validation.best in SCORES
                 else None,
-                vocabulary.decoder_start_id,
+                vocabulary.layout,
             ),
             monitor=monitor,
             timer=timer,

@@ -58,9 +58,6 @@ def texts_of(batch: TokenBatch, temperature: float) -> list[Text]:
             if targets := int(predicts.sum()):
                 head = f"{float(temperature)!r} {end - start} {predicts.argmax()} {targets} "
                 content = head.encode() + ids_BT[b, start:end].astype(np.int32).tobytes()
-                if batch.encoder_ids_BS is not None:
-                    read = batch.encoder_ids_BS[b][batch.encoder_mask_BS[b].bool()]
-                    content += b" " + read.cpu().numpy().astype(np.int32).tobytes()
                 digest = hashlib.blake2b(content, digest_size=8).digest()
                 found.append(Text(int.from_bytes(digest, "little", signed=True), targets))
     return found
