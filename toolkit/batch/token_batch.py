@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +173,8 @@ class TokenBatch:
             return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
 
         kind = type(batches[0])
-        return kind(**{field.name: joined(field.name) for field in dataclasses.fields(kind)})
+        fields: dict[str, Any] = {field.name: joined(field.name) for field in dataclasses.fields(kind)}
+        return kind(**fields)
 
     def _with_positions(self) -> TokenBatch:
         if self.position_ids_BT is not None:
@@ -182,7 +184,7 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         there = {name: None if t is None else t.to(device, non_blocking=True) for name, t in fields.items()}
         moved = type(self)(**there)
         # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.

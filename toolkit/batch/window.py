@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 
 from toolkit.batch.layout import DECODER_ONLY, RowLayout
@@ -114,7 +115,8 @@ def _even_parts(examples: Sequence[Example], count: int) -> list[list[Example]]:
 
 def _least_padding(examples: Sequence[Example], pack_to: int, pad_to_multiple: int) -> Rows:
     """The examples in the number of rows that makes rows x padded length smallest; more and shorter rows on a tie."""
-    found, least = None, 0
+    found: Rows = []
+    least = math.inf
     limit = max(pack_to, max(map(_length, examples)))
     for count in range(len(examples), 0, -1):
         rows = _even_parts(examples, count)
@@ -122,7 +124,7 @@ def _least_padding(examples: Sequence[Example], pack_to: int, pad_to_multiple: i
         if longest > limit:
             break
         area = count * round_up(longest, pad_to_multiple)
-        if found is None or area < least:
+        if area < least:
             found, least = rows, area
     return found
 

@@ -38,7 +38,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape that the parameter has when it is gathered."""
     # 0.19.8: the `shape` of a partitioned parameter is (0,); `ds_shape` is what it was made with.
-    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def whole_numel(parameter: nn.Parameter) -> int:
@@ -78,10 +78,11 @@ def set_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
         return
     # 0.19.8: `partition` copies values into `ds_tensor` where that is there, in the dtype that it has, and makes a new
     # one of the parameter's own dtype where it is None. hpZ's second copy, `ds_secondary_tensor`, goes likewise.
-    parameter.all_gather()
-    parameter.data = parameter.data.to(dtype)
-    parameter.ds_tensor = parameter.ds_secondary_tensor = None
-    parameter.partition()
+    partitioned: Any = parameter
+    partitioned.all_gather()
+    partitioned.data = partitioned.data.to(dtype)
+    partitioned.ds_tensor = partitioned.ds_secondary_tensor = None
+    partitioned.partition()
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def dtypes_under_init(wanted: Mapping[str, torch.dtype]) -> Iterator[None]:
     # name while it loads a model, which is why a class of our own has to stand there.
     original = deepspeed.zero.Init
 
-    class Init(original):
+    class Init(original):  # type: ignore[misc, valid-type]
         def _post_init_method(self, module: nn.Module) -> None:
             super()._post_init_method(module)
             self.made = module
@@ -128,7 +129,7 @@ def initialize(
     it; for ZeRO-3 the model has to be made under zero.Init. Collective."""
     # 0.19.8: deepspeed.initialize casts all parameters of a module that zero.Init did not make to the engine's
     # precision, frozen ones as well. Those that zero.Init made it leaves alone.
-    model = module.model
+    model = module.get_submodule("model")
     others = (p for p in model.parameters() if p.dtype != model.dtype and not is_partitioned(p))
     kept = [(parameter, parameter.data) for parameter in others if not parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))

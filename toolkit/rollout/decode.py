@@ -157,7 +157,7 @@ class Passes:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
         self.model, self.begins, self.rows = model, prompts, rows
-        self.device = model.get_input_embeddings().weight.device
+        self.device = model.device
         self.room = row_tokens(max((len(begin) for begin in self.begins), default=1) + max_new_tokens)
         self.cache = RaggedCache(rows, self.room)
 
@@ -314,7 +314,7 @@ def decode(
 @torch.no_grad()
 def idle_pass(model: PreTrainedModel) -> None:
     """One token that nobody reads, outside of `decode`: for the collectives of the ranks that still generate."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     logits_of(model, stack_of(model)(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
 
 
@@ -349,7 +349,7 @@ def plain_decode(
     anyone_going: Callable[[bool], bool] | None = None,
 ) -> tuple[list[np.ndarray], DecodeStats]:  # fmt: skip
     """`decode` for any causal model of transformers, and its readable twin: padded to the left, a cache that grows."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     eos_ids = torch.tensor(vocabulary.eos_ids)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found, stats = [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
