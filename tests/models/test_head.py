@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.tiny import make_tokenizer
 from toolkit.batch import Example, TokenBatch
-from toolkit.models.engines import both_logits, whole_student, whole_teacher
+from toolkit.models import whole_student, whole_teacher
+from toolkit.models.engines import both_logits
 from toolkit.models.head import logit_rules
 from toolkit.models.load import generation_ends
 from toolkit.models.vocabulary import Vocabulary, shared_vocabulary

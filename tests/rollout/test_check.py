@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tf
 
-from toolkit.models.engines import whole_student
+from toolkit.models import whole_student
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout import decode
 from toolkit.rollout.check import check_generation

@@ -1,15 +1,7 @@
 """Teacher and student: loading under ZeRO, the vocabulary they share, and the two engines."""
 
-from toolkit.models.engines import (
-    NoTeacher,
-    Objective,
-    Student,
-    Teacher,
-    build_student,
-    build_teacher,
-    whole_student,
-    whole_teacher,
-)
+from toolkit.models.build import build_student, build_teacher, whole_student, whole_teacher
+from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
 from toolkit.models.load import (
     check_positions,
     choose_dtype,

@@ -1,24 +1,21 @@
-"""Teacher and student behind DeepSpeed engines. Neither makes logits of a whole batch.
+"""Teacher and student behind DeepSpeed engines: their passes and the loss. Neither makes logits of a whole batch.
 
 Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher and student, V head rows.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import deepspeed
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from toolkit.batch import DecoderOnly, EncoderDecoder, Example, RowLayout, TokenBatch, layout_of
+from toolkit.batch import DecoderOnly, EncoderDecoder, RowLayout, TokenBatch, layout_of
 from toolkit.divergences import (
     Divergence,
     FusedLoss,
@@ -28,20 +25,13 @@ from toolkit.divergences import (
     fused_linear_divergence,
 )
 from toolkit.models import zero
-from toolkit.models.ds_config import student_ds_config, teacher_ds_config
-from toolkit.models.dtypes import train_in
-from toolkit.models.head import Head, check_logits, head_dtype, logit_rules, logits_of, stack_of
-from toolkit.models.load import base_name, load_model
-from toolkit.models.vocabulary import Vocabulary, check_head
-from toolkit.ranks import collectives
+from toolkit.models.head import Head, head_dtype, logit_rules, logits_of, stack_of
+from toolkit.models.vocabulary import Vocabulary
 from toolkit.ranks.memory import Halving
-from toolkit.seeds import philox
-from toolkit.settings import NO_DIVERGENCE, LossConfig, OptimizerConfig, RunConfig
+from toolkit.settings import NO_DIVERGENCE, LossConfig, OptimizerConfig
 
 #: families whose code takes position ids but makes no mask of them, so that packed texts would see each other
 MAKES_NO_PACKED_MASK = {"opt"}
-
-
 #: the teacher's answer to a micro-batch: hidden_NT, the stored top k of its N positions, or None where it is not asked
 Signal = Tensor | TopKTeacher | None
 
@@ -75,73 +65,6 @@ class LossSums(NamedTuple):
     divergence_nats: Tensor
     cross_entropy_nats: Tensor
     agreements: Tensor
-
-
-def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Teacher:
-    ds_config = teacher_ds_config(config, _name(dtype))
-    model = collectives.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
-    check_head("teacher", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
-    model.requires_grad_(False)
-    split_where_memory_runs_out(model)
-    engine = zero.initialize(_TeacherForward(model), ds_config)
-    engine.eval()
-    _check("teacher", engine, vocabulary)
-    return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // collectives.world())
-
-
-def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
-    ds_config = student_ds_config(config, _name(dtype), collectives.world())
-    model = collectives.together(lambda: load_model(config.student, path, ds_config, dtype, config.seed))
-    check_head("student", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
-    if config.student.lora.rank:
-        from toolkit.models.lora import add_adapters  # peft takes long to import
-
-        add_adapters(model, config.student.lora, base_name(config.student, path), config.seed)
-    if config.student.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    train_in(model, dtype)
-    module = _StudentForward(model, config.loss, vocabulary)
-    optimizer = _optimizer(module, config.optimizer, ds_config)
-    engine = zero.initialize(module, ds_config, optimizer)
-    engine.eval()
-    _check("student", engine, vocabulary)
-    engine.train()  # transformers loads a model in evaluation mode: without dropout and gradient checkpointing
-    torch.manual_seed(int(philox(config.seed, 0, collectives.rank()).random_raw()))  # dropout is each rank's own
-    return Student(engine, config.optimizer, config.train.steps)
-
-
-class WholeModel:
-    """Stands where an engine of deepspeed would, for a module that is whole on each rank and is not trained."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module.eval()
-
-    def __call__(self, *args: Any, **named: Any) -> Any:
-        return self.module(*args, **named)
-
-    def eval(self) -> None:
-        """It is always in eval mode."""
-
-    train = eval
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-
-def whole_student(model: PreTrainedModel, vocabulary: Vocabulary) -> Student:
-    """A model to be measured: whole on each rank, without deepspeed."""
-    check_head("model", len(model.get_output_embeddings().weight), vocabulary)
-    engine = WholeModel(_StudentForward(model, LossConfig(), vocabulary))
-    _check("model", engine, vocabulary)
-    return Student(engine, OptimizerConfig(), total_steps=1)
-
-
-def whole_teacher(model: PreTrainedModel, vocabulary: Vocabulary) -> Teacher:
-    """A model that others are measured against: whole on each rank, without deepspeed."""
-    check_head("teacher", len(model.get_output_embeddings().weight), vocabulary)
-    engine = WholeModel(_TeacherForward(model))
-    _check("teacher", engine, vocabulary)
-    return Teacher(engine)
 
 
 class Teacher:
@@ -240,19 +163,12 @@ def hidden_states(engine: Any, batch: TokenBatch) -> Tensor:
     return engine(batch.to(engine.module.model.device), answer="hidden")
 
 
-def _check(role: str, engine: Any, vocabulary: Vocabulary) -> None:
-    """`check_logits` on a few tokens. Collective."""
-    ids_T = np.random.default_rng(0).integers(0, vocabulary.size, 8)
-    batch = vocabulary.layout.batch([Example(ids_T, 4)], vocabulary.pad_id)
-    check_logits(role, engine.module.model, *both_logits(engine, batch), vocabulary)
-
-
 def _both_logits(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     own_BTV = model(**batch.model_inputs(), use_cache=False).logits
     return own_BTV[batch.predicts_BT], logits_of(model, response_hidden(model, batch))
 
 
-class _TeacherForward(nn.Module):
+class TeacherForward(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
@@ -261,7 +177,7 @@ class _TeacherForward(nn.Module):
         return _both_logits(self.model, batch) if answer == "logits" else response_hidden(self.model, batch)
 
 
-class _StudentForward(nn.Module):
+class StudentForward(nn.Module):
     def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
         self.model, self.vocabulary = model, vocabulary
@@ -386,75 +302,3 @@ def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str,
         "teacher_hidden_NT": signal, "teacher_head_VT": weight_VH, "teacher_bias_V": bias_V,
         "teacher_logit_scale": scale, "teacher_soft_cap": soft_cap,
     }  # fmt: skip
-
-
-def split_where_memory_runs_out(model: PreTrainedModel) -> None:
-    """Lets each decoder layer of a frozen model work on half of its rows, a quarter, ..., once memory runs out.
-
-    ZeRO-3 gathers a layer as a whole then: inside it nothing communicates, and a rank that repeats a layer keeps in
-    step with the others. To be called before `zero.initialize`.
-    """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        return
-    zero.gather_at_once(model, layers)
-    halving = Halving("the teacher's window", "rows")
-    for layer in layers:
-        layer.forward = _in_parts(layer.forward, halving)
-
-
-def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rows = len(hidden_BTH)
-        if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
-            # This is generation, which halves its batch by itself; the cache holds all of its rows.
-            return forward(hidden_BTH, *args, **kwargs)
-
-        def part(value: Any, start: int, end: int) -> Any:
-            if isinstance(value, tuple):
-                return tuple(part(item, start, end) for item in value)
-            is_per_row = torch.is_tensor(value) and value.dim() >= 2 and len(value) == rows
-            return value[start:end] if is_per_row else value
-
-        def work(size: float | None) -> Any:
-            if size is None or size >= rows:
-                return forward(hidden_BTH, *args, **kwargs)
-            outs = []
-            for start in range(0, rows, int(size)):
-                at = start, min(rows, start + int(size))
-                named = {name: part(value, *at) for name, value in kwargs.items()}
-                outs.append(forward(part(hidden_BTH, *at), *(part(value, *at) for value in args), **named))
-            if torch.is_tensor(outs[0]):
-                return torch.cat(outs)
-            # T5's position bias is one for all rows, and comes back beside the hidden states.
-            return tuple(
-                torch.cat(same) if torch.is_tensor(same[0]) and len(same[0]) == int(size) else same[0]
-                for same in zip(*outs, strict=True)
-            )
-
-        return halving.run(work, whole=rows)
-
-    return run
-
-
-def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict) -> torch.optim.Optimizer:
-    trained = [p for p in module.parameters() if p.requires_grad]
-    # Weight decay pulls matrices towards 0; the gain of a norm or a bias has no reason to be there.
-    groups = [[p for p in trained if len(zero.whole_shape(p)) > 1]]
-    groups.append([p for p in trained if len(zero.whole_shape(p)) <= 1])
-    parameters = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in zip(groups, (config.weight_decay, 0.0), strict=True) if group
-    ]  # fmt: skip
-    if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr)
-    settings = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    if ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
