@@ -306,6 +306,8 @@ def check_owned_pieces(stage):
             assert stage < 3 or 0 < counts.sum() < len(counts), f"both ranks own a part of {name}"
         other = {name: torch.arange(p.numel()).view(p.shape).float() for name, p in weights.items()}
         write(engine, other)
+        small = [p for p in engine.module.model.parameters() if p.requires_grad and zero.whole_numel(p) <= SMALL]
+        assert all(map(zero.is_whole, small)), "small parameters are gathered again"
         found = weights_of(engine)
         for name in covered:
             assert torch.equal(found[name], other[name]), name

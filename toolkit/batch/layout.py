@@ -76,12 +76,15 @@ class DecoderOnly(RowLayout):
         return "has no encoder"
 
     def batch_of_rows(self, rows: Rows, pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
+        """`TokenBatch.from_rows`."""
         return TokenBatch.from_rows(rows, pad_id, pad_to_multiple)
 
     def area(self, rows: Rows, pad_to_multiple: int) -> int:
+        """Rows times their padded length."""
         return len(rows) * round_up(max(sum(len(one.tokens) for one in row) for row in rows), pad_to_multiple)
 
     def end_prompt(self, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """As it is: the response goes on behind it."""
         return ids
 
     def cut_prompt(self, ids: list[int], longest: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -90,7 +93,7 @@ class DecoderOnly(RowLayout):
         return head + ids[len(ids) - (longest - len(head)) :]
 
     def check_use(self, *, packing: bool = False, cache: bool = False) -> None:
-        pass
+        """Everything may be asked of such rows."""
 
 
 #: the layout where none is named
@@ -103,8 +106,10 @@ class EncoderDecoder(RowLayout):
 
     name = "encoder_decoder"
     task_type = "SEQ_2_SEQ_LM"
-    prompt_ending = 1  # EOS
-    steps_differ = True  # the encoder and the cross-attention's projections run with the prompts alone
+    # EOS.
+    prompt_ending = 1
+    # The encoder runs over prompts alone, and so do the cross-attention's projections of what it made.
+    steps_differ = True
 
     start_id: int
 
@@ -112,6 +117,7 @@ class EncoderDecoder(RowLayout):
         return f"starts its decoder with id {self.start_id}"
 
     def batch_of_rows(self, rows: Rows, pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
+        """Two padded blocks, of the encoder's tokens and of the decoder's. Each row holds one example."""
         examples = [example for (example,) in rows]
         said = [[Example(np.concatenate([[self.start_id], example.response]), 1)] for example in examples]
         decoder = TokenBatch.from_rows(said, pad_id, pad_to_multiple)
@@ -122,6 +128,7 @@ class EncoderDecoder(RowLayout):
         )  # fmt: skip
 
     def area(self, rows: Rows, pad_to_multiple: int) -> int:
+        """Rows times the padded lengths of both stacks."""
         prompt = round_up(max(one.prompt_length for (one,) in rows), pad_to_multiple)
         return len(rows) * (prompt + round_up(max(len(one.response) for (one,) in rows) + 1, pad_to_multiple))
 
@@ -134,6 +141,7 @@ class EncoderDecoder(RowLayout):
         return [*ids[: longest - 1], tokenizer.eos_token_id]
 
     def check_use(self, *, packing: bool = False, cache: bool = False) -> None:
+        """Neither packing nor a cache: both know texts by the tokens of one row."""
         if packing:
             raise ValueError(
                 "an encoder-decoder student reads prompt and response apart: data.packing, text.source and data.kind = "

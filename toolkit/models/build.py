@@ -75,7 +75,7 @@ class WholeModel:
         return self.module(*args, **named)
 
     def eval(self) -> None:
-        """It is always in eval mode."""
+        """Nothing to do: it is always in eval mode."""
 
     train = eval
 

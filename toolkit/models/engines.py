@@ -77,6 +77,7 @@ class Teacher:
 
     @property
     def model(self) -> PreTrainedModel:
+        """The language model inside of the engine's module."""
         return self.engine.module.model
 
     @torch.no_grad()
@@ -111,10 +112,12 @@ class NoTeacher:
     kind = None
 
     def signals(self, window: list[TokenBatch]) -> list[Signal]:
+        """None for each micro-batch."""
         return [None] * len(window)
 
     @contextmanager
     def head(self) -> Iterator[None]:
+        """None."""
         yield None
 
 
@@ -126,6 +129,7 @@ class Student:
 
     @property
     def model(self) -> PreTrainedModel:
+        """The language model inside of the engine's module."""
         return self.engine.module.model
 
     def loss(self, batch: TokenBatch, signal: Signal, teacher_head: Head | None, objective: Objective,
@@ -144,6 +148,7 @@ class Student:
         return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def set_learning_rate(self, step: int) -> float:
+        """Give the optimizer `learning_rate(step)`, and return it."""
         rate = self.learning_rate(step)
         for group in zero.inner_optimizer(self.engine).param_groups:
             group["lr"] = rate
@@ -169,15 +174,21 @@ def _both_logits(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Ten
 
 
 class TeacherForward(nn.Module):
+    """What a teacher's engine runs."""
+
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, batch: TokenBatch, answer: str = "hidden") -> Tensor | tuple[Tensor, Tensor]:
+        """answer: "hidden" gives hidden_NT, "logits" what `both_logits` says."""
         return _both_logits(self.model, batch) if answer == "logits" else response_hidden(self.model, batch)
 
 
 class StudentForward(nn.Module):
+    """What a student's engine runs: the model and the loss. So ZeRO-3 gathers the head for as long as the loss needs
+    it, and again in the backward pass."""
+
     def __init__(self, model: PreTrainedModel, loss: LossConfig, vocabulary: Vocabulary):
         super().__init__()
         self.model, self.vocabulary = model, vocabulary

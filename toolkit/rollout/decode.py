@@ -101,14 +101,17 @@ class RaggedCache(Cache):
         return out.transpose(1, 2).flatten(0, 1)[at_N][None]
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copy what the rows `source` hold to the rows `target`, both int64 [M]."""
         for store in (*self.keys.values(), *self.values.values()):
             store[target, :, : self.width] = store[source, :, : self.width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are always given, and no model-wide mask is made
+        """0: transformers asks it for positions and masks, and both are given here."""
+        return 0
 
     @property
     def bytes(self) -> int:
+        """What keys and values take."""
         return sum(store.numel() * store.element_size() for store in (*self.keys.values(), *self.values.values()))
 
     def _places(self, heads: int) -> Tensor:
@@ -272,10 +275,7 @@ def decode(
                 ).to(device)  # fmt: skip
                 said_R[at_B], length_R[at_B] = 0, torch.tensor(lengths[first:], device=device)
                 if sampling.looks_back:
-                    for row, index in enumerate(new, first):
-                        ids = torch.from_numpy(begins[index].astype(np.int64)).to(device)
-                        seen_RC[row] = ids[0]
-                        seen_RC[row, : len(ids)] = ids
+                    _write_begins(seen_RC[first:], [begins[index] for index in new])
                 stats.prefills += 1
             else:
                 at_B = every[: len(running)]
@@ -296,19 +296,36 @@ def decode(
             if ended:
                 for row, text, said in zip(ended, texts_RT[ended].cpu().numpy(), said_R[ended].tolist(), strict=True):
                     found[running[row]] = text[:said].astype(np.int32)
-                left = len(running) - len(ended)
-                target = [row for row in ended if row < left]
-                source = sorted({*range(left, len(running))} - {*ended})
-                for row, last in zip(target, source, strict=True):
-                    running[row], lengths[row] = running[last], lengths[last]
-                del running[left:], lengths[left:]
-                if target:
-                    source, target = torch.tensor(source, device=device), torch.tensor(target, device=device)
+                moves = _close_gaps(ended, running, lengths)
+                if moves:
+                    source, target = torch.tensor(moves, device=device).unbind(1)
                     cache.move_rows(source, target)
                     for state in (texts_RT, said_R, length_R, next_R, draws_RT, seen_RC):
                         state[target] = state[source]
     stats.cache_bytes = cache.bytes
     return found, stats
+
+
+def _write_begins(seen_RC: Tensor, begins: Sequence[np.ndarray]) -> None:
+    """Into each row its tokens, and its first one behind them, which is there anyway."""
+    for row_C, begin in zip(seen_RC, begins, strict=False):
+        ids = torch.from_numpy(begin.astype(np.int64)).to(row_C.device)
+        row_C[:] = ids[0]
+        row_C[: len(ids)] = ids
+
+
+def _close_gaps(ended: list[int], *per_row: list[int]) -> list[tuple[int, int]]:
+    """Take the rows that ended out of each of these lists, where the last rows take their places. Returns these moves,
+    as (from, to)."""
+    count = len(per_row[0])
+    left = count - len(ended)
+    target = [row for row in ended if row < left]
+    source = sorted({*range(left, count)} - {*ended})
+    for values in per_row:
+        for last, row in zip(source, target, strict=True):
+            values[row] = values[last]
+        del values[left:]
+    return list(zip(source, target, strict=True))
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ class CrossRows(Cache):
         new.fill_(-torch.inf)[:, 0, 0, : self.width].masked_fill_(mask_bS.bool(), 0)
 
     def update(self, key_bKSD: Tensor, value_bKSD: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """Write what the new prompts gave; the same comes back, for attention in this pass."""
         if layer_idx == len(self.layers):
             self.layers.append(_CrossLayer(self, key_bKSD))
         layer = self.layers[layer_idx]
@@ -68,6 +69,7 @@ class CrossRows(Cache):
         return key_bKSD, value_bKSD
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copy what the rows `source` hold to the rows `target`, both int64 [M]."""
         for layer in self.layers:
             for store in (layer.keys_RKPD, layer.values_RKPD):
                 store[target] = store[source]
@@ -96,6 +98,7 @@ class Seq2SeqCache(EncoderDecoderCache):
         super().__init__(RaggedCache(rows, tokens), CrossRows(rows, prompt_tokens))
 
     def start_pass(self, row_N: Tensor, position_N: Tensor, lengths: Sequence[int], is_prompt: bool) -> None:
+        """As `RaggedCache.start_pass`, for the decoder's own tokens."""
         self.self_attention_cache.start_pass(row_N, position_N, lengths, is_prompt)
         cross = self.cross_attention_cache
         for layer in cross.layers:
@@ -132,11 +135,13 @@ class Seq2SeqCache(EncoderDecoderCache):
         return own.made["bias"]
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
+        """As `RaggedCache.move_rows`, in both caches."""
         self.self_attention_cache.move_rows(source, target)
         self.cross_attention_cache.move_rows(source, target)
 
     @property
     def bytes(self) -> int:
+        """What keys and values of both attentions take."""
         cross = [store for layer in self.cross_attention_cache.layers for store in (layer.keys_RKPD, layer.values_RKPD)]
         return self.self_attention_cache.bytes + sum(store.numel() * store.element_size() for store in cross)
 
