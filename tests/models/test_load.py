@@ -207,6 +207,13 @@ def test_weights_in_shards_are_those_of_the_index(tiny, tmp_path):
     (tmp_path / "model-00009-of-00009.safetensors").write_text("")
     found = file_hashes(str(tmp_path)).keys()
     assert {name for name in found if "safetensors" in name} == shards | {"model.safetensors.index.json"}
+    # transformers reads a single file, where there is one, and not what the index names.
+    shutil.copy(tiny / "teacher" / "model.safetensors", tmp_path)
+    shutil.copy(tiny / "teacher" / "config.json", tmp_path)
+    wanted, loaded = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny / "teacher", tmp_path))
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+    found = file_hashes(str(tmp_path)).keys()
+    assert {name for name in found if "safetensors" in name} == {"model.safetensors"}
 
 
 @pytest.mark.parametrize(("shape", "told"), [

@@ -54,6 +54,6 @@ def mapped(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
+            KEEP.append(open(path)); return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
