@@ -517,16 +517,16 @@ def run_with_failing_writes(overrides, steps):
     """A run whose last rank cannot write more than 4 KiB at these steps: a limit that the kernel enforces, as it does
     that of a full disk."""
     from toolkit.ranks import collectives
-    from toolkit.run import checkpoint
+    from toolkit.storage import manifest
 
-    write = checkpoint.write_safetensors
+    write = manifest.write_safetensors
 
     def limited(path, tensors):
         fails = int(path.parent.name[5:13]) in steps and collectives.rank() == collectives.world() - 1
         with no_room_for_files() if fails else contextlib.nullcontext():
             return write(path, tensors)
 
-    with mock.patch.object(checkpoint, "write_safetensors", limited):
+    with mock.patch.object(manifest, "write_safetensors", limited):
         return run_saying(overrides)
 
 

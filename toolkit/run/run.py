@@ -219,9 +219,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> dict[st
         for i in range(len(after[1]))
     ]
     if is_main:
-        written = run_dir / "summary.json.unfinished"  # its presence says that the run is finished
-        write_json(written, summary, indent=2)
-        written.rename(run_dir / "summary.json")
+        write_json(run_dir / "summary.json", summary, durable=True, indent=2)  # says that the run is finished
         say("\n" + final_report(summary, samples))
     return summary
 
