@@ -167,15 +167,15 @@ def test_a_student_is_cut_anew_where_all_is_started_over_and_only_from_the_same_
 
 def run_staged_with_a_signal_in_the_export(arguments):
     from toolkit.ranks import collectives
-    from toolkit.run import run
+    from toolkit.run import build
 
     def export(*given):
         if collectives.rank() == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
         return original(*given)
 
-    original = run.export_student
-    with mock.patch.object(run, "export_student", export):
+    original = build.export_student
+    with mock.patch.object(build, "export_student", export):
         return engine_cases.run_saying(arguments, RECIPE)
 
 
