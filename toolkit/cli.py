@@ -65,7 +65,7 @@ def _hang_s(arguments: list[str]) -> float:
 
 
 def _quiet() -> None:
-    from toolkit.run.recipe import quiet_libraries
+    from toolkit.run.distill import quiet_libraries
 
     quiet_libraries()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from toolkit.models.ds_config import read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
-from toolkit.ranks.signals import EXIT_LATER, GoOnLater, StopSignals
+from toolkit.ranks.signals import GoOnLater, StopSignals
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.run.inputs import load_inputs
 from toolkit.run.recipe import chosen
@@ -47,18 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The manifest. Raises ValueError; exits with EXIT_LATER where a signal stopped it, after the shards in work."""
+    """The manifest. Raises ValueError; GoOnLater where a signal stopped it, after the shards in work."""
     config, folder = collectives.together(lambda: _config(options)), Path(options.out).expanduser()
-    try:
-        with (
-            Watchdog(config.faults.hang_s) as watchdog,
-            StopSignals(config.faults.grace_s).watched() as signals,
-        ):
-            return _run(config, options, folder, watchdog, signals)
-    except GoOnLater as stopped:
-        if collectives.rank() == 0:
-            say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
-        sys.exit(EXIT_LATER)
+    with Watchdog(config.faults.hang_s) as watchdog, StopSignals(config.faults.grace_s).watched() as signals:
+        return _run(config, options, folder, watchdog, signals)
 
 
 def _run(
