@@ -327,12 +327,16 @@ def check_pieces_of_what_is_not_sharded():
 def check_nothing_is_left(partition_size):
     """The second engine would be refused if hpZ's groups of the first were there."""
     for _ in range(2):
-        engine, _ = started(3, zero_hpz_partition_size=partition_size)
+        config = settings(3, zero_hpz_partition_size=partition_size)
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = made()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        engine = zero.initialize(Loss(model), config, torch.optim.SGD(trained, lr=1.0))
         for _ in range(3):  # from the second on, ZeRO-3 knows the order of the modules
             engine.backward(engine(row(0)))
         held = [weakref.ref(part) for part in (engine, engine.module, engine.optimizer)]
         zero.release([engine])
-        del engine
+        del engine, model, trained
         gc.collect()
         assert [part() for part in held] == [None, None, None]
 
