@@ -60,7 +60,7 @@ def test_wrong_arguments_are_told_once_and_end_with_exit_code_2(arguments, told,
     """By the first of two ranks: the second one, which has not joined it yet, leaves the message to it."""
     for rank, said in (("0", f"error: {told}"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit, match="^2$"):
+        with pytest.raises(SystemExit, match=r"^2$"):
             main(arguments)
         found = capsys.readouterr()
         assert found.out == "" and found.err.startswith(said) and bool(found.err) == bool(said)
