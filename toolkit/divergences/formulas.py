@@ -5,13 +5,16 @@ log-probabilities. Every value is in nats per token, includes the teacher's entr
 q), and is formed in log space: `fused` computes the same numbers without anything of size [N, V].
 """
 
-import math
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from toolkit.divergences.kernels.rows import LOG_ZERO
-from toolkit.divergences.spec import WITH_ALPHA, Divergence
+from toolkit.divergences.head import LOG_ZERO
+from toolkit.divergences.spec import WITH_ALPHA, Divergence, check_temperature
+
+#: The least alpha that `sequence_alpha` chooses.
+LEAST_ALPHA = 0.01
 
 
 def token_divergence(
@@ -162,11 +165,19 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def check_temperature(temperature: float) -> None:
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature is {temperature}, but must be positive and finite; 1.0 leaves logits as they are"
-        )
+def sequence_alpha(spec: Divergence, log_p_B: Tensor, log_q_B: Tensor) -> Tensor:
+    """DistiLLM-2's alpha of each sequence [B], from both models' mean log-probabilities [B] of its targets.
+
+    Near q, log p - log((1 - a) q + a p) is about (1 - a) (p - q). It is held at its mean over the B sequences, where
+    alpha is a0 = spec.alpha: a = 1 - (1 - a0) mean(p - q) / (p - q), clipped to [0.01, a0]. p and q are the geometric
+    means per token; for srkl they change places. Source: arXiv 2503.07067.
+    """
+    gap_B = log_p_B.exp() - log_q_B.exp()
+    if spec.name == "srkl":
+        gap_B = -gap_B
+    alpha_B = 1 - (1 - spec.alpha) * gap_B.mean() / (gap_B + 1e-5)
+    # A model that is not finite makes a loss that is not, and the step is skipped; an alpha has to be one all the same.
+    return alpha_B.nan_to_num(nan=spec.alpha).clamp(LEAST_ALPHA, spec.alpha)
 
 
 def check_alpha(spec: Divergence, alpha_N: Tensor | None, n_tokens: int) -> float | Tensor:

@@ -2,12 +2,12 @@
 
 from toolkit.models.engines import (
     NoTeacher,
-    Objective,
     Student,
     Teacher,
     build_student,
     build_teacher,
     free,
+    objective_of,
     whole_student,
     whole_teacher,
 )
@@ -25,7 +25,6 @@ from toolkit.models.vocabulary import Vocabulary, shared_decoder_start, shared_v
 
 __all__ = [
     "NoTeacher",
-    "Objective",
     "Student",
     "Teacher",
     "Vocabulary",
@@ -40,6 +39,7 @@ __all__ = [
     "generation_ends",
     "load_model",
     "load_tokenizer",
+    "objective_of",
     "shared_decoder_start",
     "shared_vocabulary",
     "whole_student",

@@ -12,7 +12,7 @@ import torch
 from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.data import PromptDataset, TextStream
 from toolkit.evaluation import Best, Validation, Validator
-from toolkit.models import NoTeacher, Objective, Student, Teacher, Vocabulary
+from toolkit.models import NoTeacher, Student, Teacher, Vocabulary, objective_of
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import peak_device_gib, peak_rss_gib
 from toolkit.ranks.signals import GoOnLater, StopSignals
@@ -129,7 +129,9 @@ class DistillationLoop:
         teacher = self.cached if self.cached and source is Source.DATASET else self.teacher
         with self.timer.phase("teacher"):
             signals = [*teacher.signals(window), *(None for _ in text)]
-        objective = Objective.of(self.config.loss, source is not Source.DATASET, step / self.config.train.steps)
+        objective = objective_of(
+            self.config.loss, on_student_text=source is not Source.DATASET, progress=step / self.config.train.steps
+        )
         sums, objection = [], None
         with teacher.head() as head:
             for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):

@@ -173,7 +173,7 @@ class TeacherCache:
         signal = self.form.signal(joined, self.vocabulary_size)
         assert len(signal.ids_NK) == batch.num_targets
         device = batch.input_ids_BT.device
-        return TopKTeacher(*(None if x is None else x.to(device, non_blocking=True) for x in signal))
+        return signal.map(lambda x: x.to(device, non_blocking=True))
 
     def _entry(self, shard: int, row: int) -> Arrays:
         arrays = self._shard(shard)
