@@ -19,7 +19,6 @@ from toolkit.divergences import (
     Hidden,
     Objective,
     TopKTeacher,
-    fused_linear_cross_entropy,
     fused_linear_divergence,
     token_cross_entropy,
     token_divergence,

@@ -35,6 +35,7 @@ def token_divergence(
 
     Raises ValueError for a temperature that is not positive, shapes that differ, or an unfit `alpha_N`.
     """
+    # What was given has to fit together, and is brought to one dtype and temperature.
     check_temperature(temperature)
     if student_logits_NV.shape != teacher_logits_NV.shape:
         raise ValueError(
@@ -46,6 +47,8 @@ def token_divergence(
     student_logits_NV = student_logits_NV.to(dtype) / temperature
     teacher_logits_NV = teacher_logits_NV.detach().to(dtype) / temperature
     alpha = check_alpha(spec, alpha_N, len(student_logits_NV))
+
+    # taid's target takes the teacher's place; the rest is a formula of both log-probabilities.
     if spec.name == "taid":
         teacher_logits_NV = interpolated_logits(student_logits_NV.detach(), teacher_logits_NV, alpha)
     log_q_NV, log_p_NV = log_probabilities(student_logits_NV), log_probabilities(teacher_logits_NV)
@@ -162,6 +165,7 @@ def log_probabilities(logits_NV: Tensor) -> Tensor:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """What softmax and row sums are computed in: float64 where one of the tensors is, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 

@@ -65,6 +65,7 @@ def fused_linear_divergence(
     budget too small for one token, and a backend that cannot run here. Source: skewed divergences of DistiLLM, arXiv
     2402.03898; the others as in `formulas`.
     """
+    # What was given has to fit together.
     n_tokens, v = _checked_sizes(objective, student, teacher, valid_vocab)
     targets_N = _targets(targets_N, n_tokens, v)
     if objective.cross_entropy_weight and targets_N is None:
@@ -73,6 +74,8 @@ def fused_linear_divergence(
         )
     if weights_N is not None and weights_N.shape != (n_tokens,):
         raise ValueError(f"weights_N is {tuple(weights_N.shape)}, but there are {n_tokens} tokens: give one each")
+
+    # The divergence's alpha: one for all tokens, each token's own, or chosen here for each sequence.
     if objective.alpha_per_sequence:
         alpha_N = _alpha_per_sequence(
             objective, student, teacher, targets_N, sequence_lengths_B, valid_vocab=v,
@@ -87,6 +90,7 @@ def fused_linear_divergence(
         if alpha_N is None:
             objective = replace(objective, divergence=_plain(objective.divergence))
 
+    # The work itself, inside of autograd where a gradient is asked for.
     head = student.head
     parameters = (student.states_NH, head.weight_VH, head.bias_V)
     grad = torch.is_grad_enabled()

@@ -160,6 +160,7 @@ class Tiles:
     def _tile(self, tokens: slice) -> tuple[Tensor, TopKTile | None]:
         """All passes over the rows of a tile: at once where it holds the whole vocabulary, else pass by pass. Returns
         the rows' state, and what a stored teacher says of them."""
+        # What is kept of these rows from pass to pass.
         n, whole = tokens.stop - tokens.start, self.plan.whole(self.v)
         state = rows.new_state(n, self.dtype, self.device)
         total_nS = None
@@ -172,11 +173,14 @@ class Tiles:
 
         for passes in self._passes(whole):
             for columns in self._columns():
+                # Both models' products at these columns.
                 # After the first pass a whole tile still holds the products that a stored teacher needs for the second.
                 if stored is None or not whole or Passes.STATISTICS in passes:
                     student_nB, teacher_nB = self._project(tokens, columns)
                     if stored is not None:
                         stored.take(student_nB, columns.start)
+
+                # The kernel, which reads the products and writes the gradient where this pass makes one.
                 here = self._at(task, columns)
                 if task.code == CODES["akl"] and whole:
                     here = replace(here, threshold_n=self._thresholds(tokens, teacher_nB))
@@ -185,6 +189,8 @@ class Tiles:
                     here if stored is None else stored.others(here), state, student_nB=student_nB,
                     teacher_nB=teacher_nB, out_nB=gradient_nB, passes=passes,
                 )  # fmt: skip
+
+                # The student's gradients take their share of the tile at once: the next columns overwrite it.
                 if gradient_nB is not None and Passes.GRADIENT in passes:
                     if stored is not None:
                         stored.finish(gradient_nB, here)

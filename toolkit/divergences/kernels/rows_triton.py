@@ -68,7 +68,7 @@ def launch_arguments(
         pointer(task.threshold_n), pointer(student_head.bias_V), pointer(teacher_bias_B),
         student_nB.stride(0), teacher.stride(0), out.stride(0), state.stride(0), task.first_column,
         student_head.scale, student_head.cap or 1.0, 1.0 if teacher_head is None else teacher_head.scale,
-        teacher_cap or 1.0, objective.temperature, objective.cross_entropy_weight,
+        teacher_cap or 1.0, float(objective.temperature), float(objective.cross_entropy_weight),
         0.0 if spec is None else float(spec.alpha), 0.0 if spec is None else float(spec.beta),
     )  # fmt: skip
     options = dict(
