@@ -37,14 +37,14 @@ class _Tile(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("is_half", ctypes.c_int64)]
 
 
-class _LogitRule(ctypes.Structure):
+class _Head(ctypes.Structure):
     _fields_ = [("bias", ctypes.c_void_p), ("scale", ctypes.c_float), ("cap", ctypes.c_float)]
 
 
 class _Task(ctypes.Structure):
     _fields_ = [
         *((name, _Tile) for name in ("student", "teacher", "out")),
-        *((name, _LogitRule) for name in ("student_rule", "teacher_rule")),
+        *((name, _Head) for name in ("student_head", "teacher_head")),
         *((name, ctypes.c_int64) for name in ("n", "columns", "first_column", "code", "passes")),
         ("state", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("state_row_stride", "state_token_stride")),
@@ -73,16 +73,16 @@ def run(
         keep.append(x := x.contiguous())
         return x.data_ptr()
 
-    def rule(head: Head | None) -> _LogitRule:
+    def head_of(head: Head | None) -> _Head:
         if head is None:
-            return _LogitRule(bias=None, scale=1.0, cap=0.0)
-        return _LogitRule(bias=pointer(head.bias_V), scale=head.scale, cap=head.cap or 0.0)
+            return _Head(bias=None, scale=1.0, cap=0.0)
+        return _Head(bias=pointer(head.bias_V), scale=head.scale, cap=head.cap or 0.0)
 
     n, columns = student_nB.shape
     row_stride, token_stride = state.stride()
     library.distil_rows_run(ctypes.byref(_Task(
         student=_tile(student_nB), teacher=_tile(teacher_nB), out=_tile(out_nB),
-        student_rule=rule(task.student), teacher_rule=rule(task.teacher),
+        student_head=head_of(task.student), teacher_head=head_of(task.teacher),
         n=n, columns=columns, first_column=task.first_column, code=task.code, passes=int(passes),
         state=state.data_ptr(), state_row_stride=row_stride, state_token_stride=token_stride,
         alpha=pointer(task.alpha_n), weights=pointer(task.weights_n), threshold=pointer(task.threshold_n),
