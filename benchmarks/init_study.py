@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from toolkit.batch import TokenBatch  # noqa: E402
 from toolkit.data import DataConfig, load_data  # noqa: E402
-from toolkit.divergences import Divergence, fused_linear_divergence  # noqa: E402
+from toolkit.divergences import Divergence, Head, Hidden, Objective, fused_linear_divergence  # noqa: E402
 from toolkit.models.load import default_cache_dir  # noqa: E402
 from toolkit.models.tokenizer import load_tokenizer  # noqa: E402
 from toolkit.pruning import prune  # noqa: E402
@@ -137,13 +137,14 @@ def hidden_states(path: str | Path, batches: list[TokenBatch]) -> list[torch.Ten
 def measure(folder: Path, teacher: str, batches: list[TokenBatch], theirs: list[torch.Tensor], vocabulary: int) -> dict:
     """Forward KL to the teacher in nats and top-1 agreement, a mean over response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    head_VS = model.get_output_embeddings().weight
-    head_VT = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).get_output_embeddings().weight
+    its_teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    student_head, teacher_head = (Head(of.get_output_embeddings().weight) for of in (model, its_teacher))
     kl_nats, agreements, tokens = 0.0, 0, 0
     for hidden_NS, hidden_NT in zip(hidden_states(folder, batches), theirs, strict=True):
         found = fused_linear_divergence(
-            Divergence("fkl"), hidden_NS, head_VS, hidden_NT, head_VT, valid_vocab=vocabulary
-        )
+            Objective(Divergence("fkl")), student=Hidden(hidden_NS, student_head),
+            teacher=Hidden(hidden_NT, teacher_head), valid_vocab=vocabulary,
+        )  # fmt: skip
         kl_nats += found.divergence_N.sum().item()
         agreements += int(found.agreement_N.sum())
         tokens += len(hidden_NS)

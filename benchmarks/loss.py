@@ -50,7 +50,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from toolkit.divergences import Divergence, fused_linear_divergence, token_divergence
+from toolkit.divergences import Divergence, Head, Hidden, Objective, fused_linear_divergence, token_divergence
 from toolkit.divergences.products import cpu_has_bf16_products
 
 
@@ -110,13 +110,14 @@ OOM = "OOM"
 def ours(inputs: Inputs, name: str, budget_mib: float | None = None, backend: str = "auto") -> Unit:
     n = len(inputs.student_hidden_NS)
     weights_N = torch.full((n,), 1.0 / n, device=inputs.student_hidden_NS.device)
-    # The default is left unsaid, so that the program also measures a version of the toolkit without the argument.
-    options = {} if backend == "auto" else {"backend": backend}
+    student = Hidden(inputs.student_hidden_NS, Head(inputs.student_head_VS))
+    teacher = Hidden(inputs.teacher_hidden_NT, Head(inputs.teacher_head_VT))
 
     def unit():
         result = fused_linear_divergence(
-            Divergence(name), *inputs, weights_N=weights_N, memory_budget_mib=budget_mib, **options
-        )
+            Objective(Divergence(name)), student=student, teacher=teacher, weights_N=weights_N,
+            memory_budget_mib=budget_mib, backend=backend,
+        )  # fmt: skip
         return Result(result.divergence_N, *torch.autograd.grad(result.loss, inputs[:2]))
 
     return unit

@@ -29,9 +29,9 @@ import torch
 
 from toolkit.batch import TokenBatch
 from toolkit.data import DataConfig, load_data
-from toolkit.divergences import Divergence, TopKTeacher, fused_linear_divergence
+from toolkit.divergences import Divergence, Head, Hidden, Objective, TopKTeacher, fused_linear_divergence
 from toolkit.models import default_cache_dir, load_model, load_tokenizer
-from toolkit.models.engines import Head, response_hidden
+from toolkit.models.engines import response_hidden
 from toolkit.pruning.made import materialize
 from toolkit.settings import ModelConfig
 from toolkit.tables import format_table
@@ -63,10 +63,13 @@ def kept(form, hidden, head, vocabulary, seed):
     return form.signal(packed, vocabulary), size
 
 
-def measured(hidden, weight, vocabulary, **teacher):
-    """(mean KL, gradient of the sum by the head) of the student."""
-    weight = weight.detach().clone().requires_grad_()
-    found = fused_linear_divergence(Divergence("fkl"), hidden, weight, valid_vocab=vocabulary, **teacher)
+def measured(states_NH, weight_VH, vocabulary, teacher):
+    """(mean KL, gradient of the sum by the head's weight) of the student."""
+    weight = weight_VH.detach().clone().requires_grad_()
+    student = Hidden(states_NH, Head(weight))
+    found = fused_linear_divergence(
+        Objective(Divergence("fkl")), student=student, teacher=teacher, valid_vocab=vocabulary
+    )
     found.loss.backward()
     return found.divergence_N.double().mean().item(), weight.grad.double()
 
@@ -81,14 +84,14 @@ def bias(options):
     vocabulary, texts = len(tokenizer), len(rows)
     teacher = load_model(ModelConfig(), path, None, torch.float32)
     hidden = states(teacher, batches)
-    head = Head(teacher.get_output_embeddings().weight.detach(), None, 1.0, None)
+    head = Head(teacher.get_output_embeddings().weight.detach())
     forms = [Form(top_k=k) for k in TOP_K] + [Form(draws=n) for n in DRAWS]
     print(f"{len(hidden)} tokens of {texts} texts, vocabulary {vocabulary}", flush=True)
     for label, dropped in STUDENTS.items():
         student_path = materialize(ModelConfig(path=PACKAGE, drop_layers=dropped), cache_dir)
         student = load_model(ModelConfig(), student_path, None, torch.float32)
         inputs = states(student, batches), student.get_output_embeddings().weight, vocabulary
-        kl, gradient = measured(*inputs, teacher_hidden_NT=hidden, teacher_head_VT=head.weight_VH)
+        kl, gradient = measured(*inputs, Hidden(hidden, head))
         table = [["full", f"{2 * vocabulary:,}", f"{kl:.4f}", "", "", ""]]
 
         def row(name, size, found, kl=kl, gradient=gradient, table=table):
@@ -106,14 +109,14 @@ def bias(options):
             found, size = [], 0
             for seed in range(options.seeds if form.draws else 1):
                 signal, size = kept(form, hidden, head, vocabulary, seed)
-                found.append(measured(*inputs, teacher_top_k=signal))
+                found.append(measured(*inputs, signal))
             per_token = (size + INDEX_BYTES * texts) / len(hidden)
             row(str(form), per_token, found)
             if form.top_k:
                 signal = TopKTeacher(
                     signal.ids_NK, signal.log_probs_NK.log_softmax(-1), torch.zeros_like(signal.tail_mass_N)
                 )
-                row(f"{form}, no tail", per_token - 2, [measured(*inputs, teacher_top_k=signal)])
+                row(f"{form}, no tail", per_token - 2, [measured(*inputs, signal)])
         titles = ["kept", "bytes/token", "KL (nats)", "KL error", "gradient error of one set", "of the mean"]
         print(f"\nstudent: {label}\n{format_table(titles, table)}", flush=True)
 

@@ -670,10 +670,10 @@ def loss_step(folder, memory_budget_mib):
     from toolkit.batch import Example
     from toolkit.divergences.tiles import Tiles
     from toolkit.models import (
-        Objective,
         build_student,
         build_teacher,
         load_tokenizer,
+        objective_of,
         row_layout,
         shared_vocabulary,
     )
@@ -712,7 +712,7 @@ def loss_step(folder, memory_budget_mib):
     with mock.patch.object(Tiles, "_project", counting), LargestTensor() as largest:
         hidden_NT = teacher.signals([batch])[0]
         with teacher.head() as head:
-            found = student.loss(batch, hidden_NT, head, Objective.of(config.loss), 1e-4)
+            found = student.loss(batch, hidden_NT, head, objective_of(config.loss), 1e-4)
             student.engine.backward(found.loss)
         student.engine.step()
     return largest.numel, batch.num_targets * vocabulary.size, len(tiles), gathers
@@ -751,7 +751,7 @@ def held_after_a_step(overrides):
     import numpy as np
 
     from toolkit.batch import Example, TokenBatch
-    from toolkit.models import Objective, build_student, choose_dtype, load_tokenizer, shared_vocabulary
+    from toolkit.models import build_student, choose_dtype, load_tokenizer, objective_of, shared_vocabulary
     from toolkit.pruning.made import materialize
 
     config = RunConfig().with_overrides(overrides)
@@ -766,7 +766,7 @@ def held_after_a_step(overrides):
     drawn = torch.rand(())
     batch = TokenBatch.from_examples([Example(np.arange(5, 25), 4)], 0)
     for _ in range(engine.gradient_accumulation_steps()):
-        found = student.loss(batch, None, None, Objective.of(config.loss))
+        found = student.loss(batch, None, None, objective_of(config.loss))
         engine.backward(found.loss)
         engine.step()
     optimizer = engine.optimizer

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from toolkit.divergences import Divergence, TopKTeacher, fused_linear_cross_entropy, fused_linear_divergence
+from tests.divergences.calls import fused, fused_cross_entropy
+from toolkit.divergences import Divergence, TopKTeacher
 from toolkit.divergences.formulas import token_divergence
 from toolkit.divergences.spec import KNOWN
 
@@ -39,7 +40,7 @@ def test_error_is_within_twice_the_plain_formula(name, dtype, std):
     plain_N = token_divergence(Divergence(name), F.linear(h, w), F.linear(ht, wt))
     plain = [plain_N.detach(), *torch.autograd.grad(plain_N.sum(), (h, w))]
     for backend in ("triton", "torch"):
-        result = fused_linear_divergence(Divergence(name), h, w, ht, wt, backend=backend)
+        result = fused(Divergence(name), h, w, ht, wt, backend=backend)
         ours = [result.divergence_N, *torch.autograd.grad(result.loss, (h, w))]
         for a, b, c in zip(ours, plain, truth, strict=True):
             assert relative_error(a, c) <= 2 * relative_error(b, c) + 1e-5, (backend, relative_error(b, c))
@@ -56,8 +57,7 @@ def test_options_agree_with_the_torch_passes_in_float64(name, temperature, budge
         bias[17] = teacher_bias[17] = -torch.inf
     options = dict(
         weights_N=torch.linspace(0.1, 1.5, 130, device="cuda"), targets_N=torch.arange(130, device="cuda") * 37 + 1,
-        cross_entropy_weight=0.3, temperature=temperature, valid_vocab=5001, student_logit_scale=0.5,
-        student_soft_cap=6.0, teacher_soft_cap=9.0,
+        cross_entropy_weight=0.3, temperature=temperature, valid_vocab=5001,
     )  # fmt: skip
     if name in ("skl", "srkl"):
         options["alpha_N"] = torch.linspace(0.0, 0.9, 130, device="cuda")
@@ -66,8 +66,9 @@ def test_options_agree_with_the_torch_passes_in_float64(name, temperature, budge
         tensors = [x.detach().to(dtype) for x in (h, w, ht, wt, bias, teacher_bias)]
         for i in (0, 1, 4):
             tensors[i].requires_grad_()
-        result = fused_linear_divergence(
-            Divergence(name), *tensors[:4], student_bias_V=tensors[4], teacher_bias_V=tensors[5], backend=backend,
+        result = fused(
+            Divergence(name), *tensors[:4], student=dict(bias_V=tensors[4], scale=0.5, cap=6.0),
+            teacher=dict(bias_V=tensors[5], cap=9.0), backend=backend,
             memory_budget_mib=budget if backend == "triton" else None, **options,
         )  # fmt: skip
         wanted = (tensors[0], tensors[1], tensors[4])
@@ -86,11 +87,11 @@ def test_stored_teacher_and_cross_entropy_alone(budget):
     for dtype, backend in ((torch.float32, "triton"), (torch.float64, "torch")):
         a, b = (x.detach().to(dtype).requires_grad_() for x in (h, w))
         limit = budget if backend == "triton" else None
-        top = fused_linear_divergence(
-            Divergence("skl"), a, b, teacher_top_k=teacher, targets_N=targets, cross_entropy_weight=0.5,
+        top = fused(
+            Divergence("skl"), a, b, top_k=teacher, targets_N=targets, cross_entropy_weight=0.5,
             memory_budget_mib=limit, backend=backend,
         )  # fmt: skip
-        alone = fused_linear_cross_entropy(a, b, targets, memory_budget_mib=limit, backend=backend)
+        alone = fused_cross_entropy(a, b, targets, memory_budget_mib=limit, backend=backend)
         found.append([*top[1:3], *torch.autograd.grad(top.loss, (a, b)), alone.cross_entropy_N,
                       *torch.autograd.grad(alone.loss, (a, b))])  # fmt: skip
     for ours, truth in zip(*found, strict=True):

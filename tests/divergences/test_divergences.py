@@ -11,17 +11,21 @@ import torch
 import torch.nn.functional as F
 
 from tests.allocations import BehindLeftOperands, LargestTensor
+from tests.divergences.calls import fused, fused_cross_entropy
 from toolkit.divergences import (
+    CROSS_ENTROPY,
     Divergence,
+    Head,
+    Hidden,
+    Objective,
     TopKTeacher,
-    fused_linear_cross_entropy,
     fused_linear_divergence,
     token_cross_entropy,
     token_divergence,
 )
 from toolkit.divergences import products as products_module
 from toolkit.divergences import tiles as tiles_module
-from toolkit.divergences.kernels.choice import has_cpp, has_triton
+from toolkit.divergences.kernels.backends import has_cpp, has_triton
 
 NAMES = ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl", "abkd", "akl", "taid"]
 HARD = [Divergence("srkl", alpha=0.9), Divergence("srkl", alpha=0.99)]  # mixtures that are mostly the student
@@ -200,7 +204,7 @@ def check_errors(spec, tensors, with_value=True):
 
     plain_N = token_divergence(spec, F.linear(h, w), F.linear(ht, wt))
     plain = errors(plain_N, (plain_N * weights).sum())
-    result = fused_linear_divergence(spec, h, w, ht, wt, weights_N=weights, memory_budget_mib=SMALL_BUDGET_MIB)
+    result = fused(spec, h, w, ht, wt, weights_N=weights, memory_budget_mib=SMALL_BUDGET_MIB)
     ours = errors(result.divergence_N, result.loss)
     first = 0 if with_value else 1
     assert all(a <= 2 * b + 1e-5 for a, b in zip(ours[first:], plain[first:], strict=True)), (ours, plain)
@@ -213,21 +217,20 @@ def test_full_precision_logits_beat_rounded_ones(monkeypatch):
     tensors = inputs(std=8.0, dtype=torch.bfloat16)
     h, w, ht, wt = tensors
     _, (truth, _) = truth_of(tensors, lambda s, t: reference("skl", s, t), torch.ones(len(h)))
-    ours = gradients(fused_linear_divergence(Divergence("skl"), h, w, ht, wt).loss, h)[0]
+    ours = gradients(fused(Divergence("skl"), h, w, ht, wt).loss, h)[0]
     plain = gradients(token_divergence(Divergence("skl"), F.linear(h, w), F.linear(ht, wt)).sum(), h)[0]
     assert relative_error(ours, truth) < 0.5 * relative_error(plain, truth)
 
 
 OPTIONS = {
     "temperature": dict(temperature=2.5),
-    "scale": dict(student_logit_scale=0.25, teacher_logit_scale=1.5),
-    "soft cap": dict(student_soft_cap=5.0, teacher_soft_cap=8.0),
+    "scale": dict(student=dict(scale=0.25), teacher=dict(scale=1.5)),
+    "soft cap": dict(student=dict(cap=5.0), teacher=dict(cap=8.0)),
     "cross entropy": dict(cross_entropy_weight=0.3),
     "everything": dict(
         temperature=0.7,
-        student_logit_scale=0.5,
-        student_soft_cap=4.0,
-        teacher_soft_cap=6.0,
+        student=dict(scale=0.5, cap=4.0),
+        teacher=dict(cap=6.0),
         cross_entropy_weight=0.4,
     ),
 }
@@ -243,20 +246,23 @@ def test_options_match_autograd_of_the_reference(options, bias):
     targets = torch.arange(len(h)) * 17 % v_valid
     weights = torch.linspace(0.1, 1.5, len(h))
 
-    def logits(hidden, head, b, scale, cap):
+    def logits(hidden, head, b, scale=1.0, cap=None):
         z = (hidden.double() @ head.double()[:v_valid].T + (b.double()[:v_valid] if bias else 0.0)) * scale
         return z if cap is None else cap * (z / cap).tanh()
 
-    s = logits(h, w, student_bias, options.get("student_logit_scale", 1.0), options.get("student_soft_cap"))
-    t = logits(ht, wt, teacher_bias, options.get("teacher_logit_scale", 1.0), options.get("teacher_soft_cap"))
+    student, teacher = options.get("student", {}), options.get("teacher", {})
+    s, t = logits(h, w, student_bias, **student), logits(ht, wt, teacher_bias, **teacher)
     temperature = options.get("temperature", 1.0)
     divergence = reference(name, s / temperature, t.detach() / temperature)
     entropy = F.cross_entropy(s, targets, reduction="none")
     loss = ((divergence + options.get("cross_entropy_weight", 0.0) * entropy) * weights).sum()
-    result = fused_linear_divergence(
+    result = fused(
         Divergence(name), h, w, ht, wt, weights_N=weights, targets_N=targets, valid_vocab=v_valid,
-        student_bias_V=student_bias if bias else None, teacher_bias_V=teacher_bias if bias else None,
-        memory_budget_mib=SMALL_BUDGET_MIB, **options,
+        memory_budget_mib=SMALL_BUDGET_MIB,
+        **options | dict(
+            student=student | dict(bias_V=student_bias if bias else None),
+            teacher=teacher | dict(bias_V=teacher_bias if bias else None),
+        ),
     )  # fmt: skip
     close = dict(rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(result.divergence_N.double(), divergence, **close)
@@ -276,8 +282,8 @@ def test_padding_columns_have_no_influence_and_no_gradient():
     h, w, ht, wt = inputs(v=200)
     padded = torch.cat([w.detach(), torch.full((56, w.shape[1]), 9.0)]).requires_grad_()
     teacher_padded = torch.cat([wt, torch.full((24, wt.shape[1]), -9.0)])
-    bare = fused_linear_divergence(Divergence("jsd", beta=0.2), h, w, ht, wt)
-    cut = fused_linear_divergence(Divergence("jsd", beta=0.2), h, padded, ht, teacher_padded, valid_vocab=200)
+    bare = fused(Divergence("jsd", beta=0.2), h, w, ht, wt)
+    cut = fused(Divergence("jsd", beta=0.2), h, padded, ht, teacher_padded, valid_vocab=200)
     assert torch.equal(bare.loss, cut.loss)
     gradient, expected = gradients(cut.loss, padded)[0], gradients(bare.loss, w)[0]
     assert torch.equal(gradient[:200], expected) and (gradient[200:] == 0).all()
@@ -292,8 +298,8 @@ def test_minus_infinity_columns(name):
     both[:7] = one[:7] = -math.inf
     one[20:24] = -math.inf
     for student_bias, teacher_bias in ((both, both), (one, both), (both, one)):
-        result = fused_linear_divergence(
-            Divergence(name), h, w, ht, wt, student_bias_V=student_bias, teacher_bias_V=teacher_bias
+        result = fused(
+            Divergence(name), h, w, ht, wt, student=dict(bias_V=student_bias), teacher=dict(bias_V=teacher_bias)
         )
         s = (h @ w.T + student_bias).double().detach().requires_grad_()
         truth = reference(name, s, (ht @ wt.T + teacher_bias).double())
@@ -325,7 +331,7 @@ def gradient_over(kept, name, h, w, ht, wt):
 def test_any_number_of_tokens(n):
     h, w, ht, wt = inputs(n=n)
     targets = torch.zeros(n, dtype=torch.long)
-    result = fused_linear_divergence(
+    result = fused(
         Divergence("skl"), h, w, ht, wt, targets_N=targets, cross_entropy_weight=0.5,
         memory_budget_mib=SMALL_BUDGET_MIB,
     )  # fmt: skip
@@ -344,12 +350,12 @@ def test_tiles_of_rows_and_of_columns_change_nothing(name, backend, monkeypatch)
     if backend == "triton" and name != "akl":
         pytest.skip("its interpreter is slow; akl has the most passes")
     plans, make_plan = [], tiles_module.make_plan
-    monkeypatch.setattr(tiles_module, "make_plan", lambda *args: plans.append(make_plan(*args)) or plans[-1])
+    monkeypatch.setattr(tiles_module, "make_plan", lambda **facts: plans.append(make_plan(**facts)) or plans[-1])
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 8e-3))[: 1 if backend == "triton" else 2]:
         h, w, ht, wt = inputs(n=150, v=1000, dtype=dtype)
         results = []
         for budget in (None, 1.0, 0.5, 0.08):
-            result = fused_linear_divergence(Divergence(name), h, w, ht, wt, memory_budget_mib=budget)
+            result = fused(Divergence(name), h, w, ht, wt, memory_budget_mib=budget)
             results.append([result.loss.detach().double() / 150, *gradients(result.loss, h, w)])
         kinds = [(plan.tile_rows < 150, plan.whole(1000)) for plan in plans]
         assert set(kinds) >= {(False, True), (True, True), (True, False)}, kinds
@@ -361,7 +367,7 @@ def test_tiles_of_rows_and_of_columns_change_nothing(name, backend, monkeypatch)
 
 def test_backward_more_than_once_adds_the_same_gradient_again():
     h, w, ht, wt = inputs()
-    loss = fused_linear_divergence(Divergence("skl"), h, w, ht, wt).loss
+    loss = fused(Divergence("skl"), h, w, ht, wt).loss
     once = [x.clone() for x in torch.autograd.grad(loss, (h, w), retain_graph=True)]
     for times in (1, 2, 3):
         loss.backward(retain_graph=True)
@@ -371,14 +377,14 @@ def test_backward_more_than_once_adds_the_same_gradient_again():
 
 def test_frozen_head_frozen_hidden_and_frozen_both():
     h, w, ht, wt = inputs()
-    full = gradients(fused_linear_divergence(Divergence("skl"), h, w, ht, wt).loss, h, w)
-    frozen_head = fused_linear_divergence(Divergence("skl"), h, w.detach(), ht, wt)
-    frozen_hidden = fused_linear_divergence(Divergence("skl"), h.detach(), w, ht, wt)
+    full = gradients(fused(Divergence("skl"), h, w, ht, wt).loss, h, w)
+    frozen_head = fused(Divergence("skl"), h, w.detach(), ht, wt)
+    frozen_hidden = fused(Divergence("skl"), h.detach(), w, ht, wt)
     assert torch.equal(gradients(frozen_head.loss, h)[0], full[0])
     assert torch.equal(gradients(frozen_hidden.loss, w)[0], full[1])
-    assert not fused_linear_divergence(Divergence("skl"), h.detach(), w.detach(), ht, wt).loss.requires_grad
+    assert not fused(Divergence("skl"), h.detach(), w.detach(), ht, wt).loss.requires_grad
     teacher_hidden = ht.clone().requires_grad_()
-    loss = fused_linear_divergence(Divergence("skl"), h, w, teacher_hidden, wt).loss
+    loss = fused(Divergence("skl"), h, w, teacher_hidden, wt).loss
     assert torch.autograd.grad(loss, teacher_hidden, allow_unused=True) == (None,)
 
 
@@ -388,8 +394,8 @@ def test_tied_head_used_twice_and_incoming_scalar():
     table = inputs()[1].detach().requires_grad_()
     _, _, ht, wt = inputs()
     ids = torch.arange(len(ht)) * 5
-    mine = fused_linear_divergence(Divergence("rkl"), table[ids].tanh(), table, ht, wt).loss
-    mine = mine + fused_linear_cross_entropy(table[ids].sin(), table, ids).loss
+    mine = fused(Divergence("rkl"), table[ids].tanh(), table, ht, wt).loss
+    mine = mine + fused_cross_entropy(table[ids].sin(), table, ids).loss
     plain = token_divergence(Divergence("rkl"), table[ids].tanh() @ table.T, ht @ wt.T).sum()
     plain = plain + token_cross_entropy(table[ids].sin() @ table.T, ids).sum()
     ours, truth = gradients(mine / 7, table)[0], gradients(plain / 7, table)[0]
@@ -407,7 +413,7 @@ def test_alpha_per_token(name):
         reference(name, s[i : i + 1], t[i : i + 1], alpha=a) if a else reference(plain, s[i : i + 1], t[i :
         i + 1]) for i, a in enumerate(alpha.tolist())
     ])  # fmt: skip
-    result = fused_linear_divergence(Divergence(name), h, w, ht, wt, alpha_N=alpha, memory_budget_mib=SMALL_BUDGET_MIB)
+    result = fused(Divergence(name), h, w, ht, wt, alpha_N=alpha, memory_budget_mib=SMALL_BUDGET_MIB)
     formula = token_divergence(Divergence(name), h @ w.T, ht @ wt.T, alpha_N=alpha)
     for value in (result.divergence_N, formula):
         torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=1e-5)
@@ -420,8 +426,8 @@ def test_alpha_per_token(name):
 @pytest.mark.parametrize(("skewed", "plain"), [("skl", "fkl"), ("srkl", "rkl")])
 def test_alpha_zero_is_the_plain_kl(skewed, plain):
     h, w, ht, wt = inputs(std=30.0)
-    a = fused_linear_divergence(Divergence(skewed, alpha=0.0), h, w, ht, wt)
-    b = fused_linear_divergence(Divergence(plain), h, w, ht, wt)
+    a = fused(Divergence(skewed, alpha=0.0), h, w, ht, wt)
+    b = fused(Divergence(plain), h, w, ht, wt)
     assert torch.equal(a.loss, b.loss)
     formula = token_divergence(Divergence(skewed, alpha=0.0), h @ w.T, ht @ wt.T)
     torch.testing.assert_close(formula, b.divergence_N, rtol=1e-5, atol=1e-5)
@@ -430,7 +436,7 @@ def test_alpha_zero_is_the_plain_kl(skewed, plain):
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_models_give_zero_and_no_gradient(name):
     h, w, _, _ = inputs(std=8.0)
-    result = fused_linear_divergence(Divergence(name), h, w, h.detach(), w.detach())
+    result = fused(Divergence(name), h, w, h.detach(), w.detach())
     # abkd sums powers far larger than the probabilities, and so their rounding
     assert result.divergence_N.abs().max() < (2e-5 if name == "abkd" else 2e-6) and result.agreement_N.all()
     assert all(g.abs().max() < 1e-5 for g in gradients(result.loss, h, w))
@@ -441,7 +447,7 @@ def test_equal_models_give_zero_and_no_gradient(name):
 def test_skewed_divergences_are_bounded(name, alpha):
     h, w, ht, wt = inputs(std=60.0)
     for value in (
-        fused_linear_divergence(Divergence(name, alpha=alpha), h, w, ht, wt).divergence_N,
+        fused(Divergence(name, alpha=alpha), h, w, ht, wt).divergence_N,
         token_divergence(Divergence(name, alpha=alpha), h @ w.T, ht @ wt.T),
     ):
         assert value.min() >= -1e-6 and value.max() <= -math.log(alpha) * (1 + 1e-6)
@@ -460,7 +466,7 @@ def test_gradient_rows_sum_to_zero(name, dtype, tolerance):
     s, t = (8 * torch.randn(2, 9, 64, generator=g).to(dtype)).unbind()
     s.requires_grad_()
     identity = torch.eye(64, dtype=dtype)
-    result = fused_linear_divergence(Divergence(name), s, identity, t, identity)
+    result = fused(Divergence(name), s, identity, t, identity)
     gradient = gradients(result.loss, s)[0]
     assert gradient.abs().max() > 1e-3
     assert (gradient.sum(-1).abs() <= tolerance * result.divergence_N.double().clamp(min=1.0)).all()
@@ -475,7 +481,7 @@ def test_gradcheck_of_the_formulas_and_of_the_closed_forms(name):
         x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: token_divergence(Divergence(name), x, t), s)
     assert torch.autograd.gradcheck(
-        lambda x, y: fused_linear_divergence(Divergence(name), x, y, t, torch.eye(7).double()).loss, (s, head)
+        lambda x, y: fused(Divergence(name), x, y, t, torch.eye(7).double()).loss, (s, head)
     )
 
 
@@ -489,7 +495,7 @@ def test_nothing_of_size_tokens_times_vocabulary_is_allocated(dtype, grad, produ
     h, w, ht, wt = inputs(n=n, v=v, dtype=dtype)
     targets = torch.zeros(n, dtype=torch.long)
     with LargestTensor() as largest, torch.set_grad_enabled(grad):
-        result = fused_linear_divergence(
+        result = fused(
             Divergence("skl"), h, w, ht, wt, targets_N=targets, cross_entropy_weight=0.1,
             memory_budget_mib=0.2,
         )  # fmt: skip
@@ -518,11 +524,11 @@ def test_products_find_nothing_behind_their_views_of_tiles(name, dtype):
     options = {}
     if name == "top_k":
         log_probs = torch.full((n, 4), 0.2).log()
-        options["teacher_top_k"] = TopKTeacher(torch.arange(4).expand(n, 4), log_probs, torch.full((n,), 0.2))
+        options["top_k"] = TopKTeacher(torch.arange(4).expand(n, 4), log_probs, torch.full((n,), 0.2))
         name, teacher = "skl", []
     for budget in (None, SMALL_BUDGET_MIB):
         with poisoned_memory(), BehindLeftOperands() as behind:
-            result = fused_linear_divergence(Divergence(name), h, w, *teacher, memory_budget_mib=budget, **options)
+            result = fused(Divergence(name), h, w, *teacher, memory_budget_mib=budget, **options)
         assert behind.views and not behind.not_finite, (budget, behind.views, behind.not_finite)
         assert all(x.isfinite().all() for x in gradients(result.loss, h, w))
 
@@ -533,17 +539,17 @@ def test_hidden_states_that_are_views_have_their_own_rows_in_products():
     wide[:, :24] = h.detach()
     view = wide[:, :24].requires_grad_()
     with BehindLeftOperands() as behind:
-        fused_linear_divergence(Divergence("skl"), view, w, ht, wt).loss.backward()
+        fused(Divergence("skl"), view, w, ht, wt).loss.backward()
     assert not behind.not_finite and view.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_validation_gives_the_values_of_training(dtype, products):
     tensors = inputs(dtype=dtype)
-    options = dict(targets_N=torch.arange(13), cross_entropy_weight=0.2, student_soft_cap=9.0)
-    training = fused_linear_divergence(Divergence("srkl"), *tensors, **options)
+    options = dict(targets_N=torch.arange(13), cross_entropy_weight=0.2, student=dict(cap=9.0))
+    training = fused(Divergence("srkl"), *tensors, **options)
     with torch.no_grad():
-        validation = fused_linear_divergence(Divergence("srkl"), *tensors, **options)
+        validation = fused(Divergence("srkl"), *tensors, **options)
     assert training.loss.requires_grad and not validation.loss.requires_grad
     assert not any(x.requires_grad for x in training[1:])
     assert all(torch.equal(a, b) for a, b in zip(training, validation, strict=True))
@@ -553,8 +559,8 @@ def test_cross_entropy_without_a_teacher(products):
     for dtype in (torch.float32, torch.bfloat16):
         h, w, _, _ = inputs(dtype=dtype, v=304)
         targets, weights = torch.arange(13) * 3, torch.linspace(0, 2, 13)
-        options = dict(weights_N=weights, valid_vocab=301, soft_cap=9.0, logit_scale=0.5)
-        result = fused_linear_cross_entropy(h, w, targets, memory_budget_mib=SMALL_BUDGET_MIB, **options)
+        options = dict(weights_N=weights, valid_vocab=301, student=dict(cap=9.0, scale=0.5))
+        result = fused_cross_entropy(h, w, targets, memory_budget_mib=SMALL_BUDGET_MIB, **options)
         z = 9 * ((h.double() @ w.double()[:301].T) * 0.5 / 9).tanh()
         truth = F.cross_entropy(z, targets, reduction="none")
         tolerance = dict(rtol=2e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
@@ -563,37 +569,38 @@ def test_cross_entropy_without_a_teacher(products):
         for ours, theirs in zip(gradients(result.loss, h, w), gradients((truth * weights).sum(), h, w), strict=True):
             torch.testing.assert_close(ours, theirs, **tolerance)
         with torch.no_grad():
-            validation = fused_linear_cross_entropy(h, w, targets, **options)
+            validation = fused_cross_entropy(h, w, targets, **options)
         torch.testing.assert_close(validation.cross_entropy_N, result.cross_entropy_N, **tolerance)
 
 
 def test_strided_inputs_and_mixed_dtypes():
     h, w, ht, wt = inputs()
-    plain = fused_linear_divergence(Divergence("fkl"), h, w, ht, wt)
+    plain = fused(Divergence("fkl"), h, w, ht, wt)
     strided = [torch.stack([x.detach(), x.detach()], -1)[..., 0] for x in (h, w, ht, wt)]
     strided = [x.T.contiguous().T if i % 2 else x for i, x in enumerate(strided)]
     for x in strided[:2]:
         x.requires_grad_()
-    other = fused_linear_divergence(Divergence("fkl"), *strided)
+    other = fused(Divergence("fkl"), *strided)
     for a, b in zip(gradients(plain.loss, h, w), gradients(other.loss, *strided[:2]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    mixed = fused_linear_divergence(Divergence("fkl"), h.bfloat16(), w, ht.double(), wt.bfloat16())
+    mixed = fused(Divergence("fkl"), h.bfloat16(), w, ht.double(), wt.bfloat16())
     torch.testing.assert_close(mixed.loss, plain.loss, rtol=2e-2, atol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(fused_linear_divergence(Divergence("fkl"), h, w, ht, wt).loss, plain.loss)
+        assert torch.equal(fused(Divergence("fkl"), h, w, ht, wt).loss, plain.loss)
 
 
 def test_strided_options():
     tensors, columns = inputs(n=5, v=70), torch.rand(5, 70, 2, generator=torch.Generator().manual_seed(5))
     strided = dict(
         weights_N=columns[:, 0, 0], targets_N=(columns[:, :2, 0] * 70).long()[:, 1], alpha_N=columns[:, 3, 0],
-        student_bias_V=columns[0, :, 0], teacher_bias_V=columns[1, :, 0],
+        student=columns[0, :, 0], teacher=columns[1, :, 0],
     )  # fmt: skip
     expanded = dict(strided, weights_N=torch.tensor(0.5).expand(5), alpha_N=torch.tensor(0.2).expand(5))
     for options in (strided, expanded):
         found = []
-        for given in (options, {name: x.contiguous() for name, x in options.items()}):
-            result = fused_linear_divergence(Divergence("skl"), *tensors, cross_entropy_weight=0.5, **given)
+        for given in (dict(options), {name: x.contiguous() for name, x in options.items()}):
+            given |= {side: dict(bias_V=given[side]) for side in ("student", "teacher")}
+            result = fused(Divergence("skl"), *tensors, cross_entropy_weight=0.5, **given)
             found.append([result.loss, *gradients(result.loss, *tensors[:2])])
         assert not any(x.is_contiguous() for x in options.values())
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -618,7 +625,7 @@ def classes(s, ids):
 @pytest.mark.parametrize("budget", [None, SMALL_BUDGET_MIB], ids=["whole", "columns tiled"])
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(temperature=2.0), dict(cross_entropy_weight=0.4), dict(student_logit_scale=0.5, student_soft_cap=4.0)],
+    [{}, dict(temperature=2.0), dict(cross_entropy_weight=0.4), dict(student=dict(scale=0.5, cap=4.0))],
     ids=["plain", "temperature", "cross entropy", "cap"],
 )
 @pytest.mark.parametrize("name", ["fkl", "rkl", "skl", "srkl"])
@@ -628,13 +635,13 @@ def test_a_stored_teacher_is_one_of_k_classes_and_the_rest(name, options, budget
     teacher = stored(ht, wt, 9, temperature)
     targets = teacher.ids_NK[:, 3].long().where(torch.arange(13) % 2 == 0, torch.arange(13) * 7)
     weights = torch.linspace(0.1, 1.5, 13)
-    z = (h.double() @ w.double().T) * options.get("student_logit_scale", 1.0)
-    z = z if "student_soft_cap" not in options else 4 * (z / 4).tanh()
+    z = h.double() @ w.double().T
+    z = 4 * (z * 0.5 / 4).tanh() if "student" in options else z
     log_p = torch.cat([teacher.log_probs_NK, teacher.tail_mass_N.log().unsqueeze(-1)], -1).double()
     value = of_classes(name, classes(z / temperature, teacher.ids_NK), log_p)
     entropy = F.cross_entropy(z, targets, reduction="none")
-    result = fused_linear_divergence(
-        Divergence(name), h, w, teacher_top_k=teacher, weights_N=weights, targets_N=targets,
+    result = fused(
+        Divergence(name), h, w, top_k=teacher, weights_N=weights, targets_N=targets,
         memory_budget_mib=budget, **options,
     )  # fmt: skip
     close = dict(rtol=3e-5, atol=3e-6)
@@ -657,11 +664,11 @@ def test_a_constant_added_to_all_logits_costs_no_digits(temperature):
     log_p = torch.cat([teacher.log_probs_NK, teacher.tail_mass_N.log().unsqueeze(-1)], -1).double()
     value = of_classes("fkl", classes(z / temperature, teacher.ids_NK), log_p)
     entropy = F.cross_entropy(z, targets, reduction="none")
-    top = fused_linear_divergence(
-        Divergence("fkl"), h, identity, teacher_top_k=teacher, targets_N=targets, student_bias_V=shift,
+    top = fused(
+        Divergence("fkl"), h, identity, top_k=teacher, targets_N=targets, student=dict(bias_V=shift),
         temperature=temperature,
     )  # fmt: skip
-    alone = fused_linear_cross_entropy(h, identity, targets, bias_V=shift)
+    alone = fused_cross_entropy(h, identity, targets, student=dict(bias_V=shift))
     close = dict(rtol=1e-6, atol=1e-6)
     for ours, truth in ((top.divergence_N, value), (top.cross_entropy_N, entropy), (alone.cross_entropy_N, entropy)):
         torch.testing.assert_close(ours.double(), truth.detach(), **close)
@@ -678,8 +685,8 @@ def of_classes(name, log_q, log_p, alpha=0.1):
 @pytest.mark.parametrize("name", ["fkl", "rkl", "skl", "srkl"])
 def test_a_stored_teacher_of_all_ids_is_the_teacher(name):
     h, w, ht, wt = inputs(v=40)
-    full = fused_linear_divergence(Divergence(name), h, w, ht, wt)
-    top = fused_linear_divergence(Divergence(name), h, w, teacher_top_k=stored(ht, wt, 40))
+    full = fused(Divergence(name), h, w, ht, wt)
+    top = fused(Divergence(name), h, w, top_k=stored(ht, wt, 40))
     torch.testing.assert_close(top.divergence_N, full.divergence_N, rtol=1e-5, atol=2e-6)
     assert torch.equal(top.agreement_N, full.agreement_N)
     for a, b in zip(gradients(top.loss, h, w), gradients(full.loss, h, w), strict=True):
@@ -691,8 +698,8 @@ def test_a_stored_tail_below_fp32s_smallest_number_has_its_logarithm(name):
     h, w, _, _ = inputs()
     h = torch.zeros_like(h).requires_grad_()  # a uniform student
     ids, log_tail = torch.zeros(13, 1, dtype=torch.int), torch.full((13,), -110.0, dtype=torch.float64)
-    found = fused_linear_divergence(
-        Divergence(name), h, w, teacher_top_k=TopKTeacher(ids, torch.zeros(13, 1), log_tail.exp())
+    found = fused(
+        Divergence(name), h, w, top_k=TopKTeacher(ids, torch.zeros(13, 1), log_tail.exp())
     )
     log_p = torch.stack([torch.zeros_like(log_tail), log_tail], -1)
     value = of_classes(name, classes(h.double() @ w.double().T, ids), log_p)
@@ -710,7 +717,7 @@ def test_nan_is_not_hidden(name, backend):
         tensors = [x.detach().clone() for x in inputs()]
         tensors[side][4, 0] = math.nan
         tensors[0].requires_grad_()
-        result = fused_linear_divergence(Divergence(name), *tensors)
+        result = fused(Divergence(name), *tensors)
         assert result.divergence_N.isnan().nonzero().flatten().tolist() == [4], side
         assert side == 2 or gradients(result.loss, tensors[0])[0][4].isnan().all()
 
@@ -732,26 +739,24 @@ def test_triton_launches_on_the_device_of_its_tensors(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(rows_triton, "rows_kernel", {(13,): lambda *_, **__: events.append("launched")})
     h, w, _, _ = inputs()
-    fused_linear_cross_entropy(h.detach(), w.detach(), torch.arange(13))
+    fused_cross_entropy(h.detach(), w.detach(), torch.arange(13))
     assert events == [(13, 301), "launched", "left"]
 
 
-def call(**changes):
-    h, w, ht, wt = inputs()
-    arguments = dict(
-        spec=Divergence("skl"),
-        student_hidden_NS=h,
-        student_head_VS=w,
-        teacher_hidden_NT=ht,
-        teacher_head_VT=wt,
-    )
-    return fused_linear_divergence(**(arguments | changes))
+def call(spec="skl", *, h=None, w=None, ht=None, wt=None, top_k=None, **options):
+    """The operation on tensors that fit, but for those that are given."""
+    tensors = [x if given is None else given for x, given in zip(inputs(), (h, w, ht, wt), strict=True)]
+    return fused(spec and Divergence(spec), *tensors, top_k=top_k, **options)
 
 
-def call_top_k(n=13, **changes):
+def call_top_k(spec="skl", n=13, **options):
     ids = torch.arange(5).expand(n, 5)
-    teacher = TopKTeacher(ids, torch.full((n, 5), -2.0), torch.full((n,), 0.3))
-    return call(**(dict(teacher_hidden_NT=None, teacher_head_VT=None, teacher_top_k=teacher) | changes))
+    return call(spec, top_k=TopKTeacher(ids, torch.full((n, 5), -2.0), torch.full((n,), 0.3)), **options)
+
+
+def call_without_teacher(objective, **options):
+    h, w, _, _ = inputs()
+    return fused_linear_divergence(objective, student=Hidden(h, Head(w)), **options)
 
 
 @pytest.mark.parametrize(
@@ -764,8 +769,16 @@ def call_top_k(n=13, **changes):
         (lambda: Divergence("abkd", beta=0.0), r"alpha 0\.1 and beta 0\.0.*above 0"),
         (lambda: Divergence("akl", head_mass=1.0), r"head_mass is 1\.0.*\(0, 1\)"),
         (lambda: Divergence("taid", alpha=0.0), r"alpha is 0\.0.*\(0, 1\]"),
-        (lambda: call(teacher_head_VT=None), r"teacher must be given once"),
-        (lambda: call_top_k(spec=Divergence("jsd")), r"'jsd' needs the teacher's whole distribution.*skl, srkl"),
+        (
+            lambda: call_without_teacher(Objective(Divergence("skl"))),
+            r"has the divergence 'skl', but no teacher was given.*Hidden.*TopKTeacher",
+        ),
+        (lambda: call_top_k(None), r"has no divergence, but a teacher was given"),
+        (
+            lambda: call_without_teacher(CROSS_ENTROPY, targets_N=torch.zeros(13).long(), alpha_N=torch.zeros(13)),
+            r"alpha_N was given.*no divergence",
+        ),
+        (lambda: call_top_k("jsd"), r"'jsd' needs the teacher's whole distribution.*skl, srkl"),
         (lambda: call_top_k(n=12), r"\(12, 5\).*\[13, K\]"),
         (lambda: call_top_k(valid_vocab=3), r"top-k ids span \[0, 4\].*0 to 2"),
         (
@@ -774,19 +787,19 @@ def call_top_k(n=13, **changes):
         ),
         (lambda: Divergence("jsd", beta=1.0), r"beta is 1\.0.*\(0, 1\)"),
         (lambda: call(temperature=0.0), r"temperature is 0\.0"),
-        (lambda: call(teacher_head_VT=torch.zeros(320, 40)), r"301 rows.*320.*valid_vocab"),
+        (lambda: call(wt=torch.zeros(320, 40)), r"301 rows.*320.*valid_vocab"),
         (lambda: call(valid_vocab=302), r"valid_vocab is 302.*301"),
-        (lambda: call(student_head_VS=torch.zeros(301, 23)), r"student's.*\(13, 24\).*\(301, 23\)"),
-        (lambda: call(teacher_hidden_NT=torch.zeros(12, 40)), r"13 tokens.*12"),
-        (lambda: call(student_head_VS=torch.zeros(301, 24).half()), r"student's.*float32.*float16.*use bf16"),
-        (lambda: call(student_bias_V=torch.zeros(3)), r"student's bias is \(3,\).*301"),
+        (lambda: call(w=torch.zeros(301, 23)), r"student's.*\(13, 24\).*\(301, 23\)"),
+        (lambda: call(ht=torch.zeros(12, 40)), r"13 tokens.*12"),
+        (lambda: call(w=torch.zeros(301, 24).half()), r"student's.*float32.*float16.*use bf16"),
+        (lambda: call(student=dict(bias_V=torch.zeros(3))), r"student's bias is \(3,\).*301"),
         (lambda: call(weights_N=torch.ones(12)), r"weights_N is \(12,\).*13"),
         (lambda: call(cross_entropy_weight=0.5), r"cross_entropy_weight is 0\.5.*targets_N"),
         (lambda: call(targets_N=torch.full((13,), -100)), r"\[-100, -100\].*0 to 300"),
         (lambda: call(targets_N=torch.full((13,), 301)), r"\[301, 301\].*0 to 300"),
         (lambda: call(alpha_N=torch.full((13,), 1.0)), r"alpha_N spans \[1\.0, 1\.0\]"),
         (lambda: call(alpha_N=torch.zeros(12)), r"alpha_N has shape \(12,\).*13"),
-        (lambda: call(spec=Divergence("fkl"), alpha_N=torch.zeros(13)), r"'fkl' has no alpha"),
+        (lambda: call("fkl", alpha_N=torch.zeros(13)), r"'fkl' has no alpha"),
         (lambda: call(memory_budget_mib=0.0002), r"memory_budget_mib is 0\.0002.*64 columns needs 0\.\d"),
         (
             lambda: token_divergence(Divergence("fkl"), torch.ones(2, 3), torch.ones(2, 4)),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.divergences.kernels.choice import has_triton
+from toolkit.divergences.kernels.backends import has_triton
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "kernel_resources.py"
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's, from CUDA's programming guide

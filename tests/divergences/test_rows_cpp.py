@@ -6,17 +6,18 @@ import sys
 
 import pytest
 
-from toolkit.divergences.kernels.choice import has_cpp
+from toolkit.divergences.kernels.backends import has_cpp
 
 SCRIPT = """
 import warnings, torch
-from toolkit.divergences import Divergence, fused_linear_divergence
-from toolkit.divergences.kernels.choice import choose_backend
+from tests.divergences.calls import fused
+from toolkit.divergences import Divergence
+from toolkit.divergences.kernels.backends import choose_backend
 h, w = torch.ones(3, 4), torch.ones(70, 4)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
-        fused_linear_divergence(Divergence("skl"), h, w, h, w)
+        fused(Divergence("skl"), h, w, h, w)
 print(choose_backend("auto", h.device, h.dtype), len(caught), *(str(x.message) for x in caught))
 """
 

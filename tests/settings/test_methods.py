@@ -4,14 +4,9 @@ import importlib
 import json
 
 import pytest
-import torch
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
-from toolkit.batch import Example, TokenBatch
-from toolkit.divergences import Divergence
-from toolkit.models.engines import mean_log_probs, sequence_alpha
-from toolkit.models.head import Head
 from toolkit.run.recipe import chosen, main
 from toolkit.settings import DataConfig, RunConfig, ScheduleConfig
 from toolkit.settings.methods import METHODS, expanded, with_method
@@ -166,31 +161,3 @@ def test_help_of_several_runs_lists_the_settings_of_one(capsys):
     with pytest.raises(SystemExit):
         main(table, ["b/d", "--help"])
     assert "did you mean 'b/c'" in capsys.readouterr().err
-
-
-def test_alpha_of_each_text_is_distillm_2s():
-    """Against the formula on full logits in float64, with padding, ragged responses and a padded head."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = [(3, 9), (5, 6), (2, 12)]
-    rows = [Example(torch.randint(0, 50, (n,), generator=generator).numpy(), prompt) for prompt, n in lengths]
-    batch = TokenBatch.from_examples(rows, 0)
-    heads = [torch.randn(56, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
-    hidden = [torch.randn(*batch.input_ids_BT.shape, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
-    means = [
-        mean_log_probs(batch, h[batch.predicts_BT], Head(w, None, 0.7, None), 50, None)
-        for h, w in zip(hidden, heads, strict=True)
-    ]
-    wanted = []
-    for h, w in zip(hidden, heads, strict=True):
-        log_probs = (0.7 * h @ w.T)[..., :50].log_softmax(-1)
-        wanted.append(torch.stack([
-            torch.stack([log_probs[b, t - 1, rows[b].tokens[t]] for t in range(prompt, n)]).mean()
-            for b, (prompt, n) in enumerate(lengths)
-        ]))  # fmt: skip
-    torch.testing.assert_close(torch.stack(means), torch.stack(wanted))
-    for name, (of, other) in {"skl": (0, 1), "srkl": (1, 0)}.items():
-        gap = wanted[of].exp() - wanted[other].exp()
-        alpha = (1 - 0.9 * gap.mean() / (gap + 1e-5)).clamp(0.01, 0.1)
-        torch.testing.assert_close(sequence_alpha(Divergence(name, alpha=0.1), *wanted), alpha)
-        broken = [wanted[0], wanted[1] * float("nan")]  # such a step is skipped, not an error of one rank
-        assert (sequence_alpha(Divergence(name, alpha=0.1), *broken) == 0.1).all()

@@ -5,13 +5,16 @@ log-probabilities. Every value is in nats per token, includes the teacher's entr
 q), and is formed in log space: `fused` computes the same numbers without anything of size [N, V].
 """
 
-import math
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from toolkit.divergences.kernels.rows import LOG_ZERO
-from toolkit.divergences.spec import WITH_ALPHA, Divergence
+from toolkit.divergences.head import LOG_ZERO
+from toolkit.divergences.spec import WITH_ALPHA, Divergence, check_temperature
+
+#: The least alpha that `sequence_alpha` chooses.
+LEAST_ALPHA = 0.01
 
 
 def token_divergence(
@@ -32,6 +35,7 @@ def token_divergence(
 
     Raises ValueError for a temperature that is not positive, shapes that differ, or an unfit `alpha_N`.
     """
+    # What was given has to fit together, and is brought to one dtype and temperature.
     check_temperature(temperature)
     if student_logits_NV.shape != teacher_logits_NV.shape:
         raise ValueError(
@@ -43,6 +47,8 @@ def token_divergence(
     student_logits_NV = student_logits_NV.to(dtype) / temperature
     teacher_logits_NV = teacher_logits_NV.detach().to(dtype) / temperature
     alpha = check_alpha(spec, alpha_N, len(student_logits_NV))
+
+    # taid's target takes the teacher's place; the rest is a formula of both log-probabilities.
     if spec.name == "taid":
         teacher_logits_NV = interpolated_logits(student_logits_NV.detach(), teacher_logits_NV, alpha)
     log_q_NV, log_p_NV = log_probabilities(student_logits_NV), log_probabilities(teacher_logits_NV)
@@ -159,14 +165,23 @@ def log_probabilities(logits_NV: Tensor) -> Tensor:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """What softmax and row sums are computed in: float64 where one of the tensors is, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def check_temperature(temperature: float) -> None:
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature is {temperature}, but must be positive and finite; 1.0 leaves logits as they are"
-        )
+def sequence_alpha(spec: Divergence, log_p_B: Tensor, log_q_B: Tensor) -> Tensor:
+    """DistiLLM-2's alpha of each sequence [B], from both models' mean log-probabilities [B] of its targets.
+
+    Near q, log p - log((1 - a) q + a p) is about (1 - a) (p - q). It is held at its mean over the B sequences, where
+    alpha is a0 = spec.alpha: a = 1 - (1 - a0) mean(p - q) / (p - q), clipped to [0.01, a0]. p and q are the geometric
+    means per token; for srkl they change places. Source: arXiv 2503.07067.
+    """
+    gap_B = log_p_B.exp() - log_q_B.exp()
+    if spec.name == "srkl":
+        gap_B = -gap_B
+    alpha_B = 1 - (1 - spec.alpha) * gap_B.mean() / (gap_B + 1e-5)
+    # A model that is not finite makes a loss that is not, and the step is skipped; an alpha has to be one all the same.
+    return alpha_B.nan_to_num(nan=spec.alpha).clamp(LEAST_ALPHA, spec.alpha)
 
 
 def check_alpha(spec: Divergence, alpha_N: Tensor | None, n_tokens: int) -> float | Tensor:

@@ -2,164 +2,150 @@
 budget whatever the numbers of tokens and vocabulary entries are.
 
 `formulas` is the readable twin; tests hold the two together. `tiles` goes over the tiles, `plan` says how large one is,
-`products` has its matrix products, `rows` the mathematics of its elementwise work, which `rows_torch`, `rows_cpp` and
-`rows_triton` do.
+`products` has its matrix products, `kernels.rows` the mathematics of its elementwise work, which `rows_torch`,
+`rows_cpp` and `rows_triton` do. `flat` has the operations' former form.
+
+Legend: N tokens, B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from toolkit.divergences.formulas import check_alpha, check_temperature
-from toolkit.divergences.spec import Divergence
-from toolkit.divergences.tiles import FusedLoss, Problem, Side, Tiles
-from toolkit.divergences.top_k import TopKTeacher, check_top_k
+from toolkit.divergences import flat
+from toolkit.divergences.formulas import check_alpha, sequence_alpha
+from toolkit.divergences.head import Hidden
+from toolkit.divergences.spec import CROSS_ENTROPY, Divergence, Objective
+from toolkit.divergences.tiles import FusedLoss, Gradients, Tiles, Wanted
+from toolkit.divergences.top_k import TopKTeacher
 
 SCALED_BYTES = 2**22  # of a gradient in the computing dtype at a time
 
 
+@flat.or_flat(flat.divergence)
 def fused_linear_divergence(
-    spec: Divergence,
-    student_hidden_NS: Tensor,
-    student_head_VS: Tensor,
-    teacher_hidden_NT: Tensor | None = None,
-    teacher_head_VT: Tensor | None = None,
+    objective: Objective,
     *,
-    teacher_top_k: TopKTeacher | None = None,
-    weights_N: Tensor | None = None,
+    student: Hidden,
+    teacher: Hidden | TopKTeacher | None = None,
     targets_N: Tensor | None = None,
-    cross_entropy_weight: float = 0.0,
-    temperature: float = 1.0,
-    valid_vocab: int | None = None,
-    student_bias_V: Tensor | None = None,
-    teacher_bias_V: Tensor | None = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_soft_cap: float | None = None,
-    teacher_soft_cap: float | None = None,
+    weights_N: Tensor | None = None,
     alpha_N: Tensor | None = None,
+    sequence_lengths_B: Tensor | None = None,
+    valid_vocab: int | None = None,
     memory_budget_mib: float | None = None,
     backend: str = "auto",
 ) -> FusedLoss:
-    """Weighted sum of token divergences between two language-model heads, from hidden states.
+    """Weighted sum over tokens of what `objective` says, from hidden states, with its gradients.
 
-    Logits are cap(scale * (hidden @ head.T + bias)), with cap(z) = c tanh(z / c); divided by `temperature`
-    for the divergence only: the cross entropy with `targets_N` is that of the model, at temperature 1.
-    Columns from `valid_vocab` on are minus infinity on both sides, so the heads may be padded to different
-    sizes. A bias may hold minus infinity. The teacher's side is constant; in place of hidden states and head it may be
-    `teacher_top_k`, for fkl, rkl, skl and srkl. `alpha_N` replaces `spec.alpha` token by token (skl, srkl, taid).
+    student: hidden states [N, S] and the head that makes logits of them. teacher: the same with its own size T, or its
+    stored top k (for fkl, rkl, skl and srkl); None where the objective is a cross entropy alone. It is constant.
+    targets_N: token ids, which the cross entropy needs. weights_N: a factor for each token, 1 by default.
+    alpha_N replaces the divergence's alpha token by token (skl, srkl, taid). With `objective.alpha_per_sequence` it is
+    chosen here: tokens are those of B sequences one after the other, of `sequence_lengths_B` [B] tokens each.
+    valid_vocab: columns from there on are minus infinity on both sides, so that the heads may be padded to different
+    sizes.
 
     `memory_budget_mib` (by default 256 on a CPU, 3,072 on a GPU) bounds all buffers but the head gradient [V, S], rows
     of N numbers, and what the caller passed in; smaller is slower. The head gradient is fp32 where several tiles add to
     it, the head's own dtype where one tile holds all. `backend`: "triton" (GPU), "cpp" (CPU with a
     C++ compiler), "torch" (anywhere), or "auto", the fastest of these that can run here.
 
-    Gradients reach student hidden, head and bias, each only if it requires grad; they are formed here, so the
-    weights must be final, and backward only scales them by the incoming scalar. The heads are not kept for
-    backward. Without grad mode the same values are computed and the gradient work is left out. N = 0 gives
-    0, connected.
+    Gradients reach the student's hidden states, weight and bias, each only if it requires grad; they are formed here,
+    so the weights must be final, and backward only scales them by the incoming scalar. The heads are not kept for
+    backward. Without grad mode the same values are computed and the gradient work is left out. N = 0 gives 0,
+    connected.
 
     Raises ValueError for shapes, token ids, weights' or alpha's shapes that do not fit, fp16, unequal vocabularies
-    without `valid_vocab`, a cross-entropy weight without targets, a missing or double teacher, a budget too small for
-    one token, and a backend that cannot run here. Source: skewed divergences of DistiLLM, arXiv 2402.03898; the others
-    as in `formulas`.
+    without `valid_vocab`, a cross-entropy weight without targets, a divergence without a teacher or the reverse, a
+    budget too small for one token, and a backend that cannot run here. Source: skewed divergences of DistiLLM, arXiv
+    2402.03898; the others as in `formulas`.
     """
-    _check_side("student", student_hidden_NS, student_head_VS, student_bias_V)
-    n_tokens, v_student = len(student_hidden_NS), len(student_head_VS)
-    heads = [v_student]
-    if (teacher_top_k is None) == (teacher_hidden_NT is None or teacher_head_VT is None):
+    # What was given has to fit together.
+    n_tokens, v = _checked_sizes(objective, student, teacher, valid_vocab)
+    targets_N = _targets(targets_N, n_tokens, v)
+    if objective.cross_entropy_weight and targets_N is None:
         raise ValueError(
-            "the teacher must be given once: either teacher_hidden_NT and teacher_head_VT, or teacher_top_k"
+            f"cross_entropy_weight is {objective.cross_entropy_weight}, but targets_N is None: pass the target ids"
         )
-    if teacher_top_k is None:
-        _check_side("teacher", teacher_hidden_NT, teacher_head_VT, teacher_bias_V)
-        heads.append(len(teacher_head_VT))
-        if len(teacher_hidden_NT) != n_tokens:
-            raise ValueError(
-                f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher_hidden_NT)}: "
-                "pass the same response positions to both"
-            )
-        if valid_vocab is None and v_student != len(teacher_head_VT):
-            raise ValueError(
-                f"the student's head has {v_student} rows, the teacher's {len(teacher_head_VT)}: pass valid_vocab, "
-                "the size of the tokenizer's real vocabulary, so that padding is cut on both sides"
-            )
-    check_temperature(temperature)
-    if cross_entropy_weight and targets_N is None:
-        raise ValueError(f"cross_entropy_weight is {cross_entropy_weight}, but targets_N is None: pass the target ids")
-    alpha = check_alpha(spec, alpha_N, n_tokens)
-    if alpha_N is None and spec.alpha == 0.0:  # the plain divergences cost less
-        spec = Divergence({"skl": "fkl", "srkl": "rkl"}.get(spec.name, spec.name), 0.0, spec.beta, spec.head_mass)
-    v_valid = _valid_vocab(valid_vocab, *heads)
-    if teacher_top_k is not None:
-        check_top_k(spec, teacher_top_k, n_tokens, v_valid, temperature, cross_entropy_weight)
-        teacher_top_k = teacher_top_k._replace(ids_NK=teacher_top_k.ids_NK.long())
-    student = Side(student_head_VS, student_bias_V, student_logit_scale, student_soft_cap)
-    teacher = None
-    if teacher_top_k is None:
-        teacher = Side(teacher_head_VT, teacher_bias_V, teacher_logit_scale, teacher_soft_cap)
-    problem = Problem(
-        spec, student, teacher_hidden_NT, teacher, teacher_top_k, _weights(weights_N, student_hidden_NS),
-        _targets(targets_N, n_tokens, v_valid), float(cross_entropy_weight), float(temperature), v_valid, alpha,
-        memory_budget_mib, backend,
-    )  # fmt: skip
-    return _solve(student_hidden_NS, student_head_VS, student_bias_V, problem)
+    if weights_N is not None and weights_N.shape != (n_tokens,):
+        raise ValueError(f"weights_N is {tuple(weights_N.shape)}, but there are {n_tokens} tokens: give one each")
+
+    # The divergence's alpha: one for all tokens, each token's own, or chosen here for each sequence.
+    if objective.alpha_per_sequence:
+        alpha_N = _alpha_per_sequence(
+            objective, student, teacher, targets_N, sequence_lengths_B, valid_vocab=v,
+            memory_budget_mib=memory_budget_mib, backend=backend,
+        )  # fmt: skip
+    alpha: float | Tensor = 0.0
+    if objective.divergence is None:
+        if alpha_N is not None:
+            raise ValueError("alpha_N was given, but the objective has no divergence: leave it out, or name one")
+    else:
+        alpha = check_alpha(objective.divergence, alpha_N, n_tokens)
+        if alpha_N is None:
+            objective = replace(objective, divergence=_plain(objective.divergence))
+
+    # The work itself, inside of autograd where a gradient is asked for.
+    head = student.head
+    parameters = (student.states_NH, head.weight_VH, head.bias_V)
+    grad = torch.is_grad_enabled()
+    wanted = Wanted(*(grad and x is not None and x.requires_grad for x in parameters))
+
+    def work() -> tuple[FusedLoss, Gradients]:
+        with torch.no_grad(), torch.autocast(student.states_NH.device.type, enabled=False):
+            return Tiles(
+                objective, student=student, teacher=teacher, targets_N=targets_N, weights_N=weights_N, alpha=alpha,
+                valid_vocab=v, wanted=wanted, budget_mib=memory_budget_mib, backend=backend,
+            ).run()  # fmt: skip
+
+    return FusedLoss(*_GradientsInForward.apply(*parameters, work)) if any(wanted) else work()[0]
 
 
+@flat.or_flat(flat.cross_entropy)
 def fused_linear_cross_entropy(
-    hidden_NS: Tensor,
-    head_VS: Tensor,
-    targets_N: Tensor,
     *,
+    student: Hidden,
+    targets_N: Tensor,
     weights_N: Tensor | None = None,
     valid_vocab: int | None = None,
-    bias_V: Tensor | None = None,
-    logit_scale: float = 1.0,
-    soft_cap: float | None = None,
     memory_budget_mib: float | None = None,
     backend: str = "auto",
 ) -> FusedLoss:
-    """Weighted sum of token cross entropies, in nats: `fused_linear_divergence` without a teacher, same
+    """Weighted sum over tokens of the cross entropy, in nats: `fused_linear_divergence` without a teacher, same
     arguments."""
-    _check_side("student", hidden_NS, head_VS, bias_V)
-    v_valid = _valid_vocab(valid_vocab, len(head_VS))
-    problem = Problem(
-        None, Side(head_VS, bias_V, logit_scale, soft_cap), None, None, None, _weights(weights_N, hidden_NS),
-        _targets(targets_N, len(hidden_NS), v_valid), 1.0, 1.0, v_valid, 0.0, memory_budget_mib, backend,
+    return fused_linear_divergence(
+        CROSS_ENTROPY, student=student, targets_N=targets_N, weights_N=weights_N, valid_vocab=valid_vocab,
+        memory_budget_mib=memory_budget_mib, backend=backend,
     )  # fmt: skip
-    return _solve(hidden_NS, head_VS, bias_V, problem)
-
-
-def _solve(hidden_NS: Tensor, head_VS: Tensor, bias_V: Tensor | None, problem: Problem) -> FusedLoss:
-    grad = torch.is_grad_enabled()
-    wanted = tuple(grad and x is not None and x.requires_grad for x in (hidden_NS, head_VS, bias_V))
-    if any(wanted):
-        return FusedLoss(*_GradientsInForward.apply(hidden_NS, head_VS, bias_V, problem, wanted))
-    with torch.no_grad():
-        return _run_tiles(hidden_NS, problem, wanted)[0]
 
 
 class _GradientsInForward(torch.autograd.Function):
+    """Does the whole work in forward and keeps the gradients, which backward scales."""
+
     @staticmethod
-    def forward(ctx, hidden_NS, head_VS, bias_V, problem, wanted):
-        result, gradients = _run_tiles(hidden_NS, problem, wanted)
+    def forward(ctx, hidden_NS, weight_VS, bias_V, work: Callable[[], tuple[FusedLoss, Gradients]]):
+        result, gradients = work()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[1:])
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = [x if x is None else x.dtype for x in (hidden_NS, head_VS, bias_V)]
+        ctx.dtypes = [x if x is None else x.dtype for x in (hidden_NS, weight_VS, bias_V)]
         return tuple(result)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         if grad_loss is None:
-            return None, None, None, None, None
+            return None, None, None, None
         scaled = (
             None if total is None else _scaled(total, grad_loss, dtype)
             for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )  # fmt: skip
-        return *scaled, None, None
+        return *scaled, None
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,47 +161,45 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled
 
 
-def _run_tiles(hidden_NS: Tensor, problem: Problem, wanted: tuple[bool, bool, bool]):
-    """The whole operation: `FusedLoss` and the gradients of hidden, head and bias (None where not wanted)."""
-    hidden_NS = hidden_NS.detach()
-    with torch.autocast(hidden_NS.device.type, enabled=False):
-        return Tiles(hidden_NS, problem, wanted).run()
-
-
-def _check_side(name: str, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> None:
-    if hidden_NH.dim() != 2 or head_VH.dim() != 2 or hidden_NH.shape[1] != head_VH.shape[1]:
+def _checked_sizes(
+    objective: Objective, student: Hidden, teacher: Hidden | TopKTeacher | None, valid_vocab: int | None
+) -> tuple[int, int]:
+    """(tokens, vocabulary entries that count) of models that fit each other and the objective."""
+    student.check("student")
+    n_tokens, heads = len(student.states_NH), [len(student.head.weight_VH)]
+    if (objective.divergence is None) != (teacher is None):
+        asked = "no divergence" if objective.divergence is None else f"the divergence {objective.divergence.name!r}"
+        given = "no teacher was" if teacher is None else "a teacher was"
         raise ValueError(
-            f"the {name}'s hidden states are {tuple(hidden_NH.shape)}, its head {tuple(head_VH.shape)}: pass "
-            "[tokens, hidden] and [vocabulary, hidden]; under ZeRO-3 gather the head first"
+            f"the objective has {asked}, but {given} given: pass teacher=Hidden(states, head) or a TopKTeacher exactly "
+            "where there is a divergence"
         )
-    if torch.float16 in (hidden_NH.dtype, head_VH.dtype):
+    if isinstance(teacher, Hidden):
+        teacher.check("teacher")
+        heads.append(len(teacher.head.weight_VH))
+        if len(teacher.states_NH) != n_tokens:
+            raise ValueError(
+                f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher.states_NH)}: "
+                "pass the same response positions to both"
+            )
+        if valid_vocab is None and heads[0] != heads[1]:
+            raise ValueError(
+                f"the student's head has {heads[0]} rows, the teacher's {heads[1]}: pass valid_vocab, "
+                "the size of the tokenizer's real vocabulary, so that padding is cut on both sides"
+            )
+    v = min(heads) if valid_vocab is None else valid_vocab
+    if not 1 <= v <= min(heads):
         raise ValueError(
-            f"the {name}'s hidden states are {hidden_NH.dtype}, its head {head_VH.dtype}: in fp16 the gradients of "
-            "tokens with small weights underflow; use bf16 or fp32"
-        )
-    if bias_V is not None and bias_V.shape != (len(head_VH),):
-        raise ValueError(
-            f"the {name}'s bias is {tuple(bias_V.shape)}, but its head has {len(head_VH)} rows: give one each"
-        )
-
-
-def _valid_vocab(valid_vocab: int | None, *head_sizes: int) -> int:
-    valid_vocab = min(head_sizes) if valid_vocab is None else valid_vocab
-    if not 1 <= valid_vocab <= min(head_sizes):
-        raise ValueError(
-            f"valid_vocab is {valid_vocab}, but the heads have {', '.join(map(str, head_sizes))} rows: "
+            f"valid_vocab is {v}, but the heads have {', '.join(map(str, heads))} rows: "
             "it must lie between 1 and the smallest; pass the tokenizer's len()"
         )
-    return valid_vocab
-
-
-def _weights(weights_N: Tensor | None, hidden_NS: Tensor) -> Tensor | None:
-    if weights_N is not None and weights_N.shape != (len(hidden_NS),):
-        raise ValueError(f"weights_N is {tuple(weights_N.shape)}, but there are {len(hidden_NS)} tokens: give one each")
-    return None if weights_N is None else weights_N.detach()
+    if isinstance(teacher, TopKTeacher):
+        teacher.check(objective, n_tokens, v)
+    return n_tokens, v
 
 
 def _targets(targets_N: Tensor | None, n_tokens: int, v: int) -> Tensor | None:
+    """The targets as int64, after a check of their shape and ids."""
     if targets_N is None:
         return None
     if targets_N.shape != (n_tokens,):
@@ -227,3 +211,45 @@ def _targets(targets_N: Tensor | None, n_tokens: int, v: int) -> Tensor | None:
             "positions (-100) out before the loss"
         )
     return targets_N.long()
+
+
+def _plain(spec: Divergence) -> Divergence:
+    """The same divergence by its plain name where alpha is 0: that costs less."""
+    plain = {"skl": "fkl", "srkl": "rkl"}.get(spec.name)
+    return spec if plain is None or spec.alpha != 0.0 else replace(spec, name=plain)
+
+
+def _alpha_per_sequence(
+    objective: Objective, student: Hidden, teacher: Hidden | TopKTeacher | None, targets_N: Tensor | None,
+    lengths_B: Tensor | None, **options,
+) -> Tensor:  # fmt: skip
+    """alpha_N by `sequence_alpha`; `options` are those of `fused_linear_cross_entropy`."""
+    assert objective.divergence is not None
+    if not isinstance(teacher, Hidden) or targets_N is None or lengths_B is None:
+        raise ValueError(
+            "objective.alpha_per_sequence needs the teacher's hidden states, targets_N and sequence_lengths_B, but "
+            f"teacher is a {type(teacher).__name__}, targets_N {_shape(targets_N)}, sequence_lengths_B "
+            f"{_shape(lengths_B)}: pass them all, or set it to False"
+        )
+    if lengths_B.sum() != len(targets_N):
+        raise ValueError(
+            f"sequence_lengths_B add up to {int(lengths_B.sum())}, but there are {len(targets_N)} tokens: give the "
+            "number of tokens of each sequence"
+        )
+    log_q_B, log_p_B = (
+        mean_log_probs(hidden, targets_N, lengths_B, **options) for hidden in (student, teacher)
+    )  # fmt: skip
+    return sequence_alpha(objective.divergence, log_p_B, log_q_B).repeat_interleave(lengths_B)
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else str(tuple(tensor.shape))
+
+
+@torch.no_grad()
+def mean_log_probs(hidden: Hidden, targets_N: Tensor, lengths_B: Tensor, **options) -> Tensor:
+    """[B] mean log-probability in nats that a model gives to the targets of each sequence, of `lengths_B` tokens each.
+    `options` are those of `fused_linear_cross_entropy`."""
+    nats_N = fused_linear_cross_entropy(student=hidden, targets_N=targets_N, **options).cross_entropy_N
+    sequences_N = torch.arange(len(lengths_B), device=lengths_B.device).repeat_interleave(lengths_B)
+    return -nats_N.new_zeros(len(lengths_B)).index_add_(0, sequences_N, nats_N) / lengths_B.clamp(min=1)

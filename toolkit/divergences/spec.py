@@ -1,7 +1,10 @@
-"""Which divergence, by exact name, and its parameters."""
+"""What is minimised: a divergence, by exact name and with its parameters, and a cross entropy beside it."""
+
+from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import math
+from dataclasses import KW_ONLY, dataclass
 
 #: name -> (what it is, where it comes from). p is the teacher, q the student.
 KNOWN = {
@@ -18,6 +21,8 @@ KNOWN = {
 }
 #: Divergences whose alpha may be given per token.
 WITH_ALPHA = ("skl", "srkl", "taid")
+#: Divergences whose alpha may be chosen for each sequence, from what both models say of it.
+WITH_SEQUENCE_ALPHA = ("skl", "srkl")
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,43 @@ class Divergence:
             )
         if self.name == "akl" and not 0.0 < self.head_mass < 1.0:
             raise ValueError(f"head_mass is {self.head_mass}, but akl needs it in (0, 1); the paper's is 0.5")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless it is positive and finite."""
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature}, but must be positive and finite; 1.0 leaves logits as they are"
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at a token: divergence + cross_entropy_weight * cross entropy with its target, in nats.
+
+    divergence: None for the cross entropy alone, which needs no teacher.
+    temperature: divides both models' logits in the divergence. The cross entropy is that of the model, at 1.
+    alpha_per_sequence: skl and srkl take an alpha for each sequence, at most the divergence's own, from both models'
+    probabilities of its targets (`formulas.sequence_alpha`).
+    Raises ValueError for a temperature that is not positive, and for alpha_per_sequence with a divergence that has no
+    such alpha.
+    """
+
+    divergence: Divergence | None
+    _: KW_ONLY
+    cross_entropy_weight: float = 0.0
+    temperature: float = 1.0
+    alpha_per_sequence: bool = False
+
+    def __post_init__(self):
+        check_temperature(self.temperature)
+        name = None if self.divergence is None else self.divergence.name
+        if self.alpha_per_sequence and name not in WITH_SEQUENCE_ALPHA:
+            raise ValueError(
+                f"alpha_per_sequence is for {' and '.join(WITH_SEQUENCE_ALPHA)}, but the divergence is {name!r}: "
+                "set it to False, or change the divergence"
+            )
+
+
+#: What is minimised where no teacher is asked.
+CROSS_ENTROPY = Objective(None, cross_entropy_weight=1.0)

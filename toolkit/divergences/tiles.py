@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor
 
 from toolkit.divergences.formulas import compute_dtype, head_threshold
+from toolkit.divergences.head import Hidden
 from toolkit.divergences.kernels import rows
-from toolkit.divergences.kernels.choice import choose_backend, row_kernel
-from toolkit.divergences.kernels.rows import CODES, LogitRule, Passes, RowTask
-from toolkit.divergences.kernels.rows_torch import TorchRows, logits_of
-from toolkit.divergences.plan import make_plan, new_tile, tile_view
-from toolkit.divergences.products import Projection, adds_by_parts, operand_dtypes
-from toolkit.divergences.spec import WITH_ALPHA, Divergence
-from toolkit.divergences.top_k import TopKTeacher, finish_gradient, merge_top_k, take_top_k
+from toolkit.divergences.kernels.backends import choose_backend, row_kernel
+from toolkit.divergences.kernels.rows import CODES, Passes, RowTask
+from toolkit.divergences.plan import Plan, make_plan, new_tile, tile_view
+from toolkit.divergences.products import Projection, adds_by_parts
+from toolkit.divergences.spec import WITH_ALPHA, Objective
+from toolkit.divergences.top_k import TopKTeacher, TopKTile
 
 
 class FusedLoss(NamedTuple):
@@ -44,202 +45,216 @@ class FusedLoss(NamedTuple):
     agreement_N: Tensor
 
 
-class Side(NamedTuple):
-    head_VH: Tensor
+class Wanted(NamedTuple):
+    """Which gradients are asked for, of the student's hidden states, head and bias."""
+
+    hidden: bool
+    head: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of the student's hidden states, head and bias; None where one is not asked for."""
+
+    hidden_NS: Tensor | None
+    head_VS: Tensor | None
     bias_V: Tensor | None
-    scale: float
-    cap: float | None
-
-    def rule(self, columns: range, dtype: torch.dtype) -> LogitRule:
-        bias_B = None if self.bias_V is None else self.bias_V.detach()[columns.start : columns.stop].to(dtype)
-        return LogitRule(self.scale, self.cap, bias_B)
-
-
-class Problem(NamedTuple):
-    spec: Divergence | None
-    student: Side
-    teacher_hidden_NT: Tensor | None
-    teacher: Side | None
-    top_k: TopKTeacher | None
-    weights_N: Tensor | None
-    targets_N: Tensor | None
-    cross_entropy_weight: float
-    temperature: float
-    valid_vocab: int
-    alpha: float | Tensor
-    budget_mib: float | None
-    backend: str
-
-    @property
-    def code(self) -> int:
-        if self.top_k is not None:
-            return CODES["top_k"]
-        if self.spec is None:
-            return CODES["none"]
-        return CODES[self.spec.name]
 
 
 class Tiles:
-    """One run over all tiles."""
+    """One run over all tiles of a loss, whose arguments are those of `fused_linear_divergence` after its checks.
 
-    def __init__(self, hidden_NS: Tensor, problem: Problem, wanted: tuple[bool, bool, bool]):
-        self.hidden_NS, self.problem, self.wanted = hidden_NS, problem, wanted
-        self.v, device = problem.valid_vocab, hidden_NS.device
-        self.dtype = compute_dtype(hidden_NS, problem.student.head_VH)
-        backend = choose_backend(problem.backend, device, self.dtype)
-        head = problem.student.head_VH.detach()
-        student_dtypes = operand_dtypes(head, hidden_NS.dtype, self.dtype)
-        sides = [(head, *student_dtypes)]
-        if problem.teacher is not None:
-            teacher_head = problem.teacher.head_VH.detach()
-            sides.append((teacher_head, *operand_dtypes(teacher_head, problem.teacher_hidden_NT.dtype, self.dtype)))
-        operand, student_dtype = student_dtypes
-        element_bytes = sum(logits.itemsize for *_, logits in sides)
-        if operand != student_dtype and any(wanted):
-            element_bytes += operand.itemsize  # the gradient has a tile of its own
-        widened = sum(operand != head.dtype for head, operand, _ in sides)
-        self.plan = make_plan(
-            len(hidden_NS), self.v, element_bytes, widened + (problem.code == CODES["akl"]),
-            int(wanted[1] and adds_by_parts(operand, self.dtype, device)), backend == "torch", device,
-            problem.budget_mib,
+    alpha: of each token [N, 1], or one for all.
+    """
+
+    def __init__(
+        self, objective: Objective, *, student: Hidden, teacher: Hidden | TopKTeacher | None, targets_N: Tensor | None,
+        weights_N: Tensor | None, alpha: float | Tensor, valid_vocab: int, wanted: Wanted, budget_mib: float | None,
+        backend: str,
+    ):  # fmt: skip
+        self.objective, self.wanted, self.v = objective, wanted, valid_vocab
+        self.n_tokens, self.device = len(student.states_NH), student.states_NH.device
+        self.dtype = compute_dtype(student.states_NH, student.head.weight_VH)
+        self.top_k = teacher if isinstance(teacher, TopKTeacher) else None
+        self.student = Projection(student, self.dtype)
+        self.teacher = Projection(teacher, self.dtype) if isinstance(teacher, Hidden) else None
+
+        # What the rows of all tiles have in common; `_tile` asks for its own part of it.
+        columns, alpha_N = range(self.v), None
+        spec = objective.divergence
+        if spec is not None and spec.name in WITH_ALPHA:
+            given = torch.as_tensor(alpha, dtype=self.dtype, device=self.device).flatten()
+            alpha_N = given.expand(self.n_tokens).contiguous()
+        name = "none" if spec is None else "top_k" if self.top_k is not None else spec.name
+        self.task = RowTask(
+            code=CODES[name], objective=objective, student=student.head.part(columns, self.dtype),
+            teacher=teacher.head.part(columns, self.dtype) if isinstance(teacher, Hidden) else None,
+            alpha_n=alpha_N, weights_n=None if weights_N is None else weights_N.to(self.dtype), targets_n=targets_N,
+            threshold_n=None, first_column=0,
         )  # fmt: skip
-        rows, columns = self.plan.tile_rows, self.plan.tile_columns
-        self.student = Projection(head, hidden_NS.dtype, self.dtype, self.plan.block_bytes)
-        self.student_tile = new_tile(rows, columns, student_dtype, device)
-        self.gradient_tile = self.student_tile if operand == student_dtype else None
-        if self.gradient_tile is None and any(wanted):
-            self.gradient_tile = new_tile(rows, columns, operand, device)
-        self.teacher = self.teacher_tile = None
-        if problem.teacher is not None:
-            self.teacher = Projection(teacher_head, problem.teacher_hidden_NT.dtype, self.dtype, self.plan.block_bytes)
-            self.teacher_tile = new_tile(rows, columns, sides[1][2], device)
-        if backend == "torch":
-            self.kernel = TorchRows(rows, columns, self.plan.rows_bytes, self.dtype, device).run
-        else:
-            self.kernel = row_kernel(backend)
-        wants_hidden, wants_head, wants_bias = wanted
-        self.hidden_grad_NS = (
-            torch.zeros_like(hidden_NS, memory_format=torch.contiguous_format) if wants_hidden else None
-        )
-        self.head_grad_VS = None
-        if wants_head:  # the first tile's product is written, not added; padding stays 0
-            single = rows == len(hidden_NS) and operand == head.dtype
-            self.head_grad_VS = torch.empty(head.shape, dtype=head.dtype if single else self.dtype, device=device)
-            self.head_grad_VS[self.v if len(hidden_NS) else 0 :] = 0
-        self.bias_grad_V = torch.zeros(len(head), dtype=self.dtype, device=device) if wants_bias else None
 
-    def run(self) -> tuple[FusedLoss, tuple]:
-        problem, n_tokens, device = self.problem, len(self.hidden_NS), self.hidden_NS.device
-        divergence_N, cross_entropy_N = torch.zeros(2, n_tokens, dtype=self.dtype, device=device)
-        agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-        for start in range(0, n_tokens, self.plan.tile_rows):
-            tile = slice(start, min(start + self.plan.tile_rows, n_tokens))
-            state, merged = self._tile(tile)
-            if problem.spec is not None:
-                divergence_N[tile] = rows.divergence_values(problem.code, state)
-                agreement_N[tile] = rows.agreements(state) if merged is None else merged.agreement_n
-            if problem.targets_N is not None:
-                cross_entropy_N[tile] = rows.cross_entropy_values(state) if merged is None else merged.cross_entropy_n
-        value_N = divergence_N + problem.cross_entropy_weight * cross_entropy_N
-        loss = (value_N if problem.weights_N is None else value_N * problem.weights_N.to(self.dtype)).sum()
-        gradients = self.hidden_grad_NS, self.head_grad_VS, self.bias_grad_V
-        return FusedLoss(loss, divergence_N, cross_entropy_N, agreement_N), gradients
+        backend = choose_backend(backend, self.device, self.dtype)
+        self.plan = self._make_plan(backend, budget_mib)
+        self._allocate()
+        self.kernel = row_kernel(
+            backend, rows=self.plan.tile_rows, columns=self.plan.tile_columns, buffer_bytes=self.plan.rows_bytes,
+            dtype=self.dtype, device=self.device,
+        )  # fmt: skip
 
-    def _tile(self, tile: slice):
-        """All passes over the rows of a tile: at once where it holds the whole vocabulary, else pass by pass."""
-        problem, n = self.problem, tile.stop - tile.start
-        state = rows.new_state(n, self.dtype, self.hidden_NS.device)
-        task = self._task(tile)
+    def _make_plan(self, backend: str, budget_mib: float | None) -> Plan:
+        models = [self.student] if self.teacher is None else [self.student, self.teacher]
+        operand = self.student.operand
+        element_bytes = sum(model.logits_dtype.itemsize for model in models)
+        if self._has_gradient_tile():
+            element_bytes += operand.itemsize
+        return make_plan(
+            n_tokens=self.n_tokens, v=self.v, element_bytes=element_bytes,
+            blocks=sum(model.widens for model in models) + (self.task.code == CODES["akl"]),
+            blocks_to_add=int(self.wanted.head and adds_by_parts(operand, self.dtype, self.device)),
+            rows_buffered=backend == "torch", device=self.device, budget_mib=budget_mib,
+        )  # fmt: skip
+
+    def _has_gradient_tile(self) -> bool:
+        """Whether the gradient has a tile of its own: else it is written over the student's products."""
+        return any(self.wanted) and self.student.operand != self.student.logits_dtype
+
+    def _allocate(self) -> None:
+        """Makes the tiles and the gradients."""
+        plan, student, weight_VS = self.plan, self.student, self.student.weight_VH
+        for model in (student, self.teacher):
+            if model is not None:
+                model.allocate(rows=plan.tile_rows, columns=plan.tile_columns, block_bytes=plan.block_bytes)
+        self.gradient_tile = student.tile
+        if self._has_gradient_tile():
+            self.gradient_tile = new_tile(plan.tile_rows, plan.tile_columns, student.operand, self.device)
+        hidden_NS = head_VS = bias_V = None
+        if self.wanted.hidden:
+            hidden_NS = torch.zeros_like(student.states_NH, memory_format=torch.contiguous_format)
+        if self.wanted.head:  # the first tile's product is written, not added; padding stays 0
+            is_single = plan.tile_rows == self.n_tokens and not student.widens
+            head_dtype = weight_VS.dtype if is_single else self.dtype
+            head_VS = torch.empty(weight_VS.shape, dtype=head_dtype, device=self.device)
+            head_VS[self.v if self.n_tokens else 0 :] = 0
+        if self.wanted.bias:
+            bias_V = torch.zeros(len(weight_VS), dtype=self.dtype, device=self.device)
+        self.gradients = Gradients(hidden_NS, head_VS, bias_V)
+
+    def run(self) -> tuple[FusedLoss, Gradients]:
+        """The loss with its values per token, all detached, and the gradients of the loss."""
+        objective, task = self.objective, self.task
+        divergence_N, cross_entropy_N = torch.zeros(2, self.n_tokens, dtype=self.dtype, device=self.device)
+        agreement_N = torch.zeros(self.n_tokens, dtype=torch.bool, device=self.device)
+        for start in range(0, self.n_tokens, self.plan.tile_rows):
+            tokens = slice(start, min(start + self.plan.tile_rows, self.n_tokens))
+            state, stored = self._tile(tokens)
+            if objective.divergence is not None:
+                divergence_N[tokens] = rows.divergence_values(task.code, state)
+                agreement_N[tokens] = rows.agreements(state) if stored is None else stored.agreement_n
+            if task.targets_n is not None:
+                values_n = rows.cross_entropy_values(state) if stored is None else stored.cross_entropy_n
+                cross_entropy_N[tokens] = values_n
+        value_N = divergence_N + objective.cross_entropy_weight * cross_entropy_N
+        loss = (value_N if task.weights_n is None else value_N * task.weights_n).sum()
+        return FusedLoss(loss, divergence_N, cross_entropy_N, agreement_N), self.gradients
+
+    def _tile(self, tokens: slice) -> tuple[Tensor, TopKTile | None]:
+        """All passes over the rows of a tile: at once where it holds the whole vocabulary, else pass by pass. Returns
+        the rows' state, and what a stored teacher says of them."""
+        # What is kept of these rows from pass to pass.
+        n, whole = tokens.stop - tokens.start, self.plan.whole(self.v)
+        state = rows.new_state(n, self.dtype, self.device)
         total_nS = None
-        if self.wanted[0]:
-            total_nS = torch.zeros(n, self.hidden_NS.shape[1], dtype=self.dtype, device=self.hidden_NS.device)
-        top_k, merged = None, None
-        if problem.top_k is not None:
-            top_k = problem.top_k.rows(tile)
-            raw_nK = torch.empty(top_k.ids_NK.shape, dtype=self.dtype, device=state.device)
-        whole = self.plan.whole(self.v)
-        if problem.code == CODES["akl"] and not whole:
-            task = replace(task, threshold_n=self._thresholds(tile, None))
+        if self.wanted.hidden:
+            total_nS = torch.zeros(n, self.student.states_NH.shape[1], dtype=self.dtype, device=self.device)
+        stored = None if self.top_k is None else TopKTile(self.top_k.map(lambda x: x[tokens]), self.v, self.dtype)
+        task = self.task.rows(tokens)
+        if task.code == CODES["akl"] and not whole:
+            task = replace(task, threshold_n=self._thresholds(tokens, None))
+
         for passes in self._passes(whole):
-            for first in range(0, self.v, self.plan.tile_columns):
-                columns = range(first, min(first + self.plan.tile_columns, self.v))
-                if not (top_k is not None and whole and Passes.STATISTICS not in passes):
-                    student_nB, teacher_nB = self._project(tile, columns)
-                    if top_k is not None:
-                        take_top_k(student_nB, top_k.ids_NK, first, self.v, raw_nK)
-                here = replace(
-                    task, first_column=first, student=problem.student.rule(columns, self.dtype),
-                    teacher=LogitRule() if problem.teacher is None else problem.teacher.rule(columns, self.dtype),
+            for columns in self._columns():
+                # Both models' products at these columns.
+                # After the first pass a whole tile still holds the products that a stored teacher needs for the second.
+                if stored is None or not whole or Passes.STATISTICS in passes:
+                    student_nB, teacher_nB = self._project(tokens, columns)
+                    if stored is not None:
+                        stored.take(student_nB, columns.start)
+
+                # The kernel, which reads the products and writes the gradient where this pass makes one.
+                here = self._at(task, columns)
+                if task.code == CODES["akl"] and whole:
+                    here = replace(here, threshold_n=self._thresholds(tokens, teacher_nB))
+                gradient_nB = tile_view(self.gradient_tile, n, len(columns)) if any(self.wanted) else None
+                self.kernel(
+                    here if stored is None else stored.others(here), state, student_nB=student_nB,
+                    teacher_nB=teacher_nB, out_nB=gradient_nB, passes=passes,
                 )  # fmt: skip
-                if problem.code == CODES["akl"] and whole:
-                    here = replace(here, threshold_n=self._thresholds(tile, teacher_nB))
-                gradient_nB = None if self.gradient_tile is None else tile_view(self.gradient_tile, n, len(columns))
-                plain = here if top_k is None else replace(here, spec=None, cross_entropy_weight=0.0, alpha_n=None)
-                self.kernel(plain, state, student_nB, teacher_nB, gradient_nB, passes)
-                if Passes.GRADIENT in passes:
-                    if top_k is not None:
-                        finish_gradient(gradient_nB, here, top_k.ids_NK, self.v, merged)
-                    self._use_gradient(tile, columns, gradient_nB, total_nS)
-            if top_k is not None and Passes.STATISTICS in passes:
-                full = replace(task, student=problem.student.rule(range(self.v), self.dtype))
-                merged = merge_top_k(full, problem.spec, state, raw_nK, top_k)
-        if total_nS is not None:
-            self.hidden_grad_NS[tile] = total_nS
-        return state, merged
+
+                # The student's gradients take their share of the tile at once: the next columns overwrite it.
+                if gradient_nB is not None and Passes.GRADIENT in passes:
+                    if stored is not None:
+                        stored.finish(gradient_nB, here)
+                    self._use_gradient(gradient_nB, total_nS, tokens=tokens, columns=columns)
+            if stored is not None and Passes.STATISTICS in passes:
+                stored.merge(task, state)
+
+        if self.gradients.hidden_NS is not None and total_nS is not None:
+            self.gradients.hidden_NS[tokens] = total_nS
+        return state, stored
 
     def _passes(self, whole: bool) -> list[Passes]:
+        """What the kernel does in each walk over the columns."""
         wanted = [Passes.STATISTICS]
-        if self.problem.code not in (CODES["none"], CODES["top_k"]):
+        if self.task.code not in (CODES["none"], CODES["top_k"]):
             wanted.append(Passes.SUMS)
         if any(self.wanted):
             wanted.append(Passes.GRADIENT)
-        if whole and self.problem.top_k is None:  # a stored teacher is merged in between
+        if whole and self.top_k is None:  # a stored teacher is merged in between
             return [functools.reduce(operator.or_, wanted)]
         return wanted
 
-    def _task(self, tile: slice) -> RowTask:
-        problem, device = self.problem, self.hidden_NS.device
-        alpha_n = None
-        if problem.spec is not None and problem.spec.name in WITH_ALPHA:
-            alpha = torch.as_tensor(problem.alpha, dtype=self.dtype, device=device)
-            alpha_n = alpha.flatten()[tile] if alpha.dim() else alpha.expand(tile.stop - tile.start).contiguous()
-        return RowTask(
-            problem.spec, problem.code, problem.temperature, problem.cross_entropy_weight, LogitRule(), LogitRule(),
-            alpha_n, None if problem.weights_N is None else problem.weights_N[tile].to(self.dtype),
-            None if problem.targets_N is None else problem.targets_N[tile], None,
-        )  # fmt: skip
+    def _columns(self) -> Iterator[range]:
+        """The columns of one tile after the other."""
+        for first in range(0, self.v, self.plan.tile_columns):
+            yield range(first, min(first + self.plan.tile_columns, self.v))
 
-    def _project(self, tile: slice, columns: range) -> tuple[Tensor, Tensor | None]:
-        n = tile.stop - tile.start
-        student_nB = self.student.project(self.hidden_NS[tile], columns, tile_view(self.student_tile, n, len(columns)))
-        if self.teacher is None:
-            return student_nB, None
-        hidden_nT = self.problem.teacher_hidden_NT[tile].detach()
-        return student_nB, self.teacher.project(hidden_nT, columns, tile_view(self.teacher_tile, n, len(columns)))
+    def _at(self, task: RowTask, columns: range) -> RowTask:
+        """The task at these columns."""
+        teacher = None if task.teacher is None else task.teacher.part(columns, self.dtype)
+        student = task.student.part(columns, self.dtype)
+        return replace(task, student=student, teacher=teacher, first_column=columns.start)
 
-    def _use_gradient(self, tile: slice, columns: range, gradient_nB: Tensor, total_nS: Tensor | None) -> None:
+    def _project(self, tokens: slice, columns: range) -> tuple[Tensor, Tensor | None]:
+        """Products of student and teacher, [n, B] each."""
+        student_nB = self.student.project(tokens, columns)
+        return student_nB, None if self.teacher is None else self.teacher.project(tokens, columns)
+
+    def _use_gradient(
+        self, gradient_nB: Tensor, total_nS: Tensor | None, *, tokens: slice, columns: range
+    ) -> None:
+        """Adds a tile's share to the gradients; that of the hidden states to `total_nS`."""
+        _, head_VS, bias_V = self.gradients
         if total_nS is not None:
             self.student.add_to_hidden(total_nS, gradient_nB, columns)
-        if self.head_grad_VS is not None:
-            self.student.add_to_head(self.head_grad_VS, gradient_nB, self.hidden_NS[tile], columns, tile.start == 0)
-        if self.bias_grad_V is not None:
-            self.bias_grad_V[columns.start : columns.stop] += gradient_nB.sum(0, dtype=self.dtype)
+        if head_VS is not None:
+            self.student.add_to_head(head_VS, gradient_nB, tokens=tokens, columns=columns, first=tokens.start == 0)
+        if bias_V is not None:
+            bias_V[columns.start : columns.stop] += gradient_nB.sum(0, dtype=self.dtype)
 
-    def _thresholds(self, tile: slice, teacher_nV: Tensor | None) -> Tensor:
-        """akl's heads need the teacher's whole distribution: a few rows at a time, projected here unless given."""
-        problem, columns = self.problem, range(self.v)
+    def _thresholds(self, tokens: slice, teacher_nV: Tensor | None) -> Tensor:
+        """akl's thresholds [n], for which the teacher's whole distribution is sorted: a few rows at a time. Their
+        products are made here unless they are given."""
+        spec, head, teacher = self.objective.divergence, self.task.teacher, self.teacher
+        assert spec is not None and head is not None and teacher is not None
+        found, columns = [], range(self.v)
         n_rows = max(1, self.plan.block_bytes // (self.v * 6 * self.dtype.itemsize))
-        rule, found = problem.teacher.rule(columns, self.dtype), []
-        buffer = (
-            None if teacher_nV is not None else new_tile(n_rows, self.v, self.teacher_tile.dtype, self.hidden_NS.device)
-        )
-        for start in range(tile.start, tile.stop, n_rows):
-            some = slice(start, min(start + n_rows, tile.stop))
+        tile = None if teacher_nV is not None else new_tile(n_rows, self.v, teacher.logits_dtype, self.device)
+        for start in range(tokens.start, tokens.stop, n_rows):
+            some = slice(start, min(start + n_rows, tokens.stop))
             if teacher_nV is None:
-                hidden_rT = problem.teacher_hidden_NT[some].detach()
-                raw_rV = self.teacher.project(hidden_rT, columns, tile_view(buffer, len(hidden_rT), self.v))
+                products_rV = teacher.project(some, columns, tile)
             else:
-                raw_rV = teacher_nV[some.start - tile.start : some.stop - tile.start]
-            logits_rV = logits_of(raw_rV.to(self.dtype), rule)
-            found.append(head_threshold(logits_rV, problem.spec.head_mass, problem.temperature))
+                products_rV = teacher_nV[some.start - tokens.start : some.stop - tokens.start]
+            logits_rV = head.to_logits_(products_rV.to(self.dtype, copy=True))
+            found.append(head_threshold(logits_rV, spec.head_mass, self.objective.temperature))
         return torch.cat(found)

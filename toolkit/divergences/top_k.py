@@ -9,145 +9,172 @@ Legend: N tokens (n of a tile), K ids a token, B columns of a tile.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from toolkit.divergences.kernels.rows import LOG_ZERO, LogitRule, Row, RowTask
-from toolkit.divergences.kernels.rows_torch import gradient, logits_of, slope_of, terms
-from toolkit.divergences.spec import Divergence
+from toolkit.divergences.head import LOG_ZERO
+from toolkit.divergences.kernels.rows import Row, RowTask
+from toolkit.divergences.kernels.rows_torch import gradient, terms
+from toolkit.divergences.spec import Objective
 
 WITH_TOP_K = ("fkl", "rkl", "skl", "srkl")
 
 
-class TopKTeacher(NamedTuple):
-    """ids_NK: token ids, different from each other in a row. log_probs_NK: their log-probabilities in nats, at the
+@dataclass(frozen=True)
+class TopKTeacher:
+    """What is kept of a teacher's distributions at N tokens.
+
+    ids_NK: token ids, different from each other in a row. log_probs_NK: their log-probabilities in nats, at the
     temperature of the loss. tail_mass_N: the probability of all other tokens together; float64 where that may be below
     e^-87. offset_N: nats that are added to the divergence; a constant, as the entropy that random draws of a
-    distribution have too little of."""
+    distribution have too little of.
+    """
 
     ids_NK: Tensor
     log_probs_NK: Tensor
     tail_mass_N: Tensor
     offset_N: Tensor | None = None
 
-    def rows(self, part: slice) -> TopKTeacher:
-        return TopKTeacher(*(None if x is None else x[part] for x in self))
+    def map(self, change: Callable[[Tensor], Tensor]) -> TopKTeacher:
+        """The same with each of its tensors changed: `teacher.map(lambda x: x[:8])` has the first 8 tokens."""
+        offset_N = None if self.offset_N is None else change(self.offset_N)
+        return TopKTeacher(change(self.ids_NK), change(self.log_probs_NK), change(self.tail_mass_N), offset_N)
+
+    def check(self, objective: Objective, n_tokens: int, v: int) -> None:
+        """Raises ValueError for what the operation cannot use: v is the size of the vocabulary."""
+        name = None if objective.divergence is None else objective.divergence.name
+        if name not in WITH_TOP_K:
+            raise ValueError(f"{name!r} needs the teacher's whole distribution; with top-k: {', '.join(WITH_TOP_K)}")
+        ids_NK, log_probs_NK = self.ids_NK, self.log_probs_NK
+        if ids_NK.dim() != 2 or ids_NK.shape != log_probs_NK.shape or len(ids_NK) != n_tokens:
+            raise ValueError(
+                f"top-k ids are {tuple(ids_NK.shape)}, log-probabilities {tuple(log_probs_NK.shape)}: both must be "
+                f"[{n_tokens}, K], a row for each of the student's hidden states"
+            )
+        for field, given in (("tail_mass_N", self.tail_mass_N), ("offset_N", self.offset_N)):
+            if given is not None and given.shape != (n_tokens,):
+                raise ValueError(f"{field} is {tuple(given.shape)}, but there are {n_tokens} tokens: give one each")
+        if ids_NK.numel() and (ids_NK.min() < 0 or ids_NK.max() >= v):
+            low, high = ids_NK.min().item(), ids_NK.max().item()
+            raise ValueError(
+                f"top-k ids span [{low}, {high}], but the vocabulary is 0 to {v - 1}: was it stored by another?"
+            )
+        if objective.cross_entropy_weight and objective.temperature != 1.0:
+            raise ValueError(
+                f"a stored teacher at temperature {objective.temperature} with cross_entropy_weight "
+                f"{objective.cross_entropy_weight}: use temperature=1.0, or add the cross entropy by "
+                "fused_linear_cross_entropy"
+            )
 
 
-class Merged(NamedTuple):
-    """Of a tile: values for metrics, and what the gradient needs at single columns."""
+class TopKTile:
+    """A tile's rows where the teacher is stored. The kernel works on all columns but the ids', which `take` hides from
+    it; `merge` adds those between its STATISTICS and its GRADIENT, and `finish` puts their gradients into the tile."""
 
-    cross_entropy_n: Tensor | None
+    cross_entropy_n: Tensor
     agreement_n: Tensor
     gradient_nK: Tensor
-    target_gradient_n: Tensor | None  # at targets outside of the ids; 0 where it is inside
+    target_gradient_n: Tensor | None = None  # at targets outside of the ids; 0 where it is inside
 
+    def __init__(self, teacher: TopKTeacher, v: int, dtype: torch.dtype):
+        self.teacher, self.ids_nK, self.v = teacher, teacher.ids_NK.long(), v
+        self.products_nK = torch.empty(self.ids_nK.shape, dtype=dtype, device=self.ids_nK.device)
 
-def check_top_k(spec: Divergence, teacher: TopKTeacher, n_tokens: int, v: int, temperature: float,
-                cross_entropy_weight: float) -> None:  # fmt: skip
-    """Raises ValueError for what the operation cannot use."""
-    if spec.name not in WITH_TOP_K:
-        raise ValueError(f"{spec.name!r} needs the teacher's whole distribution; with top-k: {', '.join(WITH_TOP_K)}")
-    ids_NK, log_probs_NK, tail_mass_N, offset_N = teacher
-    if ids_NK.dim() != 2 or ids_NK.shape != log_probs_NK.shape or len(ids_NK) != n_tokens:
-        raise ValueError(
-            f"top-k ids are {tuple(ids_NK.shape)}, log-probabilities {tuple(log_probs_NK.shape)}: both must be "
-            f"[{n_tokens}, K], a row for each of the student's hidden states"
-        )
-    for name, given in (("tail_mass_N", tail_mass_N), ("offset_N", offset_N)):
-        if given is not None and given.shape != (n_tokens,):
-            raise ValueError(f"{name} is {tuple(given.shape)}, but there are {n_tokens} tokens: give one each")
-    if ids_NK.numel() and (ids_NK.min() < 0 or ids_NK.max() >= v):
-        low, high = ids_NK.min().item(), ids_NK.max().item()
-        raise ValueError(
-            f"top-k ids span [{low}, {high}], but the vocabulary is 0 to {v - 1}: was it stored by another?"
-        )
-    if cross_entropy_weight and temperature != 1.0:
-        raise ValueError(
-            f"a stored teacher at temperature {temperature} with cross_entropy_weight {cross_entropy_weight}: "
-            "use temperature=1.0, or add the cross entropy by fused_linear_cross_entropy"
-        )
+    def others(self, task: RowTask) -> RowTask:
+        """The kernel's task at the columns that are left: their gradients come from the numbers that `merge` leaves in
+        the state, so it knows neither divergence nor cross entropy."""
+        objective = Objective(None, temperature=task.objective.temperature)
+        return replace(task, objective=objective, alpha_n=None)
 
+    def take(self, student_nB: Tensor, first_column: int) -> None:
+        """Moves the student's products at the ids, as far as they lie in this tile, to `products_nK`; minus infinity
+        stays in their place."""
+        if student_nB.shape[1] == self.v:
+            self.products_nK.copy_(student_nB.gather(1, self.ids_nK))
+            student_nB.scatter_(1, self.ids_nK, -torch.inf)
+            return
+        row, k, column = self._inside(student_nB, first_column)
+        self.products_nK[row, k] = student_nB[row, column].to(self.products_nK.dtype)
+        student_nB[row, column] = -torch.inf
 
-def take_top_k(student_nB: Tensor, ids_nK: Tensor, first_column: int, v: int, raw_nK: Tensor) -> None:
-    """Moves the student's products at the ids, as far as they lie in this tile, to `raw_nK`; minus infinity stays."""
-    if student_nB.shape[1] == v:
-        raw_nK.copy_(student_nB.gather(1, ids_nK))
-        student_nB.scatter_(1, ids_nK, -torch.inf)
-        return
-    row, k, column = _inside(student_nB, ids_nK, first_column)
-    raw_nK[row, k] = student_nB[row, column].to(raw_nK.dtype)
-    student_nB[row, column] = -torch.inf
+    def merge(self, task: RowTask, state: Tensor) -> None:
+        """After STATISTICS of the other columns: the divergence goes to `state`, and what GRADIENT there needs.
+        `task`: with the student's whole head."""
+        objective, teacher = task.objective, self.teacher
+        temperature, weight, spec = objective.temperature, objective.cross_entropy_weight, objective.divergence
+        assert spec is not None
 
+        # The student's K + 1 classes: the ids, and all others together.
+        s_nK = task.student.to_logits_(self.products_nK, self.ids_nK)
+        max_n = torch.maximum(state[Row.STUDENT_MAX], s_nK.amax(-1))
+        others_n, shifted_nK = state[Row.STUDENT_MAX] - max_n, s_nK - max_n.unsqueeze(-1)
+        tail_n = others_n / temperature + state[Row.STUDENT_SUM_T].log()
+        z = torch.cat([shifted_nK / temperature, tail_n.unsqueeze(-1)], -1)
+        lse_n = z.logsumexp(-1)
+        log_q = (z - lse_n.unsqueeze(-1)).clamp(min=LOG_ZERO)
+        q = log_q.exp()
 
-def merge_top_k(task: RowTask, spec: Divergence, state: Tensor, raw_nK: Tensor, teacher: TopKTeacher) -> Merged:
-    """After STATISTICS of the other columns: the divergence goes to `state`, and what GRADIENT there needs."""
-    temperature, weight = task.temperature, task.cross_entropy_weight
-    rule = _at_ids(task.student, teacher.ids_NK)
-    s_nK = logits_of(raw_nK, rule)
-    max_n = torch.maximum(state[Row.STUDENT_MAX], s_nK.amax(-1))
-    others_n, shifted_nK = state[Row.STUDENT_MAX] - max_n, s_nK - max_n.unsqueeze(-1)
-    tail_n = others_n / temperature + state[Row.STUDENT_SUM_T].log()
-    z = torch.cat([shifted_nK / temperature, tail_n.unsqueeze(-1)], -1)
-    lse_n = z.logsumexp(-1)
-    log_q = (z - lse_n.unsqueeze(-1)).clamp(min=LOG_ZERO)
-    log_tail_n1 = teacher.tail_mass_N.double().log().to(state.dtype).unsqueeze(-1)
-    log_p = torch.cat([teacher.log_probs_NK.to(state.dtype), log_tail_n1], -1).clamp(min=LOG_ZERO)
-    q = log_q.exp()
-    alpha = None if task.alpha_n is None else task.alpha_n.unsqueeze(-1)
-    f, sum_g, h, r = terms(spec, log_p, log_q.clone(), q, alpha, torch.empty_like(q), torch.empty_like(q))
-    g = gradient(q, h, r, sum_g.unsqueeze(-1)) / temperature
-    state[Row.SUM_0] = f if teacher.offset_N is None else f + teacher.offset_N.to(f.dtype)
-    # The kernel's q is the student's distribution within the tail.
-    state[Row.SUM_1] = -temperature * (g[:, -1] + weight * q[:, -1])
+        # The teacher's, and the divergence with its gradient at every class.
+        log_tail_n1 = teacher.tail_mass_N.double().log().to(state.dtype).unsqueeze(-1)
+        log_p = torch.cat([teacher.log_probs_NK.to(state.dtype), log_tail_n1], -1).clamp(min=LOG_ZERO)
+        alpha = None if task.alpha_n is None else task.alpha_n.unsqueeze(-1)
+        f, sum_g, h, r = terms(spec, log_p, log_q.clone(), q, alpha, torch.empty_like(q), torch.empty_like(q))
+        g = gradient(q, h, r, sum_g.unsqueeze(-1)) / temperature
+        state[Row.SUM_0] = f if teacher.offset_N is None else f + teacher.offset_N.to(f.dtype)
+        # The kernel's q is the student's distribution within the tail.
+        state[Row.SUM_1] = -temperature * (g[:, -1] + weight * q[:, -1])
 
-    first_n1 = teacher.log_probs_NK.argmax(-1, keepdim=True)
-    chosen_n = s_nK.gather(-1, first_n1).squeeze(-1)
-    agreement_n = (chosen_n == s_nK.amax(-1)) & (chosen_n >= state[Row.STUDENT_MAX])
-    gradient_nK, cross_entropy_n, target_gradient_n = g[:, :-1], None, None
-    if task.targets_n is not None:
-        is_target_nK = teacher.ids_NK == task.targets_n.unsqueeze(-1)
+        first_n1 = teacher.log_probs_NK.argmax(-1, keepdim=True)
+        chosen_n = s_nK.gather(-1, first_n1).squeeze(-1)
+        self.agreement_n = (chosen_n == s_nK.amax(-1)) & (chosen_n >= state[Row.STUDENT_MAX])
+        self.gradient_nK = g[:, :-1]
+        if task.targets_n is not None:
+            lse_1_n = lse_n
+            if temperature != 1.0:
+                lse_1_n = torch.logaddexp(others_n + state[Row.STUDENT_SUM].log(), shifted_nK.logsumexp(-1))
+            self._merge_targets(task, task.targets_n, state[Row.AT_TARGET], s_nK, lse_1_n, max_n, q)
+        self.gradient_nK = self.gradient_nK * task.student.slope(s_nK)
+        if task.weights_n is not None:
+            self.gradient_nK = self.gradient_nK * task.weights_n.unsqueeze(-1)
+
+    def _merge_targets(
+        self, task: RowTask, targets_n: Tensor, at_target_n: Tensor, s_nK: Tensor, lse_n: Tensor, max_n: Tensor,
+        q: Tensor,
+    ) -> None:  # fmt: skip
+        """The cross entropy, and its share of the gradient. at_target_n: the logit where it is none of the ids;
+        lse_n: log of the sum of exponentials of all logits over max_n."""
+        weight = task.objective.cross_entropy_weight
+        is_target_nK = self.ids_nK == targets_n.unsqueeze(-1)
         stored_n = is_target_nK.any(-1)
         inside_n = torch.where(is_target_nK, s_nK, 0.0).sum(-1)
-        at_target_n = torch.where(stored_n, inside_n, state[Row.AT_TARGET])
-        lse_1_n = lse_n
-        if temperature != 1.0:
-            lse_1_n = torch.logaddexp(others_n + state[Row.STUDENT_SUM].log(), shifted_nK.logsumexp(-1))
-        cross_entropy_n = lse_1_n - (at_target_n - max_n)
-        if weight:
-            gradient_nK = gradient_nK + weight * (q[:, :-1] - is_target_nK.to(q.dtype))
-            slope_n = slope_of(at_target_n, task.student)
-            target_gradient_n = torch.where(stored_n, torch.zeros_like(at_target_n), -weight * slope_n)
-            if task.weights_n is not None:
-                target_gradient_n = target_gradient_n * task.weights_n
-    gradient_nK = gradient_nK * slope_of(s_nK, rule)
-    if task.weights_n is not None:
-        gradient_nK = gradient_nK * task.weights_n.unsqueeze(-1)
-    return Merged(cross_entropy_n, agreement_n, gradient_nK, target_gradient_n)
+        at_target_n = torch.where(stored_n, inside_n, at_target_n)
+        self.cross_entropy_n = lse_n - (at_target_n - max_n)
+        if not weight:
+            return
+        self.gradient_nK = self.gradient_nK + weight * (q[:, :-1] - is_target_nK.to(q.dtype))
+        slope_n = task.student.slope(at_target_n)
+        target_gradient_n = torch.where(stored_n, torch.zeros_like(at_target_n), -weight * slope_n)
+        self.target_gradient_n = target_gradient_n if task.weights_n is None else target_gradient_n * task.weights_n
 
+    def finish(self, out_nB: Tensor, task: RowTask) -> None:
+        """Puts the gradients at the ids, and the targets' share, into the tile after its GRADIENT pass."""
+        columns = out_nB.shape[1]
+        if columns == self.v:
+            out_nB.scatter_(1, self.ids_nK, self.gradient_nK.to(out_nB.dtype))
+        else:
+            row, k, column = self._inside(out_nB, task.first_column)
+            out_nB[row, column] = self.gradient_nK[row, k].to(out_nB.dtype)
+        if self.target_gradient_n is not None and task.targets_n is not None:
+            local_n = task.targets_n - task.first_column
+            inside_n = (local_n >= 0) & (local_n < columns)
+            share_n = torch.where(inside_n, self.target_gradient_n, 0.0).to(out_nB.dtype)
+            out_nB.scatter_add_(1, local_n.clamp(0, columns - 1).unsqueeze(-1), share_n.unsqueeze(-1))
 
-def finish_gradient(out_nB: Tensor, task: RowTask, ids_nK: Tensor, v: int, merged: Merged) -> None:
-    """Puts the gradients at the ids, and the targets' share, into the tile after its GRADIENT pass."""
-    if out_nB.shape[1] == v:
-        out_nB.scatter_(1, ids_nK, merged.gradient_nK.to(out_nB.dtype))
-    else:
-        row, k, column = _inside(out_nB, ids_nK, task.first_column)
-        out_nB[row, column] = merged.gradient_nK[row, k].to(out_nB.dtype)
-    if merged.target_gradient_n is not None:
-        local_n = task.targets_n - task.first_column
-        inside_n = (local_n >= 0) & (local_n < out_nB.shape[1])
-        share_n = torch.where(inside_n, merged.target_gradient_n, 0.0).to(out_nB.dtype)
-        out_nB.scatter_add_(1, local_n.clamp(0, out_nB.shape[1] - 1).unsqueeze(-1), share_n.unsqueeze(-1))
-
-
-def _inside(tile_nB: Tensor, ids_nK: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
-    local_nK = ids_nK - first_column
-    row, k = ((local_nK >= 0) & (local_nK < tile_nB.shape[1])).nonzero(as_tuple=True)
-    return row, k, local_nK[row, k]
-
-
-def _at_ids(rule: LogitRule, ids_nK: Tensor) -> LogitRule:
-    return rule if rule.bias_B is None else replace(rule, bias_B=rule.bias_B[ids_nK])
+    def _inside(self, tile_nB: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, places k, columns of the tile) of the ids that lie in this tile."""
+        local_nK = self.ids_nK - first_column
+        row, k = ((local_nK >= 0) & (local_nK < tile_nB.shape[1])).nonzero(as_tuple=True)
+        return row, k, local_nK[row, k]

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from toolkit.batch import DECODER_ONLY, Example, RowLayout
-from toolkit.divergences import Divergence
-from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
+from toolkit.divergences import Divergence, Objective
+from toolkit.models.engines import NoTeacher, Student, Teacher
 from toolkit.ranks import collectives
 from toolkit.teachers.cache import CachedTeacher
 

@@ -1,7 +1,7 @@
 """Teacher and student: loading under ZeRO, the vocabulary they share, and the two engines."""
 
 from toolkit.models.build import build_student, build_teacher, whole_student, whole_teacher
-from toolkit.models.engines import NoTeacher, Objective, Student, Teacher
+from toolkit.models.engines import NoTeacher, Student, Teacher, objective_of
 from toolkit.models.load import (
     check_positions,
     choose_dtype,
@@ -16,7 +16,6 @@ from toolkit.models.vocabulary import Vocabulary, shared_layout, shared_vocabula
 
 __all__ = [
     "NoTeacher",
-    "Objective",
     "Student",
     "Teacher",
     "Vocabulary",
@@ -29,6 +28,7 @@ __all__ = [
     "generation_ends",
     "load_model",
     "load_tokenizer",
+    "objective_of",
     "row_layout",
     "shared_layout",
     "shared_vocabulary",

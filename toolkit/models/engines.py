@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,18 @@ from transformers.masking_utils import create_causal_mask
 
 from toolkit.batch import DecoderOnly, EncoderDecoder, RowLayout, TokenBatch, layout_of
 from toolkit.divergences import (
+    CROSS_ENTROPY,
     Divergence,
     FusedLoss,
+    Head,
+    Hidden,
+    Objective,
     TopKTeacher,
     default_budget_mib,
-    fused_linear_cross_entropy,
     fused_linear_divergence,
 )
 from toolkit.models import zero
-from toolkit.models.head import Head, head_dtype, logit_rules, logits_of, stack_of
+from toolkit.models.head import head_dtype, head_of, logits_of, stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.ranks.memory import Halving
 from toolkit.settings import NO_DIVERGENCE, LossConfig, OptimizerConfig
@@ -36,25 +40,17 @@ MAKES_NO_PACKED_MASK = {"opt"}
 Signal = Tensor | TopKTeacher | None
 
 
-class Objective(NamedTuple):
-    """What is minimised at a response token that has a signal: divergence + cross_entropy_weight * cross entropy.
-    Where it has none it is the cross entropy alone. alpha_per_sequence: see `sequence_alpha`."""
-
-    divergence: Divergence | None
-    cross_entropy_weight: float = 0.0
-    temperature: float = 1.0
-    alpha_per_sequence: bool = False
-
-    @classmethod
-    def of(cls, loss: LossConfig, on_student_text: bool = False, progress: float = 0.0) -> Objective:
-        """Of the configured loss, at `progress` from 0 to 1 through the run."""
-        name = loss.student_text_divergence if on_student_text and loss.student_text_divergence else loss.divergence
-        weight = loss.student_text_cross_entropy_weight if on_student_text else loss.cross_entropy_weight
-        if name == NO_DIVERGENCE:
-            return cls(None, weight, loss.temperature)
-        alpha = loss.alpha if loss.alpha_end is None else loss.alpha + (loss.alpha_end - loss.alpha) * progress
-        divergence = Divergence(name, alpha=alpha, beta=loss.beta, head_mass=loss.head_mass)
-        return cls(divergence, weight, loss.temperature, loss.alpha_per_sequence)
+def objective_of(loss: LossConfig, *, on_student_text: bool = False, progress: float = 0.0) -> Objective:
+    """What the configured loss minimises, at `progress` from 0 to 1 through the run."""
+    name = loss.student_text_divergence if on_student_text and loss.student_text_divergence else loss.divergence
+    weight = loss.student_text_cross_entropy_weight if on_student_text else loss.cross_entropy_weight
+    if name == NO_DIVERGENCE:
+        return Objective(None, cross_entropy_weight=weight, temperature=loss.temperature)
+    alpha = loss.alpha if loss.alpha_end is None else loss.alpha + (loss.alpha_end - loss.alpha) * progress
+    return Objective(
+        Divergence(name, alpha=alpha, beta=loss.beta, head_mass=loss.head_mass), cross_entropy_weight=weight,
+        temperature=loss.temperature, alpha_per_sequence=loss.alpha_per_sequence,
+    )  # fmt: skip
 
 
 class LossSums(NamedTuple):
@@ -98,12 +94,12 @@ class Teacher:
     @contextmanager
     def head(self) -> Iterator[Head]:
         """The gathered output projection, once for a whole window: no tile loop communicates."""
-        projection = self.model.get_output_embeddings()
-        parameters = [p for p in (projection.weight, getattr(projection, "bias", None)) if p is not None]
+        parameters = list(self.model.get_output_embeddings().parameters())
         with zero.gathered(parameters):
+            head = head_of(self.model)
             # .data: a partitioned parameter handed to another engine's forward would be released by its hooks.
-            weight_VH, bias_V = [*(parameter.data for parameter in parameters), None][:2]
-            yield Head(weight_VH, bias_V, *logit_rules(self.model.config))
+            bias_V = None if head.bias_V is None else head.bias_V.data
+            yield replace(head, weight_VH=head.weight_VH.data, bias_V=bias_V)
 
 
 class NoTeacher:
@@ -134,10 +130,11 @@ class Student:
 
     def loss(self, batch: TokenBatch, signal: Signal, teacher_head: Head | None, objective: Objective,
              token_weight: float = 1.0) -> LossSums:  # fmt: skip
-        """`loss` is token_weight times the sum of `objective` over the batch's response tokens. `teacher_head`: where
-        the signal is hidden states."""
-        head = None if teacher_head is None else tuple(teacher_head)
-        return LossSums(*self.engine(batch, signal, head, tuple(objective), token_weight))
+        """`loss` is token_weight times the sum of `objective` over the batch's response tokens, or of their cross
+        entropies where there is no signal. `teacher_head`: where the signal is hidden states."""
+        # deepspeed's ZeRO-3 hooks look for tensors in tuples, lists and dicts among the arguments, to run its backward
+        # hooks by them. Those of dataclasses they leave alone, as is right here: no gradient goes there.
+        return self.engine(batch, signal, teacher_head, objective, token_weight)
 
     def learning_rate(self, step: int) -> float:
         """Of step 0, 1, ...: linear warm-up to `lr`, then a cosine to `min_lr`. A pure function of the step."""
@@ -194,48 +191,35 @@ class StudentForward(nn.Module):
         self.model, self.vocabulary = model, vocabulary
         self.tiles = Halving("the loss", "MiB of tiles", loss.memory_budget_mib, least=1)
 
-    def forward(self, batch: TokenBatch, signal: Signal = None, teacher_head: tuple | None = None,
-                objective: tuple = (), token_weight: float = 1.0, answer: str = "loss",
-                ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    def forward(self, batch: TokenBatch, signal: Signal = None, teacher_head: Head | None = None,
+                objective: Objective = CROSS_ENTROPY, token_weight: float = 1.0, answer: str = "loss",
+                ) -> LossSums | Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """answer: "loss" gives what `Student.loss` says, "hidden" hidden_NS, "logits" what `both_logits` says."""
         if answer == "logits":
             return _both_logits(self.model, batch)
         hidden_NS = response_hidden(self.model, batch)
-        projection = self.model.get_output_embeddings()
-        scale, soft_cap = logit_rules(self.model.config)
-        weight_VS, bias_V = (zero.borrow(projection, name) for name in ("weight", "bias"))
+        head = head_of(self.model)
         # Not earlier: ZeRO-3 learns from a pass what the next one through the same modules is going to gather.
         if answer == "hidden":
             return hidden_NS
-        divergence, cross_entropy_weight, temperature, alpha_per_sequence = objective
-        shared = {
-            "weights_N": hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32),
-            "valid_vocab": self.vocabulary.size,
-        }
+        if isinstance(signal, Tensor):
+            assert teacher_head is not None, "hidden states come with the head that makes logits of them"
+            teacher: Hidden | TopKTeacher | None = Hidden(signal, teacher_head)
+        else:
+            teacher = signal
+        weights_N = hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32)
 
         def work(budget_mib: float | None) -> FusedLoss:
-            if signal is None:
-                return fused_linear_cross_entropy(
-                    hidden_NS, weight_VS, batch.targets_N, bias_V=bias_V, logit_scale=scale, soft_cap=soft_cap,
-                    memory_budget_mib=budget_mib, **shared,
-                )  # fmt: skip
-            alpha_N = None
-            if alpha_per_sequence:
-                own = Head(weight_VS, bias_V, scale, soft_cap)
-                log_q, log_p = (
-                    mean_log_probs(batch, hidden_NH, head, self.vocabulary.size, budget_mib)
-                    for hidden_NH, head in ((hidden_NS, own), (signal, Head(*teacher_head)))
-                )
-                alpha_N = sequence_alpha(divergence, log_p, log_q).repeat_interleave(batch.predicts_BT.sum(1))
             return fused_linear_divergence(
-                divergence, hidden_NS, weight_VS, targets_N=batch.targets_N, cross_entropy_weight=cross_entropy_weight,
-                temperature=temperature, student_bias_V=bias_V, student_logit_scale=scale, student_soft_cap=soft_cap,
-                alpha_N=alpha_N, memory_budget_mib=budget_mib, **_teacher_side(signal, teacher_head), **shared,
+                CROSS_ENTROPY if teacher is None else objective, student=Hidden(hidden_NS, head), teacher=teacher,
+                targets_N=batch.targets_N, weights_N=weights_N, sequence_lengths_B=batch.predicts_BT.sum(1),
+                valid_vocab=self.vocabulary.size, memory_budget_mib=budget_mib,
             )  # fmt: skip
 
         # A rank that runs out of memory repeats the operation in smaller tiles, alone. It may, as nothing inside of
         # the operation communicates; the forward pass before it does, and is not repeated.
         out = self.tiles.run(work, whole=default_budget_mib(hidden_NS.device))
-        return out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum()
+        return LossSums(out.loss, out.divergence_N.sum(), out.cross_entropy_N.sum(), out.agreement_N.sum())
 
 
 def response_hidden(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -275,41 +259,3 @@ HIDDEN_STATES: dict[type[RowLayout], Callable[[PreTrainedModel, TokenBatch], Ten
     DecoderOnly: _of_one_stack,
     EncoderDecoder: _of_encoder_and_decoder,
 }
-
-
-@torch.no_grad()
-def mean_log_probs(batch: TokenBatch, hidden_NH: Tensor, head: Head, vocab: int, budget_mib: float | None) -> Tensor:
-    """[B] mean log-probability in nats that a model gives to each row's response tokens."""
-    nats_N = fused_linear_cross_entropy(
-        hidden_NH, head.weight_VH, batch.targets_N, valid_vocab=vocab, bias_V=head.bias_V, logit_scale=head.logit_scale,
-        soft_cap=head.soft_cap, memory_budget_mib=budget_mib,
-    ).cross_entropy_N  # fmt: skip
-    counts_B = batch.predicts_BT.sum(1)
-    rows_N = torch.arange(len(counts_B), device=counts_B.device).repeat_interleave(counts_B)
-    return -nats_N.new_zeros(len(counts_B)).index_add_(0, rows_N, nats_N) / counts_B.clamp(min=1)
-
-
-def sequence_alpha(divergence: Divergence, log_p_B: Tensor, log_q_B: Tensor) -> Tensor:
-    """[B] DistiLLM-2's alpha of each text, from both models' mean log-probabilities (arXiv 2503.07067).
-
-    Near q, log p - log((1 - a) q + a p) is about (1 - a) (p - q). It is held at its mean over the micro-batch, where
-    alpha is a0 = divergence.alpha: a = 1 - (1 - a0) mean(p - q) / (p - q), clipped to [0.01, a0]. p and q are the
-    geometric means per token; for srkl they change places.
-    """
-    gap_B = log_p_B.exp() - log_q_B.exp()
-    if divergence.name == "srkl":
-        gap_B = -gap_B
-    alpha_B = 1 - (1 - divergence.alpha) * gap_B.mean() / (gap_B + 1e-5)
-    # A model that is not finite makes a loss that is not, and the step is skipped; an alpha has to be one all the same.
-    return alpha_B.nan_to_num(nan=divergence.alpha).clamp(0.01, divergence.alpha)
-
-
-def _teacher_side(signal: Tensor | TopKTeacher, head: tuple | None) -> dict[str, Any]:
-    """The teacher's arguments of `fused_linear_divergence`."""
-    if isinstance(signal, TopKTeacher):
-        return {"teacher_top_k": signal}
-    weight_VH, bias_V, scale, soft_cap = head
-    return {
-        "teacher_hidden_NT": signal, "teacher_head_VT": weight_VH, "teacher_bias_V": bias_V,
-        "teacher_logit_scale": scale, "teacher_soft_cap": soft_cap,
-    }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from toolkit.divergences.head import Head
+from toolkit.models import zero
 from toolkit.models.vocabulary import Vocabulary
 
 #: how far off two ways to the same logits may be, relative to the largest: other products round otherwise
@@ -28,15 +30,6 @@ def head_dtype(model: PreTrainedModel) -> torch.dtype:
     return next(model.get_output_embeddings().parameters()).dtype
 
 
-class Head(NamedTuple):
-    """A gathered output projection, and what its model does to logits after it."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    logit_scale: float
-    soft_cap: float | None
-
-
 def logit_rules(config: Any) -> tuple[float, float | None]:
     """(scale, soft cap) of the logits: Cohere multiplies, Granite divides, T5 with tied embeddings divides by the root
     of its width, Gemma caps, and each has a name of its own for it."""
@@ -53,6 +46,14 @@ def logit_rules(config: Any) -> tuple[float, float | None]:
         scale *= config.d_model**-0.5
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return scale, next((cap for name in caps if (cap := getattr(config, name, None))), None)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output projection of a causal model, with what its code does to logits after it. Under ZeRO-3 its parameters
+    have to be gathered, or this has to run in a forward pass of the engine, where reading them gathers them."""
+    projection, (scale, cap) = model.get_output_embeddings(), logit_rules(model.config)
+    weight_VH, bias_V = (zero.borrow(projection, name) for name in ("weight", "bias"))
+    return Head(weight_VH, bias_V=bias_V, scale=scale, cap=cap)
 
 
 def logits_of(model: PreTrainedModel, hidden_NH: Tensor, vocab_size: int | None = None) -> Tensor:

@@ -63,7 +63,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def borrow(module: nn.Module, name: str) -> nn.Parameter | None:
+def borrow(module: nn.Module, name: str) -> Any:
     """The parameter `name` of a module that the forward pass at hand does not call, whole until the end of that pass
     and again in its backward pass; None where the module has none. Collective."""
     # 0.19.8: reading a partitioned parameter as an attribute, inside of a forward pass, gathers it and registers it as

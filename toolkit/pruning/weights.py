@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from toolkit.divergences import Divergence, fused_linear_divergence
+from toolkit.divergences import Divergence, Head, Hidden, Objective, fused_linear_divergence
 from toolkit.models.files import PICKLED, SAFETENSORS
 from toolkit.pruning.families import Family
 from toolkit.ranks import heartbeat
@@ -241,8 +241,9 @@ def kl_to_teacher(
     """(mean forward KL in nats, share of tokens with the same first choice), over all positions."""
     with torch.no_grad():
         found = fused_linear_divergence(
-            Divergence("fkl"), hidden_NS, head_VS, teacher_NT, teacher_head_VT, valid_vocab=vocabulary
-        )
+            Objective(Divergence("fkl")), student=Hidden(hidden_NS, Head(head_VS)),
+            teacher=Hidden(teacher_NT, Head(teacher_head_VT)), valid_vocab=vocabulary,
+        )  # fmt: skip
     return found.divergence_N.double().mean().item(), found.agreement_N.double().mean().item()
 
 

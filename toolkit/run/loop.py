@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.data import PromptDataset, TextStream
 from toolkit.evaluation import Best, Validation
-from toolkit.models import Objective, zero
+from toolkit.models import objective_of, zero
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import peak_device_gib
 from toolkit.ranks.signals import GoOnLater, StopSignals
@@ -102,7 +102,9 @@ class DistillationLoop:
             signals = [*teacher.signals(window), *(None for _ in text)]
 
         # Add up the gradients of the micro-batches; the last one lets deepspeed move the weights.
-        objective = Objective.of(config.loss, source is not Source.DATASET, step / config.train.steps)
+        objective = objective_of(
+            config.loss, on_student_text=source is not Source.DATASET, progress=step / config.train.steps
+        )
         measures: list[Tensor] = []
         objection: str | None = None
         with teacher.head() as head:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from toolkit.batch import Example, TokenBatch, make_window
-from toolkit.divergences import Divergence, fused_linear_divergence
-from toolkit.models.head import Head
+from toolkit.divergences import Divergence, Head, Hidden, Objective, fused_linear_divergence
 from toolkit.teachers.cache import Form
 from toolkit.teachers.cache.forms import SMALLEST_MASS, log_prob_tiles, pack_ids, unpack_ids
 from toolkit.teachers.cache.store import texts_of
@@ -93,7 +92,7 @@ def test_draws_give_kl_and_gradient_without_bias():
     head, state = torch.randn(v, hidden), torch.randn(hidden)
     _, signal, _ = drawn(log_p, seeds, draws)
     h = state.expand(seeds, -1).clone().requires_grad_()
-    found = fused_linear_divergence(Divergence("fkl"), h, head, teacher_top_k=signal)
+    found = fused_linear_divergence(Objective(Divergence("fkl")), student=Hidden(h, Head(head)), teacher=signal)
     found.loss.backward()
     log_q = (head.double() @ state.double()).log_softmax(-1)
     p = log_p.double().exp()
@@ -123,7 +122,7 @@ def test_places_without_a_draw_get_other_ids(v, draws):
 def test_tiles_are_the_log_softmax_of_the_heads_logits(budget_mib, dtype):
     torch.manual_seed(3)
     hidden, weight, bias = torch.randn(30, 16).to(dtype), torch.randn(110, 16).to(dtype), torch.randn(110).to(dtype)
-    tiles = list(log_prob_tiles(hidden, Head(weight, bias, 0.5, 3.0), 100, 2.0, budget_mib))
+    tiles = list(log_prob_tiles(hidden, Head(weight, bias_V=bias, scale=0.5, cap=3.0), 100, 2.0, budget_mib))
     assert len(tiles) == 1 if budget_mib is None else len(tiles) > 1
     z = (hidden.double() @ weight[:100].double().T + bias[:100].double()) * 0.5
     wanted = (3 * (z / 3).tanh() / 2.0).log_softmax(-1)

@@ -1,16 +1,15 @@
 """What a tile's elementwise kernels share: the task, the numbers kept for every row, and how values come out of them.
 
 A tile is n rows (tokens) x B columns (vocabulary entries from `first_column` on). Each kernel (`rows_torch`,
-`rows_cpp`, `rows_triton`) has one function, `run(task, state, student_nB, teacher_nB, out_nB, passes)`, and makes up to
-three passes:
+`rows_cpp`, `rows_triton`) is a function of the form `RowKernel`, and makes up to three passes:
 
 STATISTICS  running maximum and sum of exponentials of each model's logits, and the logits that metrics need
 SUMS        with log p and log q known, the row sums of f (the divergence's terms) and G = df/d log q
-GRADIENT    out = weight * [ (G - q sum G) / T + w_ce (q1 - onehot) ] * d logit / d raw
+GRADIENT    out = weight * [ (G - q sum G) / T + w_ce (q1 - onehot) ] * d logit / d product
 
 Over a whole vocabulary one call makes all passes; where B < V, each pass is run over all column tiles before the next,
 on logits that are projected anew. p is the teacher, q the student, at temperature T; q1 is the student at 1;
-d = log q - log p. Logits are cap(scale * (raw + bias)), floored at LOG_ZERO, so minus infinity is legal everywhere.
+d = log q - log p. Logits are cap(scale * (product + bias)), floored at LOG_ZERO, so minus infinity is legal everywhere.
 
 Two orders matter in fp32. log q is (logit - max) / T - log sum: with max + log sum taken first, the rounding of that
 sum shifts a whole row (the same in a cross entropy). And G = q h + r becomes q (h - sum G) + r: near convergence h is
@@ -33,16 +32,15 @@ some freedom in h and r.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum, IntFlag
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from toolkit.divergences.spec import Divergence
-
-#: Stands for log 0. Finite, so that 0 * log 0 is 0 and a difference of two of them is 0.
-LOG_ZERO = -1e30
+from toolkit.divergences.head import LOG_ZERO, Head
+from toolkit.divergences.spec import Objective
 
 #: The number by which kernels know a divergence. NONE: no teacher. TOP_K: f = G = 0, and sum G is already in the state.
 CODES = {
@@ -54,6 +52,8 @@ CODES = {
 
 
 class Passes(IntFlag):
+    """Which passes a kernel makes in one call."""
+
     STATISTICS = 1
     SUMS = 2
     GRADIENT = 4
@@ -77,40 +77,57 @@ class Row(IntEnum):
     SUM_3 = 12  # akl: the same outside of it
 
 
-@dataclass(frozen=True)
-class LogitRule:
-    """From raw products to logits: cap * tanh(scale * (raw + bias) / cap); no cap where it is None."""
-
-    scale: float = 1.0
-    cap: float | None = None
-    bias_B: Tensor | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowTask:
-    """One tile's task. Tensors have one entry per row of the tile, in the computing dtype (targets: int64)."""
+    """What is asked of a tile's rows. Tensors [n] have an entry for each row, in the computing dtype (targets: int64).
 
-    spec: Divergence | None
+    student, teacher: the heads of the tile's columns, biases in the computing dtype. threshold_n: akl's; the teacher's
+    head of its distribution is where its logit is at least this.
+    """
+
     code: int
-    temperature: float
-    cross_entropy_weight: float
-    student: LogitRule
-    teacher: LogitRule
+    objective: Objective
+    student: Head
+    teacher: Head | None
     alpha_n: Tensor | None
     weights_n: Tensor | None
     targets_n: Tensor | None  # in columns of the whole vocabulary
-    threshold_n: Tensor | None  # akl: the teacher's head is where its logit is at least this
-    first_column: int = 0
+    threshold_n: Tensor | None
+    first_column: int
+
+    def rows(self, rows: slice) -> RowTask:
+        """The task of some of the rows."""
+        return replace(
+            self, alpha_n=rows_of(self.alpha_n, rows), weights_n=rows_of(self.weights_n, rows),
+            targets_n=rows_of(self.targets_n, rows), threshold_n=rows_of(self.threshold_n, rows),
+        )  # fmt: skip
+
+
+class RowKernel(Protocol):
+    """Makes `passes` on the products of both models, [n, B], reads and writes `state`, [len(Row), n], and writes the
+    gradient to `out_nB`, which may be the student's tile. teacher_nB: None without a teacher. out_nB: None without
+    GRADIENT."""
+
+    def __call__(
+        self, task: RowTask, state: Tensor, *, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None,
+        passes: Passes,
+    ) -> None: ...  # fmt: skip
+
+
+def rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """Some of the rows of a tensor of any shape, None of none."""
+    return None if tensor is None else tensor[rows]
 
 
 def new_state(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The state [len(Row), n] of rows of which nothing is known yet."""
     state = torch.zeros(len(Row), n, dtype=dtype, device=device)
     state[[Row.STUDENT_MAX, Row.TEACHER_MAX, Row.MIXED_MAX]] = LOG_ZERO
     return state
 
 
 def sum_of_gradients(code: int, state: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(sum G, akl's weight w of the forward KL) of every row, after SUMS."""
+    """(sum G [n], akl's weight of the forward KL [n]) of every row, after SUMS."""
     if code != CODES["akl"]:
         return state[Row.SUM_1], None
     w_n = forward_weight(state)
@@ -118,14 +135,14 @@ def sum_of_gradients(code: int, state: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def forward_weight(state: Tensor) -> Tensor:
-    """akl's weight of the forward KL; one half where p == q."""
+    """akl's weight of the forward KL [n]; one half where p == q."""
     head_n, tail_n = state[Row.SUM_2], state[Row.SUM_3]
     total_n = head_n + tail_n
     return torch.where(total_n > 0, head_n / total_n.clamp(min=torch.finfo(state.dtype).tiny), 0.5)
 
 
 def divergence_values(code: int, state: Tensor) -> Tensor:
-    """Nats of every row, after SUMS."""
+    """The divergence of every row [n] in nats, after SUMS."""
     if code != CODES["akl"]:
         return state[Row.SUM_0]
     w_n = forward_weight(state)
@@ -133,10 +150,10 @@ def divergence_values(code: int, state: Tensor) -> Tensor:
 
 
 def cross_entropy_values(state: Tensor) -> Tensor:
-    """-log q1(target) of every row, after STATISTICS."""
+    """-log q1(target) of every row [n] in nats, after STATISTICS."""
     return (state[Row.STUDENT_MAX] - state[Row.AT_TARGET]) + state[Row.STUDENT_SUM].log()
 
 
 def agreements(state: Tensor) -> Tensor:
-    """Whether the teacher's first choice is also the student's, after STATISTICS."""
+    """Whether the teacher's first choice is also the student's [n], after STATISTICS."""
     return state[Row.AT_TEACHER_CHOICE] == state[Row.STUDENT_MAX]

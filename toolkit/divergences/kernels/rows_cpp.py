@@ -1,6 +1,6 @@
 """The row passes in C++, for fp32 and bf16 tiles on a CPU; `rows_torch` is the readable twin.
 
-`rows_cpu.cpp` is compiled at first use, into PyTorch's folder of extensions, once for each kind of CPU and version of
+`rows.cpp` is compiled at first use, into PyTorch's folder of extensions, once for each kind of CPU and version of
 torch; under a name of its own that is renamed when it is whole: ranks that start together, or a build that was killed,
 leave nothing that another would wait for.
 """
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from toolkit.divergences.kernels.rows import LogitRule, Passes, RowTask
+from toolkit.divergences.head import Head
+from toolkit.divergences.kernels.rows import Passes, RowTask
 
-SOURCE = Path(__file__).with_name("rows_cpu.cpp")
+SOURCE = Path(__file__).with_name("rows.cpp")
 #: What torch itself is compiled with for each capability; any other gets the compiler's default.
 CAPABILITY_FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -36,14 +37,14 @@ class _Tile(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("is_half", ctypes.c_int64)]
 
 
-class _LogitRule(ctypes.Structure):
+class _Head(ctypes.Structure):
     _fields_ = [("bias", ctypes.c_void_p), ("scale", ctypes.c_float), ("cap", ctypes.c_float)]
 
 
 class _Task(ctypes.Structure):
     _fields_ = [
         *((name, _Tile) for name in ("student", "teacher", "out")),
-        *((name, _LogitRule) for name in ("student_rule", "teacher_rule")),
+        *((name, _Head) for name in ("student_head", "teacher_head")),
         *((name, ctypes.c_int64) for name in ("n", "columns", "first_column", "code", "passes")),
         ("state", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("state_row_stride", "state_token_stride")),
@@ -57,10 +58,14 @@ def is_available() -> bool:
     return os.environ.get("DISTILL_CPP") != "0" and _library() is not None
 
 
-def run(task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None,
-        passes: Passes) -> None:  # fmt: skip
-    """The interface of `rows`; state in fp32, logits in fp32 or bf16."""
-    spec, keep = task.spec, []
+def run(
+    task: RowTask, state: Tensor, *, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None,
+    passes: Passes,
+) -> None:  # fmt: skip
+    """The `RowKernel` of this module: state in fp32, products in fp32 or bf16."""
+    library = _library()
+    assert library is not None, "choose_backend asks is_available first"
+    objective, spec, keep = task.objective, task.objective.divergence, []
 
     def pointer(x: Tensor | None) -> int | None:
         if x is None:
@@ -68,15 +73,22 @@ def run(task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | N
         keep.append(x := x.contiguous())
         return x.data_ptr()
 
-    def rule(x: LogitRule) -> _LogitRule:
-        return _LogitRule(pointer(x.bias_B), x.scale, x.cap or 0.0)
+    def head_of(head: Head | None) -> _Head:
+        if head is None:
+            return _Head(bias=None, scale=1.0, cap=0.0)
+        return _Head(bias=pointer(head.bias_V), scale=head.scale, cap=head.cap or 0.0)
 
-    _library().distil_rows_run(ctypes.byref(_Task(
-        _tile(student_nB), _tile(teacher_nB), _tile(out_nB), rule(task.student), rule(task.teacher),
-        *student_nB.shape, task.first_column, task.code, int(passes), state.data_ptr(), *state.stride(),
-        pointer(task.alpha_n), pointer(task.weights_n), pointer(task.threshold_n), pointer(task.targets_n),
-        task.temperature, task.cross_entropy_weight, 0.0 if spec is None else spec.alpha,
-        0.0 if spec is None else spec.beta,
+    n, columns = student_nB.shape
+    row_stride, token_stride = state.stride()
+    library.distil_rows_run(ctypes.byref(_Task(
+        student=_tile(student_nB), teacher=_tile(teacher_nB), out=_tile(out_nB),
+        student_head=head_of(task.student), teacher_head=head_of(task.teacher),
+        n=n, columns=columns, first_column=task.first_column, code=task.code, passes=int(passes),
+        state=state.data_ptr(), state_row_stride=row_stride, state_token_stride=token_stride,
+        alpha=pointer(task.alpha_n), weights=pointer(task.weights_n), threshold=pointer(task.threshold_n),
+        targets=pointer(task.targets_n), temperature=objective.temperature,
+        cross_entropy_weight=objective.cross_entropy_weight, abkd_alpha=0.0 if spec is None else spec.alpha,
+        beta=0.0 if spec is None else spec.beta,
     )))  # fmt: skip
 
 

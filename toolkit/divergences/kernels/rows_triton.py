@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toolkit.divergences.kernels.rows import CODES, LOG_ZERO, Passes, Row, RowTask
+from toolkit.divergences.head import LOG_ZERO
+from toolkit.divergences.kernels.rows import CODES, Passes, Row, RowTask
 
 _LOG_ZERO = tl.constexpr(LOG_ZERO)
 TOP_K, FKL, RKL, SYMMETRIC_KL, TVD, SKL, SRKL, JSD, ABKD, AKL, TAID = (
@@ -34,9 +35,11 @@ def block_columns(code: int) -> int:
     return BLOCK_COLUMNS // 2 if code == CODES["taid"] else BLOCK_COLUMNS
 
 
-def run(task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None,
-        passes: Passes) -> None:  # fmt: skip
-    """The interface of `rows`; fp32 on one device."""
+def run(
+    task: RowTask, state: Tensor, *, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None,
+    passes: Passes,
+) -> None:  # fmt: skip
+    """The `RowKernel` of this module; fp32 on one device."""
     n, columns = student_nB.shape
     if n == 0:
         return
@@ -45,31 +48,37 @@ def run(task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | N
         rows_kernel[(n,)](*arguments, columns, **options)
 
 
-def launch_arguments(task, state, student_nB, teacher_nB, out_nB, passes) -> tuple[tuple, dict]:
+def launch_arguments(
+    task: RowTask, state: Tensor, student_nB: Tensor, teacher_nB: Tensor | None, out_nB: Tensor | None, passes: Passes
+) -> tuple[tuple[Tensor | float, ...], dict[str, int | bool]]:
     """The kernel's arguments up to the number of columns, and its compile-time constants."""
-    nothing = state  # stands for pointers that the kernel does not read
+    objective, spec, student_head, teacher_head = task.objective, task.objective.divergence, task.student, task.teacher
+    teacher_bias_B = None if teacher_head is None else teacher_head.bias_V
+    teacher_cap = None if teacher_head is None else teacher_head.cap
     teacher = student_nB if teacher_nB is None else teacher_nB
     out = student_nB if out_nB is None else out_nB
-    spec, student_rule, teacher_rule = task.spec, task.student, task.teacher
 
-    def pointer(x):
-        return nothing if x is None else x.contiguous()  # the kernel knows no strides of these
+    def pointer(x: Tensor | None) -> Tensor:
+        if x is None:
+            return state  # stands for pointers that the kernel does not read
+        return x.contiguous()  # the kernel knows no strides of these
 
     arguments = (
         student_nB, teacher, out, state, pointer(task.alpha_n), pointer(task.weights_n), pointer(task.targets_n),
-        pointer(task.threshold_n), pointer(student_rule.bias_B), pointer(teacher_rule.bias_B),
+        pointer(task.threshold_n), pointer(student_head.bias_V), pointer(teacher_bias_B),
         student_nB.stride(0), teacher.stride(0), out.stride(0), state.stride(0), task.first_column,
-        student_rule.scale, student_rule.cap or 1.0, teacher_rule.scale, teacher_rule.cap or 1.0,
-        task.temperature, task.cross_entropy_weight,
+        student_head.scale, student_head.cap or 1.0, 1.0 if teacher_head is None else teacher_head.scale,
+        teacher_cap or 1.0, float(objective.temperature), float(objective.cross_entropy_weight),
         0.0 if spec is None else float(spec.alpha), 0.0 if spec is None else float(spec.beta),
     )  # fmt: skip
     options = dict(
         CODE=task.code, HAS_TEACHER=teacher_nB is not None, STATISTICS=Passes.STATISTICS in passes,
         SUMS=Passes.SUMS in passes and teacher_nB is not None, GRADIENT=Passes.GRADIENT in passes,
-        COOLED=task.temperature != 1.0, HAS_WEIGHTS=task.weights_n is not None, HAS_TARGETS=task.targets_n is not None,
-        CROSS_ENTROPY=task.cross_entropy_weight != 0.0 and task.targets_n is not None,
-        STUDENT_BIAS=student_rule.bias_B is not None, TEACHER_BIAS=teacher_rule.bias_B is not None,
-        STUDENT_CAP=student_rule.cap is not None, TEACHER_CAP=teacher_rule.cap is not None,
+        COOLED=objective.temperature != 1.0, HAS_WEIGHTS=task.weights_n is not None,
+        HAS_TARGETS=task.targets_n is not None,
+        CROSS_ENTROPY=objective.cross_entropy_weight != 0.0 and task.targets_n is not None,
+        STUDENT_BIAS=student_head.bias_V is not None, TEACHER_BIAS=teacher_bias_B is not None,
+        STUDENT_CAP=student_head.cap is not None, TEACHER_CAP=teacher_cap is not None,
         BLOCK=block_columns(task.code), num_warps=WARPS,
     )  # fmt: skip
     return arguments, options
@@ -82,15 +91,15 @@ def _floored(z):
 
 
 @triton.jit
-def _logits(raw_ptr, bias_ptr, offsets, inside, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
-    raw = tl.load(raw_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+def _logits(product_ptr, bias_ptr, offsets, inside, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
+    product = tl.load(product_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)
     if BIAS:
-        raw += tl.load(bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    z = raw * scale
+        product += tl.load(bias_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    z = product * scale
     if CAP:
         e = tl.exp(-2.0 * tl.abs(z) / cap)
         capped = cap * (1.0 - e) / (1.0 + e)
-        z = tl.where(raw == float("-inf"), _LOG_ZERO, tl.where(z < 0.0, -capped, capped))
+        z = tl.where(product == float("-inf"), _LOG_ZERO, tl.where(z < 0.0, -capped, capped))
     return _floored(z)
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from toolkit.batch import Example, TokenBatch
+from toolkit.divergences import Head
 from toolkit.models import Teacher, Vocabulary
-from toolkit.models.head import Head
 from toolkit.ranks import collectives, heartbeat
 from toolkit.seeds import philox
 from toolkit.storage.appear import UNFINISHED, give_name, new_file, unfinished_name

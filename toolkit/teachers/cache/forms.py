@@ -16,14 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.divergences import TopKTeacher
-from toolkit.divergences.kernels.rows import LogitRule
-from toolkit.divergences.kernels.rows_torch import logits_of
-from toolkit.divergences.plan import default_budget_mib, new_tile, tile_view
+from toolkit.divergences import Head, Hidden, TopKTeacher, default_budget_mib
 from toolkit.divergences.products import Projection
 from toolkit.divergences.spec import Divergence
 from toolkit.divergences.top_k import WITH_TOP_K
-from toolkit.models.head import Head
 
 #: of a tile's working memory, per logit: products, logits, log-probabilities (fp32), their exponentials and sums (fp64)
 BYTES_PER_LOGIT = 32
@@ -153,15 +149,14 @@ def log_prob_tiles(
     rows = max(1, int(budget_mib * 2**20) // (vocabulary_size * BYTES_PER_LOGIT))
     if hidden_NH.device.type == "cpu":
         hidden_NH = hidden_NH.float()  # a bf16 product would round logits to bf16; this is done once, so it may be slow
-    projection = Projection(head.weight_VH, hidden_NH.dtype, torch.float32, int(budget_mib * 2**18))
-    bias_V = None if head.bias_V is None else head.bias_V[:vocabulary_size].float()
-    rule = LogitRule(head.logit_scale, head.soft_cap, bias_V)
-    tile = new_tile(min(rows, max(1, len(hidden_NH))), vocabulary_size, projection.logits_dtype, hidden_NH.device)
+    projection = Projection(Hidden(hidden_NH, head), torch.float32)
+    rows = min(rows, max(1, len(hidden_NH)))
+    projection.allocate(rows=rows, columns=vocabulary_size, block_bytes=int(budget_mib * 2**18))
+    columns = range(vocabulary_size)
+    head = head.part(columns, torch.float32)
     for start in range(0, len(hidden_NH), rows):
-        part_nH = hidden_NH[start : start + rows]
-        out_nV = tile_view(tile, len(part_nH), vocabulary_size)
-        raw_nV = projection.project(part_nH, range(vocabulary_size), out_nV)
-        yield (logits_of(raw_nV.float(), rule) / temperature).log_softmax(-1)
+        products_nV = projection.project(slice(start, start + rows), columns)
+        yield (head.to_logits_(products_nV.float()) / temperature).log_softmax(-1)
 
 
 def _fill_with_others(ids_NK: np.ndarray, is_set_NK: np.ndarray, vocabulary_size: int) -> None:

@@ -178,7 +178,7 @@ class TeacherCache:
         signal = self.form.signal(joined, self.vocabulary_size)
         assert len(signal.ids_NK) == batch.num_targets
         device = batch.input_ids_BT.device
-        return TopKTeacher._make(None if x is None else x.to(device, non_blocking=True) for x in signal)
+        return signal.map(lambda x: x.to(device, non_blocking=True))
 
     def _answer(self, shard: int, row: int) -> Arrays:
         """Copies of what is stored of one text: its positions, and ("U_...") the ids of all of them together."""

@@ -45,7 +45,7 @@ enum Row {
   AT_TARGET, SUM_0, SUM_1, SUM_2, SUM_3
 };
 
-// A tile's raw products. Rows may lie apart.
+// A tile's products. Rows may lie apart.
 struct Tile {
   void* data;  // null: none
   int64_t stride;
@@ -58,7 +58,8 @@ struct Tile {
   }
 };
 
-struct LogitRule {
+// A `Head` at the columns of a tile, without its weight.
+struct Head {
   const float* bias;  // null: none
   float scale;
   float cap;  // 0: none
@@ -71,7 +72,7 @@ struct LogitRule {
 // Filled by `rows_cpp`, field by field.
 struct Task {
   Tile student, teacher, out;
-  LogitRule student_rule, teacher_rule;
+  Head student_head, teacher_head;
   int64_t n, columns, first_column, code, passes;
   float* state;
   int64_t state_row_stride, state_token_stride;
@@ -191,19 +192,19 @@ void narrow(const float* x, int64_t count, Half* out) {
 }
 
 // The logits of `count` columns, filled up to whole vectors: the tile itself if it can be read as it is, else `scratch`.
-const float* logits(const Tile& tile, const LogitRule& rule, int64_t row, int64_t column, int64_t count,
+const float* logits(const Tile& tile, const Head& head, int64_t row, int64_t column, int64_t count,
                     float* scratch) {
-  const void* raw = tile.at(row, column);
-  if (!tile.is_half && !rule.changes() && count % LANES == 0) return static_cast<const float*>(raw);
-  widen(raw, tile.is_half, count, scratch);
+  const void* products = tile.at(row, column);
+  if (!tile.is_half && !head.changes() && count % LANES == 0) return static_cast<const float*>(products);
+  widen(products, tile.is_half, count, scratch);
   std::fill(scratch + count, scratch + whole_vectors(count), NOTHING);
-  if (!rule.changes()) return scratch;
-  const Vec scale(rule.scale), cap(rule.cap), nothing(NOTHING);
+  if (!head.changes()) return scratch;
+  const Vec scale(head.scale), cap(head.cap), nothing(NOTHING);
   for (int64_t j = 0; j < count; j += LANES) {
     Vec x = Vec::loadu(scratch + j);
-    if (rule.bias != nullptr) x = x + Vec::loadu(rule.bias + column + j, std::min(LANES, count - j));
+    if (head.bias != nullptr) x = x + Vec::loadu(head.bias + column + j, std::min(LANES, count - j));
     Vec z = x * scale;
-    if (rule.cap != 0.0f) z = Vec::blendv((z / cap).tanh() * cap, nothing, x == nothing);
+    if (head.cap != 0.0f) z = Vec::blendv((z / cap).tanh() * cap, nothing, x == nothing);
     z.store(scratch + j);
   }
   return scratch;
@@ -427,10 +428,10 @@ class RowPasses {
   float& state(Row r) { return task.state[r * task.state_row_stride + row * task.state_token_stride]; }
 
   const float* student_logits(int64_t column, int64_t count) {
-    return logits(task.student, task.student_rule, row, column, count, scratch.s);
+    return logits(task.student, task.student_head, row, column, count, scratch.s);
   }
   const float* teacher_logits(int64_t column, int64_t count) {
-    return logits(task.teacher, task.teacher_rule, row, column, count, scratch.t);
+    return logits(task.teacher, task.teacher_head, row, column, count, scratch.t);
   }
 
   void statistics() {
@@ -533,8 +534,8 @@ class RowPasses {
   }
 
   void gradient() {
-    const LogitRule& rule = task.student_rule;
-    const float weight = (task.weights == nullptr ? 1.0f : task.weights[row]) * rule.scale;
+    const Head& head = task.student_head;
+    const float weight = (task.weights == nullptr ? 1.0f : task.weights[row]) * head.scale;
     const float of_g = weight / task.temperature;
     const float of_target = task.targets == nullptr ? 0.0f : weight * task.cross_entropy_weight;
     const float sum_of_g = code == AKL ? (1.0f - forward_weight()) * state(SUM_1) : state(SUM_1);
@@ -542,7 +543,7 @@ class RowPasses {
     const float of_q = (own_q1 ? 0.0f : of_target) - of_g * sum_of_g;
     for (int64_t column = 0; column < task.columns; column += BLOCK) {
       const int64_t count = std::min(BLOCK, task.columns - column), n = whole_vectors(count);
-      const float* s = own_q1 || rule.cap != 0.0f ? student_logits(column, count) : nullptr;
+      const float* s = own_q1 || head.cap != 0.0f ? student_logits(column, count) : nullptr;
       const Block block = this->block(column, count, s);
       float* q1 = scratch.mixed;  // after `block` free, and with a cap the student's logits lie in `s`
       Sums unused;
@@ -557,8 +558,8 @@ class RowPasses {
         }
       }
       if (target >= column && target < column + count) out[target - column] -= of_target;
-      if (rule.cap != 0.0f) {  // d logit / d raw = scale (1 - (logit / cap)^2), and 0 where the logit is log 0
-        const Vec one(1.0f), cap(rule.cap);
+      if (head.cap != 0.0f) {  // d logit / d product = scale (1 - (logit / cap)^2), and 0 where the logit is log 0
+        const Vec one(1.0f), cap(head.cap);
         for (int64_t j = 0; j < n; j += LANES) {
           const Vec share = Vec::loadu(s + j) / cap;
           (Vec::loadu(out + j) * (one - at::vec::minimum(share * share, one))).store(out + j);

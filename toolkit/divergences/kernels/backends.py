@@ -1,17 +1,20 @@
-"""Which kernels make a tile's row passes."""
+"""Which kernel makes a tile's row passes: torch's, the C++ one or Triton's."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
+
+from toolkit.divergences.kernels.rows import RowKernel
+from toolkit.divergences.kernels.rows_torch import TorchRows
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto`: triton on a GPU, the C++ kernel on a CPU with a compiler, torch else and for float64.
+    """The backend that runs: `name` itself, or for `auto` triton on a GPU, the C++ kernel on a CPU with a compiler, and
+    torch else and for float64. `dtype` is that of the computation.
 
     Raises ValueError for an unknown name, and for a backend that cannot run here.
     """
@@ -40,6 +43,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def has_triton() -> bool:
+    """Whether triton is installed and can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -48,15 +52,23 @@ def has_triton() -> bool:
 
 
 def has_cpp() -> bool:
-    from toolkit.divergences.kernels import rows_cpp
+    """Whether the C++ kernel is built here, or could be."""
+    from toolkit.divergences.kernels import rows_cpp  # torch's tools for extensions take long to import
 
     return rows_cpp.is_available()
 
 
-def row_kernel(name: str) -> Callable:
-    """`run` of a backend without buffers."""
+def row_kernel(
+    name: str, *, rows: int, columns: int, buffer_bytes: int, dtype: torch.dtype, device: torch.device
+) -> RowKernel:
+    """The kernel of a backend that `choose_backend` returned, for tiles of up to [rows, columns]. torch's has buffers,
+    which take at most `buffer_bytes`."""
+    if name == "torch":
+        return TorchRows(rows, columns, buffer_bytes, dtype, device)
     if name == "cpp":
-        from toolkit.divergences.kernels.rows_cpp import run
-    else:
-        from toolkit.divergences.kernels.rows_triton import run
-    return run
+        from toolkit.divergences.kernels import rows_cpp
+
+        return rows_cpp.run
+    from toolkit.divergences.kernels import rows_triton  # triton is not installed everywhere
+
+    return rows_triton.run
