@@ -82,12 +82,14 @@ def made(seed=0):
 def started(stage, optimizer=torch.optim.SGD, prepare=lambda model: None, **more):
     """(an engine, its weights as they were made, by name). optimizer: a class, by default plain gradient descent, or
     None for a model that is not trained."""
-    model = made()
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in made().named_parameters()}
+    config = settings(stage, **more)
+    with deepspeed.zero.Init(config_dict_or_path=config) if stage == 3 else contextlib.nullcontext():
+        model = made()
     prepare(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trains = optimizer and optimizer(trained, lr=1.0)
-    return zero.initialize(Loss(model), settings(stage, **more), trains), weights
+    return zero.initialize(Loss(model), config, trains), weights
 
 
 def weights_of(engine):
@@ -262,8 +264,8 @@ def descended(weights, micro_batches):
     return {name: weights[name] if p.grad is None else weights[name] - p.grad for name, p in model.named_parameters()}
 
 
-def check_a_step(stage):
-    engine, weights = started(stage)
+def check_a_step(stage, **more):
+    engine, weights = started(stage, **more)
     with released(engine):
         for micro_batches in (3, 5):  # neither is the configuration's number, which is 4
             torch.testing.assert_close(step(engine, micro_batches), weights, rtol=0, atol=0)
@@ -327,16 +329,12 @@ def check_pieces_of_what_is_not_sharded():
 def check_nothing_is_left(partition_size):
     """The second engine would be refused if hpZ's groups of the first were there."""
     for _ in range(2):
-        config = settings(3, zero_hpz_partition_size=partition_size)
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = made()
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        engine = zero.initialize(Loss(model), config, torch.optim.SGD(trained, lr=1.0))
+        engine, _ = started(3, zero_hpz_partition_size=partition_size)
         for _ in range(3):  # from the second on, ZeRO-3 knows the order of the modules
             engine.backward(engine(row(0)))
         held = [weakref.ref(part) for part in (engine, engine.module, engine.optimizer)]
         zero.release([engine])
-        del engine, model, trained
+        del engine
         gc.collect()
         assert [part() for part in held] == [None, None, None]
 
@@ -381,9 +379,11 @@ def test_ranks_make_passes_of_their_own_without_hooks(ranks2, optimizer):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_step_of_any_number_of_micro_batches_follows_plain_torch(ranks2, stage):
-    ranks2.run(check_a_step, stage)
+@pytest.mark.parametrize(
+    ("stage", "more"), [(2, {}), (3, {}), (3, {"zero_hpz_partition_size": 2})], ids=["2", "3", "3 with hpZ"]
+)
+def test_a_step_of_any_number_of_micro_batches_follows_plain_torch(ranks2, stage, more):
+    ranks2.run(check_a_step, stage, **more)
 
 
 @pytest.mark.multiprocess
