@@ -10,8 +10,8 @@ from unittest import mock
 def run_counting_teachers(overrides):
     """How many teachers a whole run has put behind an engine on this rank."""
     from tests.engine_cases import run_tiny
-    from toolkit.models import Teacher
     from toolkit.run import build as building
+    from toolkit.teachers.live import Teacher
 
     build, built = building.build_teacher, []
 

@@ -671,13 +671,13 @@ def loss_step(folder, memory_budget_mib):
     from toolkit.divergences.tiles import Tiles
     from toolkit.models import (
         build_student,
-        build_teacher,
         load_tokenizer,
         objective_of,
         row_layout,
         shared_vocabulary,
     )
     from toolkit.pruning.made import materialize
+    from toolkit.teachers.live import build_teacher
 
     overrides = tiny_overrides(folder, loss__memory_budget_mib=memory_budget_mib)
     config = RunConfig().with_overrides(overrides)
@@ -822,7 +822,8 @@ def teacher_hidden(overrides, ids):
     import numpy as np
 
     from toolkit.batch import Example, TokenBatch
-    from toolkit.models import Vocabulary, build_teacher
+    from toolkit.models import Vocabulary
+    from toolkit.teachers.live import build_teacher
 
     config = RunConfig().with_overrides(overrides)
     teacher = build_teacher(config, config.teacher.path, torch.bfloat16, Vocabulary(90, (1,), 0))

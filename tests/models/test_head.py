@@ -9,11 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.tiny import make_tokenizer
 from toolkit.batch import Example, TokenBatch
-from toolkit.models import whole_student, whole_teacher
+from toolkit.models import whole_student
 from toolkit.models.engines import both_logits
 from toolkit.models.head import logit_rules
 from toolkit.models.load import generation_ends
 from toolkit.models.vocabulary import Vocabulary, shared_vocabulary
+from toolkit.teachers.live import whole_teacher
 
 VOCABULARY = Vocabulary(60, (1,), 0)
 SHAPE = dict(

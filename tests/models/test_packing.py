@@ -24,9 +24,10 @@ from tests import engine_cases
 from tests.families import KEEPS_TEXTS_APART, LEAKS, made
 from tests.tiny import make_tokenizer, tiny_overrides
 from toolkit.batch import Example, make_window
-from toolkit.models import NoTeacher, Vocabulary, check_packing, whole_student, whole_teacher
+from toolkit.models import Vocabulary, check_packing, whole_student
 from toolkit.models.engines import response_hidden
 from toolkit.models.packing import measure
+from toolkit.teachers.live import whole_teacher
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 MODELS = {
@@ -151,12 +152,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", LEAKS)
 def test_a_family_whose_texts_see_each_other_is_refused_as_student_and_as_teacher(family, dtype):
-    apart, leaks = made("llama").to(dtype), made(family).to(dtype)
+    leaks = made(family).to(dtype)
     refusal = f", an? {leaks.config.model_type} model, does not keep several texts in one row apart"
     with pytest.raises(ValueError, match="the student" + refusal):
-        check_packing(NoTeacher(), whole_student(leaks, VOCABULARY), VOCABULARY)
+        check_packing("student", whole_student(leaks, VOCABULARY).engine, VOCABULARY)
     with pytest.raises(ValueError, match="the teacher" + refusal):
-        check_packing(whole_teacher(leaks, VOCABULARY), whole_student(apart, VOCABULARY), VOCABULARY)
+        check_packing("teacher", whole_teacher(leaks, VOCABULARY).engine, VOCABULARY)
 
 
 @pytest.mark.parametrize("family", ["lfm2", "falcon_h1", "jamba"])
@@ -165,14 +166,15 @@ def test_a_leak_is_seen_where_the_layers_hardly_matter_yet(family):
     model = made(family, hidden_size=64, intermediate_size=96, initializer_range=0.02).to(torch.bfloat16)
     student = whole_student(model, VOCABULARY)
     with pytest.raises(ValueError, match="does not keep several texts"):
-        check_packing(NoTeacher(), student, VOCABULARY)
+        check_packing("student", student.engine, VOCABULARY)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", KEEPS_TEXTS_APART)
 def test_a_family_that_keeps_texts_apart_is_packed(family, dtype):
     model = made(family).to(dtype)
-    check_packing(whole_teacher(model, VOCABULARY), whole_student(model, VOCABULARY), VOCABULARY)
+    for role, built in (("teacher", whole_teacher(model, VOCABULARY)), ("student", whole_student(model, VOCABULARY))):
+        check_packing(role, built.engine, VOCABULARY)
 
 
 def test_rounding_that_sends_tokens_to_other_experts_is_no_leak():
@@ -185,7 +187,7 @@ def test_rounding_that_sends_tokens_to_other_experts_is_no_leak():
         )
     student = whole_student(model, VOCABULARY)
     assert measure(student.engine, VOCABULARY).by_neighbours > 2e-3
-    check_packing(NoTeacher(), student, VOCABULARY)
+    check_packing("student", student.engine, VOCABULARY)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -195,7 +197,7 @@ def test_positions_that_count_on_are_refused(dtype):
         lambda module, inputs: torch.arange(inputs[0].shape[1]).expand_as(inputs[0])
     )
     with pytest.raises(ValueError, match="does not keep several texts"):
-        check_packing(NoTeacher(), whole_student(model, VOCABULARY), VOCABULARY)
+        check_packing("student", whole_student(model, VOCABULARY).engine, VOCABULARY)
 
 
 @pytest.mark.multiprocess

@@ -413,7 +413,8 @@ def test_the_version_that_was_read_is_the_one_that_is_installed():
 INSIDERS = ("models/zero.py", "ranks/builds.py")
 #: what all others may use of DeepSpeed: documented names
 DOCUMENTED = {
-    "deepspeed.DeepSpeedEngine", "deepspeed.accelerator.get_accelerator", "deepspeed.init_distributed",
+    "deepspeed.DeepSpeedEngine", "deepspeed.accelerator.get_accelerator", "deepspeed.comm.destroy_process_group",
+    "deepspeed.init_distributed",
     "deepspeed.monitor.config.get_monitor_config", "deepspeed.monitor.monitor.MonitorMaster",
     "deepspeed.ops.adam.DeepSpeedCPUAdam", "deepspeed.runtime.rollout.RolloutBatch",
     "deepspeed.runtime.rollout.RolloutEngine", "deepspeed.runtime.rollout.RolloutRequest",

@@ -30,7 +30,6 @@ from toolkit.models import (
     shared_layout,
     shared_vocabulary,
     whole_student,
-    whole_teacher,
 )
 from toolkit.models.identity import file_hashes
 from toolkit.pruning.made import materialize
@@ -42,6 +41,7 @@ from toolkit.settings import ModelConfig
 from toolkit.settings.overrides import unknown, with_overrides
 from toolkit.storage.lock import sole_use
 from toolkit.tables import format_table
+from toolkit.teachers.live import whole_teacher
 
 KL = "kl"  # measured on the data's own responses, without generation
 

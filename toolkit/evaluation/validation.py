@@ -10,9 +10,10 @@ import torch
 
 from toolkit.batch import DECODER_ONLY, Example, RowLayout
 from toolkit.divergences import Divergence, Objective
-from toolkit.models.engines import NoTeacher, Student, Teacher
+from toolkit.models import Student
 from toolkit.ranks import collectives
 from toolkit.teachers.cache import CachedTeacher
+from toolkit.teachers.live import NoTeacher, Teacher
 
 
 class Validation(NamedTuple):

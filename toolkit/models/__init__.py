@@ -1,7 +1,7 @@
-"""Teacher and student: loading under ZeRO, the vocabulary they share, and the two engines."""
+"""Models: loading under ZeRO, the vocabulary that two of them share, the passes of engines, and the student."""
 
-from toolkit.models.build import build_student, build_teacher, whole_student, whole_teacher
-from toolkit.models.engines import NoTeacher, Student, Teacher, objective_of
+from toolkit.models.build import build_student, whole_student
+from toolkit.models.engines import Student, objective_of
 from toolkit.models.load import (
     check_positions,
     choose_dtype,
@@ -15,12 +15,9 @@ from toolkit.models.tokenizer import load_tokenizer
 from toolkit.models.vocabulary import Vocabulary, shared_layout, shared_vocabulary
 
 __all__ = [
-    "NoTeacher",
     "Student",
-    "Teacher",
     "Vocabulary",
     "build_student",
-    "build_teacher",
     "check_packing",
     "check_positions",
     "choose_dtype",
@@ -33,5 +30,4 @@ __all__ = [
     "shared_layout",
     "shared_vocabulary",
     "whole_student",
-    "whole_teacher",
 ]

@@ -13,36 +13,21 @@ from transformers import PreTrainedModel
 
 from toolkit.batch import Example
 from toolkit.models import zero
-from toolkit.models.ds_config import student_ds_config, teacher_ds_config
+from toolkit.models.ds_config import student_ds_config
 from toolkit.models.dtypes import train_in
-from toolkit.models.engines import Student, StudentForward, Teacher, TeacherForward, both_logits
+from toolkit.models.engines import Student, StudentForward, both_logits
 from toolkit.models.head import check_logits
 from toolkit.models.load import base_name, load_model
-from toolkit.models.parts import split_where_memory_runs_out
 from toolkit.models.vocabulary import Vocabulary, check_head
 from toolkit.ranks import collectives
 from toolkit.seeds import philox
 from toolkit.settings import LossConfig, OptimizerConfig, RunConfig
 
 
-def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Teacher:
-    """The model at `path`, which `materialize` returned, frozen and behind an engine. Collective; raises ValueError on
-    every rank for a model that cannot be loaded, does not fit the tokenizer, or makes its logits in an unknown way."""
-    ds_config = teacher_ds_config(config, _name(dtype))
-    model = collectives.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
-    check_head("teacher", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
-    model.requires_grad_(False)
-    split_where_memory_runs_out(model)
-    engine = zero.initialize(TeacherForward(model), ds_config)
-    engine.eval()
-    _check("teacher", engine, vocabulary)
-    return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // collectives.world())
-
-
 def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Student:
     """The model at `path`, with adapters where the settings ask for them, and its optimizer, behind an engine that
     trains it. Collective; raises ValueError as `build_teacher` does."""
-    ds_config = student_ds_config(config, _name(dtype), collectives.world())
+    ds_config = student_ds_config(config, name_of(dtype), collectives.world())
     model = collectives.together(lambda: load_model(config.student, path, ds_config, dtype, config.seed))
     check_head("student", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
     if config.student.lora.rank:
@@ -57,7 +42,7 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     optimizer = _optimizer(module, config.optimizer, ds_config)
     engine = zero.initialize(module, ds_config, optimizer)
     engine.eval()
-    _check("student", engine, vocabulary)
+    check_engine("student", engine, vocabulary)
     # transformers loads a model in evaluation mode, in which it drops nothing out and keeps all activations.
     engine.train()
     # Each rank drops out other numbers.
@@ -88,20 +73,11 @@ def whole_student(model: PreTrainedModel, vocabulary: Vocabulary) -> Student:
     """A model to be measured: whole on each rank, without deepspeed. Raises ValueError as `build_teacher` does."""
     check_head("model", len(model.get_output_embeddings().weight), vocabulary)
     engine = WholeModel(StudentForward(model, LossConfig(), vocabulary))
-    _check("model", engine, vocabulary)
+    check_engine("model", engine, vocabulary)
     return Student(engine, OptimizerConfig(), total_steps=1)
 
 
-def whole_teacher(model: PreTrainedModel, vocabulary: Vocabulary) -> Teacher:
-    """A model that others are measured against: whole on each rank, without deepspeed. Raises ValueError as
-    `build_teacher` does."""
-    check_head("teacher", len(model.get_output_embeddings().weight), vocabulary)
-    engine = WholeModel(TeacherForward(model))
-    _check("teacher", engine, vocabulary)
-    return Teacher(engine)
-
-
-def _check(role: str, engine: Any, vocabulary: Vocabulary) -> None:
+def check_engine(role: str, engine: Any, vocabulary: Vocabulary) -> None:
     """`check_logits` on a few tokens. Collective."""
     ids_T = np.random.default_rng(0).integers(0, vocabulary.size, 8)
     batch = vocabulary.layout.batch([Example(ids_T, 4)], vocabulary.pad_id)
@@ -125,5 +101,5 @@ def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict[str, 
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 else "fp32"

@@ -1,4 +1,4 @@
-"""Teacher and student behind DeepSpeed engines: their passes and the loss. Neither makes logits of a whole batch.
+"""What engines run: the passes of teacher and student, and the student's loss. None makes logits of a whole batch.
 
 Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher and student, V head rows.
 """
@@ -6,9 +6,7 @@ Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,60 +59,6 @@ class LossSums(NamedTuple):
     divergence_nats: Tensor
     cross_entropy_nats: Tensor
     agreements: Tensor
-
-
-class Teacher:
-    """The frozen model that is imitated. It answers with hidden states at response positions, Ht numbers a token."""
-
-    kind = "live"
-
-    def __init__(self, engine: Any, pass_rows: int | None = None, window_rows: int = 1):
-        self.engine, self.pass_rows, self.window_rows = engine, pass_rows, window_rows
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The language model inside of the engine's module."""
-        return self.engine.module.model
-
-    @torch.no_grad()
-    def signals(self, window: list[TokenBatch]) -> list[Signal]:
-        """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
-        window, so every rank makes as many passes, and enters as many all-gathers."""
-        # All ranks have to make as many passes. Micro-batches may have other numbers of rows on other ranks, so how
-        # many of them share a pass follows from settings alone.
-        per_pass = max(1, (self.pass_rows or self.window_rows) * len(window) // self.window_rows)
-        found: list[Signal] = []
-        for start in range(0, len(window), per_pass):
-            part = window[start : start + per_pass]
-            joined = TokenBatch.concatenate(part)
-            hidden_NT = self.engine(joined)
-            found += hidden_NT.split([batch.num_targets for batch in part])
-        return found
-
-    @contextmanager
-    def head(self) -> Iterator[Head]:
-        """The gathered output projection, once for a whole window: no tile loop communicates."""
-        parameters = list(self.model.get_output_embeddings().parameters())
-        with zero.gathered(parameters):
-            head = head_of(self.model)
-            # .data: a partitioned parameter handed to another engine's forward would be released by its hooks.
-            bias_V = None if head.bias_V is None else head.bias_V.data
-            yield replace(head, weight_VH=head.weight_VH.data, bias_V=bias_V)
-
-
-class NoTeacher:
-    """In the place of a teacher where a run trains on the cross entropy with its data alone."""
-
-    kind = None
-
-    def signals(self, window: list[TokenBatch]) -> list[Signal]:
-        """None for each micro-batch."""
-        return [None] * len(window)
-
-    @contextmanager
-    def head(self) -> Iterator[None]:
-        """None."""
-        yield None
 
 
 class Student:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from toolkit.batch import Example, TokenBatch
-from toolkit.models.engines import NoTeacher, Student, Teacher, hidden_states
+from toolkit.models.engines import hidden_states
 from toolkit.models.vocabulary import Vocabulary
 
 TEXT_TOKENS, TEXTS, ROWS = 6, 5, 6  # of a text, of a row, of a pass
@@ -28,19 +28,16 @@ class Moved(NamedTuple):
     from_alone: float
 
 
-def check_packing(teacher: Teacher | NoTeacher, student: Student, vocabulary: Vocabulary) -> None:
-    """Three small passes of each model, collective. Raises ValueError for one that does not keep texts apart."""
-    student.engine.eval()
+def check_packing(role: str, engine: Any, vocabulary: Vocabulary) -> None:
+    """Three small passes of the engine's model, in eval mode; collective. Raises ValueError for a model that does not
+    keep texts apart."""
+    model, was_training = engine.module.model, engine.module.training
+    engine.eval()
     try:
-        _check("student", student.engine, vocabulary)
-        if isinstance(teacher, Teacher):
-            _check("teacher", teacher.engine, vocabulary)
+        moved = measure(engine, vocabulary)
     finally:
-        student.engine.train()
-
-
-def _check(role: str, engine: Any, vocabulary: Vocabulary) -> None:
-    model, moved = engine.module.model, measure(engine, vocabulary)
+        if was_training:
+            engine.train()
     limit, alone = max(ROUNDING[model.dtype], RATIO * moved.of_first), ALONE[model.dtype]
     if not (moved.by_neighbours <= limit and moved.from_alone <= alone):
         raise ValueError(

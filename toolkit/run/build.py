@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.evaluation import Validator
-from toolkit.models import NoTeacher, Student, Teacher, Vocabulary, build_student, build_teacher, check_packing
+from toolkit.models import Student, Vocabulary, build_student, check_packing
 from toolkit.models.ds_config import read_ds_config, student_ds_config, teacher_ds_config
 from toolkit.models.export import export_student, rehearse_export
 from toolkit.ranks import collectives
@@ -26,6 +26,7 @@ from toolkit.run.state import LoopState
 from toolkit.run.timer import PhaseTimer
 from toolkit.settings import NO_DIVERGENCE, SCORES, RunConfig
 from toolkit.teachers.cache import CachedTeacher, TeacherCache
+from toolkit.teachers.live import NoTeacher, Teacher, build_teacher
 
 #: who says in a training step, or in a validation, what the student is to learn
 AnyTeacher = Teacher | NoTeacher | CachedTeacher
@@ -87,11 +88,11 @@ def build(
     teacher = build_teacher(config, paths[0], dtype, vocabulary) if config.has_teacher else NoTeacher()
     student = build_student(config, paths[1], dtype, vocabulary)
     notes = rehearse_export(student, tokenizer, run_dir / "student")
-    for built in (teacher, student):
+    for role, built in (("student", student), ("teacher", teacher)):
         if not isinstance(built, NoTeacher):
             watchdog.count_passes(built.model)
-    if config.packs:
-        check_packing(teacher, student, vocabulary)
+            if config.packs:
+                check_packing(role, built.engine, vocabulary)
 
     # Who answers in a training step and in a validation: the teacher, its stored answers, or nobody.
     is_fine_tuning = config.loss.divergence == NO_DIVERGENCE

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data import TextStream
-from toolkit.models import build_teacher
 from toolkit.models.ds_config import read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.ranks import collectives
@@ -22,6 +21,7 @@ from toolkit.run.recipe import chosen
 from toolkit.settings import RunConfig
 from toolkit.teachers.cache import Form, TeacherCache, build, identity_of, plan
 from toolkit.teachers.cache.build import refuse_existing
+from toolkit.teachers.live import build_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 

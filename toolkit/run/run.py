@@ -11,7 +11,7 @@ import torch
 
 from toolkit.batch import Example
 from toolkit.data import PromptDataset, TextStream
-from toolkit.models import NoTeacher, zero
+from toolkit.models import zero
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
 from toolkit.ranks.signals import StopSignals
@@ -27,6 +27,7 @@ from toolkit.settings import RunConfig
 from toolkit.storage.lock import sole_use
 from toolkit.storage.manifest import write_json
 from toolkit.teachers.cache import TeacherCache
+from toolkit.teachers.live import NoTeacher
 from toolkit.teachers.own_text import teacher_text, text_folder
 
 CHECKPOINTS, STARTS = "checkpoints", "starts_in_vain"

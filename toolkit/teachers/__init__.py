@@ -1,3 +1,3 @@
-"""What a teacher says: its stored answers, and text of its own.
+"""What a teacher says: the live model, its stored answers, and text of its own.
 
 Imports `rollout`, `models` and what lies below them."""

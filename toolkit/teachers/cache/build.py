@@ -19,7 +19,7 @@ import torch
 
 from toolkit.batch import Example, TokenBatch
 from toolkit.divergences import Head
-from toolkit.models import Teacher, Vocabulary
+from toolkit.models import Vocabulary
 from toolkit.ranks import collectives, heartbeat
 from toolkit.seeds import philox
 from toolkit.storage.appear import UNFINISHED, give_name, new_file, unfinished_name
@@ -28,6 +28,7 @@ from toolkit.storage.lock import LOCK, sole_use
 from toolkit.storage.manifest import MANIFEST, Entry, entry_of, read_json, write_checked, write_json
 from toolkit.teachers.cache.forms import Arrays, Form, log_prob_tiles
 from toolkit.teachers.cache.store import FORMAT, Text, read_shard, texts_of
+from toolkit.teachers.live import Teacher
 
 PLAN = "plan.json"
 
