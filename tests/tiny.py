@@ -47,11 +47,13 @@ def make_tokenizer(bos=False, eos=True, chat=True):
     return tokenizer
 
 
-def save_llama(folder, tokenizer, seed, hidden=32, layers=2, tied=False, extra_rows=0, dtype=torch.float32):
+def save_llama(
+    folder, tokenizer, seed, hidden=32, layers=2, tied=False, extra_rows=0, dtype=torch.float32, positions=256
+):
     """A random LLaMA with this tokenizer, saved as a Hugging Face folder; `extra_rows` pads its vocabulary."""
     config = LlamaConfig(
         vocab_size=len(tokenizer) + extra_rows, hidden_size=hidden, intermediate_size=2 * hidden,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=positions,
         tie_word_embeddings=tied, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
     )  # fmt: skip

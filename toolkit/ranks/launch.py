@@ -50,16 +50,17 @@ def start(hang_s: float = 1800.0) -> None:
 def joined(hang_s: float) -> Iterator[None]:
     """Inside the `with` block this process is in the group that `start` joins, or in the one that it was in before.
 
-    A process that is alone leaves its group at the end, and has its environment back. A group of several ranks stays:
-    its ranks would come back one by one, and meet others that have not yet left.
+    A process that is alone leaves its group at the end, and has its environment and its excepthook back. A group of
+    several ranks stays: its ranks would come back one by one, and meet others that have not yet left.
     """
-    was_joined, before = torch.distributed.is_initialized(), dict(os.environ)
+    was_joined, before, hook = torch.distributed.is_initialized(), dict(os.environ), sys.excepthook
     start(hang_s)
     try:
         yield
     finally:
         if not was_joined and world() == 1:
             stop()
+            sys.excepthook = hook  # torch has put the rank in front of every traceback's lines
             for name in LAUNCHER_VARIABLES:
                 os.environ.pop(name, None)
                 os.environ.update({name: before[name]} if name in before else {})
