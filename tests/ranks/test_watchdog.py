@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import pytest
 
 from tests import engine_cases
 from tests.tiny import tiny_overrides
+from toolkit.ranks import collectives
 from toolkit.ranks.collectives import started_as
 from toolkit.ranks.signals import EXIT_LATER, SAME_REQUEST_S
-from toolkit.ranks.watchdog import EXIT_STUCK, Sign, Watchdog, verdict
+from toolkit.ranks.watchdog import EXIT_STUCK, Sign, Watchdog, _where, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 6
@@ -290,3 +292,22 @@ def test_verdicts():
     elsewhere = dataclasses.replace(waits, where="at toolkit/run/loop.py:9 save")
     assert "wait in different calls" in verdict({0: waits, 1: elsewhere}, set(), 9)
     assert "rank 1 does not answer" in verdict({0: waits, 1: held}, {1}, 9)
+
+
+def test_a_rank_inside_of_an_agreement_waits_for_others():
+    """There it may wait without any collective of torch: for what rank 0 does alone."""
+    entered, over = threading.Event(), threading.Event()
+
+    def work():
+        entered.set()
+        over.wait()
+
+    for call, waits in ((lambda: collectives.together(work), True), (work, False)):
+        entered.clear()
+        over.clear()
+        thread = threading.Thread(target=call)
+        thread.start()
+        entered.wait()
+        assert _where(thread.ident)[1] is waits
+        over.set()
+        thread.join()
