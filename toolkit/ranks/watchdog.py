@@ -187,7 +187,8 @@ def _where(thread: int | None) -> tuple[str, bool]:
     while frame is not None:
         file = frame.f_code.co_filename
         inner = inner or f"{Path(file).name}:{frame.f_lineno} {frame.f_code.co_name}"
-        is_ours = file == f"{package}/collectives.py"  # which waits for rank 0 without a collective too
+        # There a rank also waits for what rank 0 does, without any collective of torch.
+        is_ours = file == collectives.__file__
         waits = waits or is_ours or "torch/distributed/" in file or "deepspeed/comm/" in file
         # Not the one place that all collectives go through: who called it says what is waited for.
         if file.startswith(package) and not is_ours:
