@@ -184,8 +184,8 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
-        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        there = {name: None if t is None else t.to(device, non_blocking=True) for name, t in fields.items()}
+        there: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        there |= {name: t.to(device, non_blocking=True) for name, t in there.items() if t is not None}
         moved = type(self)(**there)
         # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.
         vars(moved).update(num_targets=self.num_targets, num_tokens=self.num_tokens)

@@ -189,10 +189,11 @@ def _of_one_stack(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 def _of_encoder_and_decoder(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """hidden_BTH of the decoder. The stacks run one by one: the model is its own base model, and would run its head."""
+    stacks: Any = model
     inputs = batch.model_inputs()
     mask_BS = inputs["attention_mask"]
-    encoded_BSH = model.encoder(input_ids=inputs["input_ids"], attention_mask=mask_BS).last_hidden_state
-    return model.decoder(
+    encoded_BSH = stacks.encoder(input_ids=inputs["input_ids"], attention_mask=mask_BS).last_hidden_state
+    return stacks.decoder(
         input_ids=inputs["decoder_input_ids"], attention_mask=inputs["decoder_attention_mask"],
         encoder_hidden_states=encoded_BSH, encoder_attention_mask=mask_BS, use_cache=False,
     ).last_hidden_state  # fmt: skip

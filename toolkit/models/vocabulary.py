@@ -35,17 +35,17 @@ def shared_vocabulary(
     """
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     if theirs != ours:
-        differing = next((t for t in {**theirs, **ours} if theirs.get(t) != ours.get(t)), None)
+        differing = next(token for token in {**theirs, **ours} if theirs.get(token) != ours.get(token))
         raise ValueError(
             f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} entries; "
             f"{differing!r} is id {theirs.get(differing)} for the teacher, {ours.get(differing)} for the student); "
             "distillation compares distributions id by id, so take a student with the teacher's tokenizer"
         )
     if found := first_difference(plain_ids(teacher), plain_ids(student)):
-        text, ids, others = found.shown()
+        text, their_ids, our_ids = found.shown()
         raise ValueError(
-            f"teacher and student have one vocabulary and split texts differently: {text} has ids {ids} for the "
-            f"teacher, {others} for the student; let one tokenizer serve both (student.tokenizer=TEACHER)"
+            f"teacher and student have one vocabulary and split texts differently: {text} has ids {their_ids} for the "
+            f"teacher, {our_ids} for the student; let one tokenizer serve both (student.tokenizer=TEACHER)"
         )
     if teacher.eos_token_id != student.eos_token_id:
         raise ValueError(
