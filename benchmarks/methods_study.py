@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from toolkit.run.monitor import read_metrics  # noqa: E402
-from toolkit.run.run import TRAINING_PHASES  # noqa: E402
+from toolkit.run.summary import TRAINING_PHASES  # noqa: E402
 from toolkit.settings.methods import METHODS  # noqa: E402
 from toolkit.tables import format_table  # noqa: E402
 

@@ -56,14 +56,14 @@ def simulate(settings: dict, seed: int = 10) -> SimpleNamespace:
     )  # fmt: skip
     schedule = Schedule(ScheduleConfig(**settings), seed, STEPS)
     made: list[int] = []
-    loop = SimpleNamespace(
-        config=config, schedule=schedule, windows_ahead=0, rollout=SimpleNamespace(weights_step=0),
+    parts = SimpleNamespace(
+        config=config, schedule=schedule, rollout=SimpleNamespace(weights_step=0),
         replay=ReplayBuffer(config.rollout.capacity, 0, 1, seed),
-        dataset=None, _read=lambda *_: [],
     )  # fmt: skip
+    loop = SimpleNamespace(parts=parts, state=SimpleNamespace(windows_ahead=0), dataset=None, _read=lambda *_: [])
 
     def generate(step: int, rows: int) -> list[Example]:
-        loop.rollout.weights_step = step
+        parts.rollout.weights_step = step
         texts = [Example(np.array([1, len(made) + row]), 1) for row in range(rows)]
         made.extend([step] * rows)
         return texts
@@ -73,14 +73,14 @@ def simulate(settings: dict, seed: int = 10) -> SimpleNamespace:
     schedule.observe_validation(0, losses[0])
     found = SimpleNamespace(sources=[], phi=[], ages=[], uses=[], made=made)
     for step in range(STEPS):
-        found.phi.append(schedule.phi)
+        found.phi.append(schedule.state.phi)
         source, examples = DistillationLoop.choose_examples(loop, step)
         found.sources.append(source)
         found.ages += [step - made[example.tokens[1]] for example in examples]
         found.uses += [int(example.tokens[1]) for example in examples]
         if (step + 1) % VALIDATE_EVERY == 0:
             schedule.observe_validation(step + 1, losses[(step + 1) // VALIDATE_EVERY])
-    found.phi_end = schedule.phi
+    found.phi_end = schedule.state.phi
     return found
 
 

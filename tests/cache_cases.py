@@ -11,16 +11,16 @@ def run_counting_teachers(overrides):
     """How many teachers a whole run has put behind an engine on this rank."""
     from tests.engine_cases import run_tiny
     from toolkit.models import Teacher
-    from toolkit.run import run
+    from toolkit.run import build as building
 
-    build, built = run.build_teacher, []
+    build, built = building.build_teacher, []
 
     def counting(*args):
         built.append(build(*args))
         assert isinstance(built[-1], Teacher)
         return built[-1]
 
-    with mock.patch.object(run, "build_teacher", counting):
+    with mock.patch.object(building, "build_teacher", counting):
         run_tiny(overrides)
     return len(built)
 

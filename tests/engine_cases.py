@@ -84,7 +84,7 @@ def run_generating_aside(overrides, fail=False):
         prompts = [example.prompt for example in loop.dataset.examples[:3]]
         try:
             with failing("choose_tokens", call=3) if fail else contextlib.nullcontext():
-                loop.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
+                loop.parts.rollout.complete(prompts, SeededSampling(5, seeds=range(len(prompts))))
         except RuntimeError as error:
             assert fail and "made to fail" in str(error)
         else:
@@ -451,12 +451,12 @@ def run_watching_teacher_text(overrides, file_rows):
     generated in it) of a run that keeps the teacher's text in files of so many rows."""
     from toolkit.ranks import heartbeat
     from toolkit.rollout.local import GatheredRollout
-    from toolkit.run import recipe
+    from toolkit.run import distill
     from toolkit.teachers import own_text
 
     calls, phases, complete = [], [], GatheredRollout.complete
 
-    class Watched(recipe.Watchdog):
+    class Watched(distill.Watchdog):
         def progress(self, phase, step=None):
             phases.append(phase)
             super().progress(phase, step)
@@ -469,7 +469,7 @@ def run_watching_teacher_text(overrides, file_rows):
         return texts
 
     with (
-        mock.patch.object(recipe, "Watchdog", Watched),
+        mock.patch.object(distill, "Watchdog", Watched),
         mock.patch.object(own_text, "FILE_ROWS", file_rows),
         mock.patch.object(GatheredRollout, "complete", watched),
     ):
@@ -499,7 +499,7 @@ def run_poisoned(overrides, poison, steps, ranks=(1,)):
         now[:] = [index + 1]
         record = step_of(self, index)
         digest = hashlib.sha256()
-        for piece in pieces(self.student.engine):
+        for piece in pieces(self.parts.student.engine):
             digest.update(piece.tensor.numpy().tobytes())
         digests.append(digest.hexdigest())
         return record
@@ -517,16 +517,16 @@ def run_with_failing_writes(overrides, steps):
     """A run whose last rank cannot write more than 4 KiB at these steps: a limit that the kernel enforces, as it does
     that of a full disk."""
     from toolkit.ranks import collectives
-    from toolkit.run import checkpoint
+    from toolkit.storage import manifest
 
-    write = checkpoint.write_safetensors
+    write = manifest.write_safetensors
 
     def limited(path, tensors):
         fails = int(path.parent.name[5:13]) in steps and collectives.rank() == collectives.world() - 1
         with no_room_for_files() if fails else contextlib.nullcontext():
             return write(path, tensors)
 
-    with mock.patch.object(checkpoint, "write_safetensors", limited):
+    with mock.patch.object(manifest, "write_safetensors", limited):
         return run_saying(overrides)
 
 
@@ -548,15 +548,15 @@ def no_room_for_files(most_bytes=4096):
 
 def run_with_failing_exports(overrides, names):
     """(exit code, stdout, stderr) of a run in which there is no room for the exports into folders of these names."""
-    from toolkit.run import run
+    from toolkit.run import build
 
-    export = run.export_student
+    export = build.export_student
 
     def limited(student, tokenizer, folder):
         with no_room_for_files() if folder.name in names else contextlib.nullcontext():
             return export(student, tokenizer, folder)
 
-    with mock.patch.object(run, "export_student", limited):
+    with mock.patch.object(build, "export_student", limited):
         return run_saying(overrides)
 
 
@@ -749,15 +749,16 @@ def run_with_last_words(overrides, prompts, ids):
 
     def run(self):
         result = original(self)
-        with whole_model(self.student.engine) as model, torch.no_grad():
+        rollout = self.parts.rollout
+        with whole_model(self.parts.student.engine) as model, torch.no_grad():
             found["logits"] = model(ids).logits
-        kept = self.rollout.gather
+        kept = rollout.gather
         for mode in ("always", "never"):
-            self.rollout.gather = mode
+            rollout.gather = mode
             sampling = SeededSampling(12, temperature=0.0, seeds=range(len(prompts)))
-            found[mode] = [example.response.tolist() for example in self.rollout.complete(prompts, sampling)]
-            found[mode, "ran"] = self.rollout.last.mode
-        self.rollout.gather = kept
+            found[mode] = [example.response.tolist() for example in rollout.complete(prompts, sampling)]
+            found[mode, "ran"] = rollout.last.mode
+        rollout.gather = kept
         return result
 
     with mock.patch.object(DistillationLoop, "run", run):

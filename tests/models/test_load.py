@@ -18,7 +18,7 @@ from transformers import (
 
 from tests import engine_cases
 from tests.tiny import make_tokenizer, save_llama
-from toolkit.models import load_tokenizer, shared_vocabulary
+from toolkit.models import load_model, load_tokenizer, shared_vocabulary
 from toolkit.models.ds_config import OWNED, read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.models.load import base_name
@@ -207,3 +207,21 @@ def test_weights_in_shards_are_those_of_the_index(tiny, tmp_path):
     (tmp_path / "model-00009-of-00009.safetensors").write_text("")
     found = file_hashes(str(tmp_path)).keys()
     assert {name for name in found if "safetensors" in name} == shards | {"model.safetensors.index.json"}
+    # transformers reads a single file, where there is one, and not what the index names.
+    shutil.copy(tiny / "teacher" / "model.safetensors", tmp_path)
+    shutil.copy(tiny / "teacher" / "config.json", tmp_path)
+    wanted, loaded = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tiny / "teacher", tmp_path))
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+    found = file_hashes(str(tmp_path)).keys()
+    assert {name for name in found if "safetensors" in name} == {"model.safetensors"}
+
+
+@pytest.mark.parametrize(("shape", "told"), [
+    ({"hiden_size": 8}, "did you mean 'hidden_size'"), ({"hidden_size": "x"}, "hidden_size"),
+    ({"hidden_size": 30, "num_attention_heads": 4}, "30"), ({"model_type": "lama"}, "lama"),
+])  # fmt: skip
+def test_a_shape_that_is_no_model_is_refused(shape, told):
+    model = ModelConfig(random_weights=True, shape={"model_type": "llama", "num_hidden_layers": 1} | shape)
+    with pytest.raises(ValueError) as error:
+        load_model(model, "", {"train_micro_batch_size_per_gpu": 1}, torch.float32)
+    assert told in str(error.value)

@@ -1,6 +1,5 @@
 """Students cut out of their teachers: exact where nothing is lost, and what is lost is what matters least."""
 
-import argparse
 import dataclasses
 import json
 import re
@@ -34,8 +33,9 @@ from transformers import (
 
 from tests import engine_cases
 from tests.tiny import make_tokenizer, tiny_overrides
+from toolkit.cli import app
 from toolkit.data import DataConfig
-from toolkit.pruning import command, prune
+from toolkit.pruning import prune
 from toolkit.pruning.depth import best_block, greedy
 from toolkit.pruning.families import FAMILIES
 from toolkit.pruning.made import calibration_data, materialize
@@ -566,9 +566,7 @@ def test_what_cannot_be_is_refused(tmp_path, text, kind, settings, told):
 
 def main(arguments):
     """As `python -m toolkit init-student` does, in this process."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    command.run(parser.parse_args(arguments))
+    app(["init-student", *arguments], standalone_mode=False)()
 
 
 def test_command(tmp_path, text, capsys):

@@ -82,18 +82,22 @@ def test_what_was_skipped_is_known_after_a_resume(tiny, ranks2):
 
 
 def test_the_guard_wants_a_full_window_before_it_calls_a_spike():
-    guard = StepGuard(FaultsConfig(spike_factor=2.0, spike_window=3, max_skipped_steps=2))
+    guard, faults = StepGuard(), FaultsConfig(spike_factor=2.0, spike_window=3, max_skipped_steps=2)
     for loss in (1.0, 1.0):
-        guard.record(loss, taken=True)
-    assert guard.objection(100.0) is None and guard.objection(float("nan")) and guard.objection(float("inf"))
-    guard.record(1.0, taken=True)
-    assert guard.objection(2.0) is None and "above 2 medians" in guard.objection(2.1)
-    guard.record(5.0, taken=False)
-    assert guard.losses == [1.0, 1.0, 1.0] and not guard.gives_up
-    guard.record(5.0, taken=False)
-    assert guard.gives_up
-    guard.record(1.0, taken=True)
-    assert not guard.gives_up and guard.skipped == 2
+        guard.record(loss, taken=True, faults=faults)
+    assert (
+        guard.objection(100.0, faults) is None
+        and guard.objection(float("nan"), faults)
+        and guard.objection(float("inf"), faults)
+    )
+    guard.record(1.0, taken=True, faults=faults)
+    assert guard.objection(2.0, faults) is None and "above 2 medians" in guard.objection(2.1, faults)
+    guard.record(5.0, taken=False, faults=faults)
+    assert guard.losses == [1.0, 1.0, 1.0] and not guard.gives_up(faults)
+    guard.record(5.0, taken=False, faults=faults)
+    assert guard.gives_up(faults)
+    guard.record(1.0, taken=True, faults=faults)
+    assert not guard.gives_up(faults) and guard.skipped == 2
 
 
 def test_halving_says_so_and_stays_at_what_fits(capsys):

@@ -276,11 +276,11 @@ def test_table_is_aligned_and_shows_numbers_to_the_right():
     assert table == "\n".join(
         [
             "| name          |   GiB | tokens/s |",
-            "| ------------- | ----: | -------: |",
+            "|:--------------|------:|---------:|",
             "| student       | 1.235 |   12,346 |",
             "| teacher of it |    13 |        - |",
         ]
     )
-    assert format_table(["a"], []) == "| a   |\n| --- |"
+    assert format_table(["a"], []) == "| a |\n|---|"
     with pytest.raises(ValueError, match="a row of 1 cells under 2 headers"):
         format_table(["a", "b"], [[1]])

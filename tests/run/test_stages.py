@@ -90,6 +90,16 @@ def test_each_stage_starts_from_the_one_before(tiny, whole):
     assert f"{distil['validation']['final']['kl_nats']:.3f}" in said.splitlines()[-1]
 
 
+def test_a_cut_student_that_a_kill_has_half_deleted_is_not_taken_for_one(tmp_path):
+    stages = RECIPE.with_overrides([f"output_dir={tmp_path}", "name=x"])
+    student = stages.folder / "init" / "student"
+    student.mkdir(parents=True)
+    (student.parent / "summary.json").write_text("{}")
+    with mock.patch.object(shutil, "rmtree"):  # as if killed before any file is deleted
+        stages.clear()
+    assert not stages.is_made and not student.parent.exists()
+
+
 @pytest.mark.multiprocess
 def test_a_stage_leaves_no_engine_behind(whole):
     """A bucket for gradients alone has 50 million elements, the models have 100 thousand."""
@@ -157,15 +167,15 @@ def test_a_student_is_cut_anew_where_all_is_started_over_and_only_from_the_same_
 
 def run_staged_with_a_signal_in_the_export(arguments):
     from toolkit.ranks import collectives
-    from toolkit.run import run
+    from toolkit.run import build
 
     def export(*given):
         if collectives.rank() == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
         return original(*given)
 
-    original = run.export_student
-    with mock.patch.object(run, "export_student", export):
+    original = build.export_student
+    with mock.patch.object(build, "export_student", export):
         return engine_cases.run_saying(arguments, RECIPE)
 
 

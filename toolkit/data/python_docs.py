@@ -19,7 +19,6 @@ import pkgutil
 import re
 import subprocess
 import sys
-import tempfile
 import types
 import warnings
 from collections.abc import Iterator
@@ -107,10 +106,10 @@ def _all_rows(cache_dir: str | None) -> tuple[dict, ...]:
         raise RuntimeError(f"reading the standard library's docstrings failed: {done.stderr.decode()[-2000:]}")
     text = done.stdout.decode("utf-8")
     if cached:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cached.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, cached)
+        from toolkit.storage.appear import new_file  # here: the child runs this file and has no toolkit
+
+        with new_file(cached, durable=False, is_shared=True) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     return tuple(map(json.loads, text.splitlines()))
 
 

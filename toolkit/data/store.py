@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
 from toolkit.data.probe import PROBE
+from toolkit.storage.appear import made_once
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken entry, or none, raises
 FORMAT = 3  # of the files, and of what the tokens of a row are: raise it when either changes
@@ -69,7 +70,9 @@ def store(folder: Path, examples: Iterable[Example]) -> str:
     """Write them one after the other: they may be more than memory holds. Returns their SHA-256."""
     folder.mkdir(parents=True)
     whole = hashlib.sha256()
-    ends, prompts, start_ends = [], [], []
+    ends: list[int] = []
+    prompts: list[int] = []
+    start_ends: list[int] = []
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "starts.bin").open("wb") as starts:
         for example in examples:
             whole.update(_bytes(example))
@@ -92,8 +95,8 @@ def _bytes(example: Example) -> bytes:
 def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict[str, Part]]) -> dict[str, Part]:
     """`build()`'s parts by name, from `cache_dir` where a process has built them for an equal `key` (plain JSON types).
 
-    An entry is written beside its place and renamed: it is whole or absent, whoever else builds the same one. Where it
-    cannot be written the parts are used from memory, with a warning.
+    Several processes may build the same ones at once. A damaged entry is built anew. Where it cannot be written the
+    parts are used from memory, with a warning.
     """
     if cache_dir is None:
         return {name: _in_memory(part) for name, part in build().items()}
@@ -102,8 +105,8 @@ def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict
     with contextlib.suppress(*DAMAGE):
         return _load(entry)
     _remove_damaged(entry)
-    unfinished = cache_dir / f"{name}.unfinished-{os.getpid()}-{os.urandom(4).hex()}"
-    try:
+
+    def make(unfinished: Path) -> None:
         for part_name, part in build().items():
             sha256 = store(unfinished / part_name, part.examples)
             with (unfinished / part_name / "rows.jsonl").open("w", encoding="utf-8") as file:
@@ -111,14 +114,12 @@ def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict
             about = {"counts": dict(part.counts), "sha256": sha256}
             (unfinished / part_name / "part.json").write_text(json.dumps(about))
         (unfinished / "key.json").write_text(json.dumps(key, indent=2, sort_keys=True))
-        if not entry.exists():
-            unfinished.rename(entry)
-        return _load(entry)
+
+    try:
+        return _load(made_once(entry, make))
     except OSError as error:
         warnings.warn(f"the tokens of the data could not be kept in {cache_dir}: {error}", stacklevel=2)
         return cached(None, key, build)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -150,13 +151,15 @@ def _load(entry: Path) -> dict[str, Part]:
 
 
 def _remove_damaged(entry: Path) -> None:
-    """Takes away an entry that could not be read. It is moved first and read again: another process may have put a
-    whole one in its place since, which goes back."""
-    moved = entry.with_name(f"{entry.name}.damaged-{os.urandom(8).hex()}")
+    """Takes away an entry that could not be read.
+
+    It is moved first and read again: another process may have put a whole one in its place since, which goes back.
+    """
+    moved = entry.with_name(f"{entry.name}.damaged-{secrets.token_hex(8)}")
     try:
         entry.rename(moved)
     except OSError:
-        return  # there is none, or it cannot be moved and is used by nobody
+        return  # there is no entry, or it cannot be moved
     with contextlib.suppress(*DAMAGE):
         _load(moved)
         if not entry.exists():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.batch import Example
 from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
-from toolkit.data.minillm import SETS
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
-from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, EvaluationConfig, protocol
+from toolkit.evaluation.protocols import EvaluationConfig, named_protocol
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
 from toolkit.models import (
@@ -49,43 +46,44 @@ from toolkit.tables import format_table
 KL = "kl"  # measured on the data's own responses, without generation
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Answer the prompts of a data set, score the answers, print one table."
-    add = parser.add_argument
-    add("--model", action="append", required=True, metavar="DIR_OR_NAME", help="repeat it for several models")
-    add("--data", required=True, metavar="FILE_OR_NAME", help=f"a file, a hub data set, or one of {', '.join(SETS)}")
-    add("--metric", default="rouge_l", help=f"comma-separated: {', '.join([*METRICS, KL])}; rouge_l by default")
-    add("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated; 10,20,30,40,50 by default, as the paper's")
-    add("--protocol", default="paper", help=f"settings to start from: {' or '.join(PROTOCOLS)}; paper by default")
-    add("--teacher", default="", metavar="DIR_OR_NAME", help="the model that kl is measured against")
-    add("--out", required=True, metavar="FILE_OR_FOLDER", help="a .jsonl file for the answers, or a folder")
-    add("settings", nargs="*", metavar="key=value", help="data.template=chat, sampling.temperature=0.7, precision=fp32")
-    parser.epilog = "settings and what they are under each protocol:\n" + "\n".join(
-        f"  {key:<32} {'   '.join(f'{name}: {_flat(config)[key]}' for name, config in PROTOCOLS.items())}"
-        for key in _flat(EvaluationConfig())
+def evaluate(
+    models: Sequence[str],
+    data: str,
+    out: Path,
+    *,
+    metric: str,
+    seeds: str,
+    protocol: str,
+    teacher: str,
+    settings: Sequence[str],
+) -> dict[str, Any]:
+    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective.
+
+    models: folders or hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds:
+    comma-separated. teacher: "" is none. settings: `key=value` over those of the protocol.
+
+    Raises ValueError for wrong input.
+    """
+    request = collectives.together(
+        lambda: Request.of(data, settings, metric=metric, seeds=seeds, protocol=protocol, teacher=teacher)
     )
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The summary; on rank 0 it is printed as a table and written beside the answers. Raises ValueError."""
-    request = collectives.together(lambda: Request.of(options))
-    records = Records(Path(options.out).expanduser())
-    data = request.config.data
-    rows, skipped = collectives.main_rank_first(lambda: load_rows(data, data.source, is_validation=True))
-    settings = request.settings(rows, skipped)
+    collectives.together(lambda: _unique("--model", models))
+    records, source = Records(out.expanduser()), request.config.data
+    rows, skipped = collectives.main_rank_first(lambda: load_rows(source, source.source, is_validation=True))
+    made_with = request.settings(rows, skipped)
     with (
         sole_use(records.lock.parent, name=records.lock.name, instead="give --out another name"),
         Watchdog(request.config.hang_s) as watchdog,
     ):
         watchdog.progress("loading")
-        summary = collectives.from_main_rank(lambda: records.open(settings))
-        teacher = _Loaded.load(options.teacher, request) if options.teacher else None
-        evaluation = Evaluation(request, rows, records, summary, teacher, watchdog)
-        for name in options.model:
+        summary = collectives.from_main_rank(lambda: records.open(made_with))
+        loaded = _Loaded.load(teacher, request) if teacher else None
+        evaluation = Evaluation(request, rows, records, summary, loaded, watchdog)
+        for name in models:
             watchdog.progress(f"model {name}")
             evaluation.measure(name)
     if collectives.rank() == 0:
-        print("\n" + table(summary, options.model, request), flush=True)
+        print("\n" + table(summary, models, request), flush=True)
     return summary
 
 
@@ -98,27 +96,24 @@ class Request:
     seeds: tuple[int, ...]
 
     @classmethod
-    def of(cls, options: argparse.Namespace) -> Request:
-        base = protocol(options.protocol)
-        asked = dataclasses.replace(base, data=dataclasses.replace(base.data, source=options.data))
-        config = with_overrides(asked, options.settings)
+    def of(cls, data: str, settings: Sequence[str], *, metric: str, seeds: str, protocol: str, teacher: str) -> Request:
+        """The arguments of `evaluate`. Raises ValueError for the first one that cannot work."""
+        base = named_protocol(protocol)
+        config = with_overrides(replace(base, data=replace(base.data, source=data)), settings)
         config.validate()
-        metrics = _unique("--metric", options.metric.split(","))
+        metrics = _unique("--metric", metric.split(","))
         for name in metrics:
             if name not in METRICS and name != KL:
                 raise unknown("--metric", name, [*METRICS, KL])
-        if (KL in metrics) != bool(options.teacher):
-            raise ValueError(
-                f"--metric {options.metric} with --teacher {options.teacher!r}: kl and a teacher go together"
-            )
+        if (KL in metrics) != bool(teacher):
+            raise ValueError(f"--metric {metric} with --teacher {teacher!r}: kl and a teacher go together")
         try:
-            seeds = tuple(int(seed) for seed in _unique("--seeds", options.seeds.split(",")))
+            numbers = tuple(int(seed) for seed in _unique("--seeds", seeds.split(",")))
         except ValueError as error:
-            raise ValueError(f"--seeds {options.seeds}: {error}; write them as in 10,20,30") from error
-        if min(seeds) < 0:
-            raise ValueError(f"--seeds {options.seeds}: {min(seeds)} is below 0")
-        _unique("--model", options.model)
-        return cls(config, metrics, seeds)
+            raise ValueError(f"--seeds {seeds}: {error}; write them as in 10,20,30") from error
+        if min(numbers) < 0:
+            raise ValueError(f"--seeds {seeds}: {min(numbers)} is below 0")
+        return cls(config, metrics, numbers)
 
     @property
     def generated(self) -> list[str]:
@@ -140,7 +135,7 @@ class Request:
             "precision": str(choose_dtype(self.config.precision, collectives.device())).removeprefix("torch."),
             # where set: answers that are older than these settings go on
             **{name: value for name in ("template_args", "system") if (value := getattr(data, name))},
-        } | dataclasses.asdict(self.config.sampling)
+        } | asdict(self.config.sampling)
 
 
 @dataclass(frozen=True)
@@ -327,12 +322,3 @@ def _unique(what: str, given: Sequence[str]) -> tuple[str, ...]:
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{what} {','.join(names)}: an empty or a repeated entry; give each once")
     return names
-
-
-def _flat(config: EvaluationConfig) -> dict[str, Any]:
-    parts = dataclasses.asdict(config)
-    return {
-        f"{key}.{name}" if isinstance(value, dict) else key: inner
-        for key, value in parts.items()
-        for name, inner in (value.items() if isinstance(value, dict) else [("", value)])
-    }

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from toolkit.data.minillm import LAYOUT
 from toolkit.settings import PRECISIONS, DataConfig, FaultsConfig, SamplingSettings
 from toolkit.settings.overrides import unknown
-
-SEEDS = (10, 20, 30, 40, 50)  # the paper's
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,26 @@ PROTOCOLS = {
 }
 
 
-def protocol(name: str) -> EvaluationConfig:
+def named_protocol(name: str) -> EvaluationConfig:
     """Raises ValueError for a name not in the table."""
     if name not in PROTOCOLS:
         raise unknown("--protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
+
+
+def settings_table() -> str:
+    """A line for each setting of `evaluate`, with its value under each protocol."""
+    values = {name: _flat(asdict(config)) for name, config in PROTOCOLS.items()}
+    return "\n".join(
+        f"  {key:<32} {'   '.join(f'{name}: {found[key]}' for name, found in values.items())}"
+        for key in values["plain"]
+    )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Sections' settings beside the others, as `section.name`."""
+    return {
+        f"{key}.{name}" if isinstance(value, dict) else key: inner
+        for key, value in settings.items()
+        for name, inner in (value.items() if isinstance(value, dict) else [("", value)])
+    }

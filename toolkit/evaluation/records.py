@@ -8,10 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from toolkit.storage.appear import new_file
+from toolkit.storage.differences import differences, refuse
+from toolkit.storage.manifest import read_json
+
 
 class Records:
     """`out` is the jsonl file of answers, with `NAME.summary.json` beside it; without that ending it is a folder for
-    `rows.jsonl` and `summary.json`. For one rank; raises ValueError where what is there does not fit."""
+    `rows.jsonl` and `summary.json`. `lock` is the file for `sole_use`. For rank 0 alone."""
 
     def __init__(self, out: Path):
         is_file = out.suffix == ".jsonl"
@@ -26,15 +30,15 @@ class Records:
         """
         self.rows.parent.mkdir(parents=True, exist_ok=True)
         text = self.rows.read_bytes() if self.rows.is_file() else b""
-        summary = json.loads(self.summary.read_text()) if self.summary.is_file() else None
+        summary = read_json(self.summary) if self.summary.is_file() else {}
         whole = text.rfind(b"\n") + 1
-        if whole and summary is None:
+        if whole and not summary:
             raise ValueError(f"{self.rows} has answers, but {self.summary} is missing, which says how they were made")
-        if not whole and not (summary and any("metrics" in entry for entry in summary["models"].values())):
+        if not whole and not any("metrics" in entry for entry in summary.get("models", {}).values()):
             summary = {"settings": dict(settings), "models": {}}
             self.write_summary(summary)
         refuse_changes(str(self.rows), summary["settings"], settings)
-        if whole < len(text):
+        if whole < len(text):  # what a kill cut off
             os.truncate(self.rows, whole)
         return summary
 
@@ -44,18 +48,20 @@ class Records:
         return {(record["seed"], record["row"]): record for record in found}
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Adds these lines; they are on disk when this returns."""
         with self.rows.open("a") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
 
     def replace(self, model: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """This model's lines anew, in their places: a metric was added."""
+        """Replaces this model's lines, as many as there are, in their places: a metric was added."""
         new = iter(records)
         lines = [next(new) if record["model"] == model else record for record in self._lines()]
         _write(self.rows, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in lines))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replaces the summary; it is on disk when this returns."""
         _write(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
     def _lines(self) -> Iterable[dict[str, Any]]:
@@ -71,16 +77,14 @@ class Records:
 
 def refuse_changes(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises ValueError that names each setting with both values."""
-    changes = [f"{n} was {old.get(n)!r}, is {new.get(n)!r}" for n in sorted({*old, *new}) if old.get(n) != new.get(n)]
-    if changes:
-        raise ValueError(
-            f"{what} holds answers that were made with other settings:\n  "
-            + "\n  ".join(changes)
-            + "\nset these back, or give --out another name"
-        )
+    refuse(
+        f"{what} holds answers that were made with other settings",
+        differences(old, new).values(),
+        "set these back, or give --out another name",
+    )
 
 
 def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    # Hours may have gone into the answers, and without their summary nothing can be added to them.
+    with new_file(path, durable=True) as unfinished:
+        unfinished.write_text(text)

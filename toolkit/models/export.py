@@ -19,7 +19,7 @@ from toolkit.models.engines import Student
 from toolkit.models.portable import make_portable
 from toolkit.models.tokenizer import check_saved
 from toolkit.ranks import collectives
-from toolkit.storage.appear import to_disk
+from toolkit.storage.appear import emptied, new_folder, unfinished_name
 
 Result = TypeVar("Result")
 
@@ -29,37 +29,32 @@ def export_student(
 ) -> None:
     """Rank 0 writes safetensors, configuration and tokenizer; parameters are gathered one at a time, by all ranks.
 
-    `folder` appears by rename when it is whole, in place of an older export. With LoRA the weights are the merged ones,
-    and `folder`/adapter is what peft loads onto the base. untie_head: where the head shares its weights with the input
+    `folder` appears when it is whole, in place of an older export. With LoRA the weights are the merged ones, and
+    `folder`/adapter is what peft loads onto the base. untie_head: where the head shares its weights with the input
     embeddings, write it as a tensor of its own, and say so in config.json. Raises ValueError, on every rank, if writing
-    fails.
+    fails. Collective.
     """
-    model, weights, adapter = student.model, {}, {}
-    is_writer = collectives.rank() == 0
+    model, is_writer = student.model, collectives.rank() == 0
+    weights: dict[str, Tensor] = {}
+    adapter: dict[str, Tensor] = {}
     layers = lora.adapted(model) if (lora := _lora(model)) else {}
     for name, parameter in model.named_parameters():  # tied parameters are named once
         with lora.merged_weight(layers[name]) if name in layers else _gathered(parameter) as weight:
             if is_writer:
                 found = adapter if lora and lora.is_adapter(name) else weights
                 found[name] = weight.detach().to("cpu", copy=True)
+    # Buffers that are not in a state dict are made anew by the model's own code.
     persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     weights |= {name: tensor.cpu() for name, tensor in model.named_buffers() if name in persistent}
     ties = _ties_of_head(model) if untie_head else {}
 
-    def write(unfinished: Path) -> None:
+    def write() -> None:
         weights.update({name: weights[written].clone() for name, written in ties.items()})
         plain = {lora.plain_name(name): weight for name, weight in weights.items()} if lora else weights
-        _write(model, tokenizer, unfinished, plain, adapter, has_own_head=bool(ties))
-        to_disk(*unfinished.rglob("*"), unfinished)
-        old = folder.with_name(folder.name + ".deleting")  # a kill may not leave half an export under its name
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        unfinished.rename(folder)
-        to_disk(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with new_folder(folder, durable=True) as unfinished:
+            _write(model, tokenizer, unfinished, plain, adapter, has_own_head=bool(ties))
 
-    _in_new_folder(folder, write)
+    _on_main_rank(write, folder)
 
 
 def rehearse_export(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
@@ -69,30 +64,25 @@ def rehearse_export(student: Student, tokenizer: PreTrainedTokenizerBase, folder
     Returns what the user should know of the exports. Raises ValueError, on every rank, if writing fails.
     """
 
-    def write(unfinished: Path) -> list[str]:
-        changes = _write(student.model, tokenizer, unfinished, {}, {})
-        shutil.rmtree(unfinished)
-        if not changes:
-            return []
-        told = ", ".join(f"{name} = {old!r} becomes {new!r}" for name, (old, new) in changes.items())
-        return [f"generation settings of the student that transformers ignores are changed in its exports: {told}"]
-
-    return _in_new_folder(folder, write)
-
-
-def _in_new_folder(folder: Path, write: Callable[[Path], Result]) -> Result:
-    """What `write` returns on rank 0. It fills a new folder beside `folder`, which goes if that fails. Collective."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-
-    def work() -> Result:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return write(unfinished)
-
-    try:
-        return collectives.from_main_rank(work)
-    except ValueError as error:
-        if collectives.rank() == 0:
+    def write() -> dict[str, tuple[object, object]]:
+        unfinished = unfinished_name(folder)
+        try:
+            return _write(student.model, tokenizer, emptied(unfinished), {}, {})
+        finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    changes = _on_main_rank(write, folder)
+    told = ", ".join(f"{name} = {old!r} becomes {new!r}" for name, (old, new) in changes.items())
+    if not told:
+        return []
+    return [f"generation settings of the student that transformers ignores are changed in its exports: {told}"]
+
+
+def _on_main_rank(write: Callable[[], Result], folder: Path) -> Result:
+    """What `write` returns on rank 0. Raises ValueError, on every rank, if it fails. Collective."""
+    try:
+        return collectives.from_main_rank(write)
+    except ValueError as error:
         raise collectives.Told(f"the student could not be written to {folder}: {error}") from error
 
 
@@ -103,8 +93,8 @@ def _write(
     weights: dict[str, Tensor],
     adapter: dict[str, Tensor],
     has_own_head: bool = False,
-) -> dict[str, tuple[Any, Any]]:
-    """A folder with these weights; returns what `_savable` changed. adapter: weights of LoRA, where there is any.
+) -> dict[str, tuple[object, object]]:
+    """Fills the empty `folder` with these weights by name; returns what `_savable` changed. adapter: LoRA's weights.
     has_own_head: the weights of a tied model hold its head a second time."""
     config = copy.deepcopy(model.config)
     config.use_cache = True
@@ -112,7 +102,8 @@ def _write(
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     # A shell without storage: save_pretrained needs a model's class and configuration, the tensors are given.
     with torch.device("meta"):
-        shell = type(model)(config).to(next(model.parameters()).dtype)  # which config.json will name
+        shell = type(model)(config)
+    nn.Module.to(shell, next(model.parameters()).dtype)  # config.json names this dtype
     shell.generation_config, changes = _savable(model.generation_config, tokenizer)
     shell.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
@@ -125,7 +116,7 @@ def _write(
 
 def _savable(
     settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[GenerationConfig, dict[str, tuple[Any, Any]]]:
+) -> tuple[GenerationConfig, dict[str, tuple[object, object]]]:
     """A copy in which a text ends at the tokenizer's EOS too: the token that the student has learned to end with.
 
     transformers loads settings that contradict each other with a mere warning, and does not save them in such a copy.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from transformers import PretrainedConfig
 
 from toolkit.ranks import heartbeat
 
 SAFETENSORS, PICKLED = "*.safetensors", "pytorch_model*.bin"
+#: names of a single file of weights, the preferred one first
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 #: weights, configuration and tokenizer, beside weights in the older format
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.bpe", "*.spm")
 FILES = (SAFETENSORS, *SMALL_FILES)
@@ -28,11 +32,10 @@ def hub_version(path: str) -> tuple[str, str | None]:
 
 
 def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) -> Path:
-    """`path` where it is a folder, else the hub's model OWNER/NAME, or its version OWNER/NAME@REVISION, fetched: its
-    safetensors, or where it has none its pytorch_model.bin; not `with_weights`, none of them. What is in the cache
-    already, where it `may_fetch` nothing.
+    """`path` where it is a folder, else the folder of the hub's model OWNER/NAME, or of OWNER/NAME@REVISION.
 
-    Raises ValueError where it is not to be had.
+    with_weights: with the hub's safetensors, or where it has none its pytorch_model.bin. may_fetch: otherwise what is
+    in the hub's cache on this machine. Raises ValueError where it is not to be had.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -40,7 +43,9 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
     from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError
     from huggingface_hub.utils import tqdm
 
-    class Beating(tqdm):  # the bar of the bytes that have come
+    class Beating(tqdm):
+        """The bar of the bytes that have come: the watchdog hears of them."""
+
         def update(self, n: float | None = 1) -> bool | None:
             heartbeat.beat()
             return super().update(n)
@@ -48,18 +53,18 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
     name, revision = hub_version(path)
 
     def fetched(*files: str) -> Path:
-        wanted = {"allow_patterns": list(files), "ignore_patterns": ["consolidated*", "*/*"]}
-        wanted |= {"local_files_only": not may_fetch}
         try:
-            return Path(snapshot_download(name, revision=revision, tqdm_class=Beating, **wanted))
-        except IncompleteSnapshotError as error:  # without the hub: some file is not in the cache, maybe of no use here
+            return Path(snapshot_download(
+                name, revision=revision, tqdm_class=Beating, local_files_only=not may_fetch, allow_patterns=list(files),
+                ignore_patterns=["consolidated*", "*/*"],
+            ))  # fmt: skip
+        except IncompleteSnapshotError as error:
+            # Without the hub nobody knows whether what the cache lacks is needed. Loading will tell.
             return Path(error.snapshot_path)
 
     try:
         folder = fetched(*(FILES if with_weights else SMALL_FILES), "*.py")
-        if with_weights and not any(
-            (folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")
-        ):
+        if with_weights and first_weights_file(folder, names=("model.safetensors",)) is None:
             fetched(f"{PICKLED}*")
         return folder
     except (OSError, HFValidationError) as error:
@@ -68,14 +73,17 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
         ) from error
 
 
-def weight_files(folder: Path, config: Any = None) -> list[Path]:
-    """The files of weights that transformers reads in `folder`, in its order of preference; none: it finds none."""
+def first_weights_file(folder: Path, names: Sequence[str] = WEIGHTS_NAMES) -> Path | None:
+    """The file with all weights, or the index of the files that they are split into, of the first of `names` that is in
+    `folder`: transformers prefers them in this order. None where it has none."""
+    files = [folder / name for single in names for name in (single, f"{single}.index.json")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def weight_files(folder: Path, config: PretrainedConfig | None = None) -> list[Path]:
+    """The files of weights that transformers reads in `folder`; none where it finds none. A `config` may name them."""
     named = getattr(config, "transformers_weights", None)
-    plain = ("model.safetensors", "pytorch_model.bin")
-    names = [named] if named else [found for name in plain for found in (name, f"{name}.index.json")]
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        return []
-    if not file.name.endswith(".index.json"):
-        return [file]
+    file = first_weights_file(folder, [named] if named else WEIGHTS_NAMES)
+    if file is None or not file.name.endswith(".index.json"):
+        return [file] if file else []
     return sorted({folder / part for part in json.loads(file.read_text())["weight_map"].values()})

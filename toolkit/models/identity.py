@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
-from toolkit.models.files import PICKLED, TOKENIZER_FILES
+from toolkit.models.files import TOKENIZER_FILES, first_weights_file, weight_files
 from toolkit.ranks import collectives
 from toolkit.storage.manifest import sha256
+
+
+class RunIdentity(TypedDict):
+    """What a run is made of beside its settings, as checkpoints and summaries keep it. The hashes of a model are by
+    file name. teacher_cache: of the stored answers that it learned from, if it did."""
+
+    teacher_path: str
+    teacher_sha256: dict[str, str]
+    base_path: str
+    base_sha256: dict[str, str]
+    data_sha256: str
+    precision: str
+    teacher_cache: NotRequired[str]
 
 
 def file_hashes(path: str) -> dict[str, str]:
@@ -23,7 +36,7 @@ def file_hashes(path: str) -> dict[str, str]:
 
 
 def _known(path: Path) -> str:
-    """Stages of one process have the same teacher: its files are read once."""
+    """The SHA-256 of a file, which is read once unless it changes: stages of one process have the same teacher."""
     stat = path.stat()
     return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
 
@@ -39,10 +52,7 @@ def _model_files(path: str) -> list[Path]:
     if not path:
         return []
     folder = Path(path)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        weights = [index, *(folder / name for name in {*json.loads(index.read_text())["weight_map"].values()})]
-    else:
-        weights = [single] if single.is_file() else [*folder.glob(f"{PICKLED}*")]
+    first = first_weights_file(folder)
+    weights = [first, *weight_files(folder)] if first else []
     patterns = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py")
     return sorted({*weights, *(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())})

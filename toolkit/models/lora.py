@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from toolkit.ranks import collectives
 from toolkit.settings import LoraConfig
 from toolkit.settings.overrides import unknown
+from toolkit.storage.differences import differences, refuse
 
 NAME = "default"  # peft's own name for the only adapter
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -150,21 +151,19 @@ def _refuse_other_settings(file: Path, theirs: dict[str, Any], settings: peft.Lo
 
     Raises ValueError, with both values, for each that differs from those of `settings`.
     """
-    found = {
-        name: (theirs.get(name, getattr(settings, name)), getattr(settings, name))
-        for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
-    }
-    found |= {name: (theirs.get(name) or {}, {}) for name in ("rank_pattern", "alpha_pattern")}
-    start = theirs.get("init_lora_weights", True)
-    found["init_lora_weights"] = start, start if start in PLAIN_STARTS else True
-    differing = [f"{name}: {a!r} there, {b!r} by student.lora" for name, (a, b) in found.items() if a != b]
-    if differing:
-        raise ValueError(
-            f"{file} is of another adapter than student.lora trains:\n  "
-            + "\n  ".join(differing)
-            + "\nset student.lora.rank and student.lora.alpha to the adapter's; one that differs in anything else has "
-            "to be merged into its base first, and student.path to name the merged folder"
-        )
+    names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
+    ours = {name: getattr(settings, name) for name in names}
+    there = {name: theirs.get(name, value) for name, value in ours.items()}
+    for name in ("rank_pattern", "alpha_pattern"):
+        there[name], ours[name] = theirs.get(name) or {}, {}
+    there["init_lora_weights"] = start = theirs.get("init_lora_weights", True)
+    ours["init_lora_weights"] = start if start in PLAIN_STARTS else True
+    refuse(
+        f"{file} is of another adapter than student.lora trains",
+        differences(there, ours, "{}: {!r} there, {!r} by student.lora").values(),
+        "set student.lora.rank and student.lora.alpha to the adapter's; one that differs in anything else has to be "
+        "merged into its base first, and student.path to name the merged folder",
+    )
 
 
 def _listed(modules: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +30,46 @@ def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = N
     `data` is the calibration text of `model.init`, where that names none. Raises ValueError for a local path that is
     not a model, and for sizes that cannot be cut out of it.
     """
+
+    def once(name: str, make: Callable[[Path], object]) -> str:
+        return str(made_once(cache_dir / name, make))
+
+    # A GGUF file becomes a folder.
     path, trusted = resolve(model.path), model.trust_remote_code
     if path.endswith(".gguf"):
-        if not Path(path).is_file():
+        file = Path(path)
+        if not file.is_file():
             raise ValueError(f"no GGUF file at {path}")
-        stat = Path(path).stat()
-        key = f"{Path(path).stem}-{_key(path, stat.st_size, stat.st_mtime_ns, TOKENIZERS_READ)}"
-        path = str(made_once(cache_dir / key, lambda folder: convert_gguf(Path(path), folder)))
+        key = _key(path, file.stat().st_size, file.stat().st_mtime_ns, TOKENIZERS_READ)
+        path = once(f"{file.stem}-{key}", partial(convert_gguf, file))
     if model.random_weights:
         return path if not path or _is_local(path) else str(source_folder(path, with_weights=False))
-    name = Path(path).name
+
+    # A name of the hub becomes the folder that it was fetched to. `version` tells this model from others of its name.
+    version: list[object]
     if _is_local(path):
         _check_folder(Path(path))
-        version = _contents(path)
+        name, version = Path(path).name, _contents(path)
     else:
-        hub_name, path = hub_version(path)[0], str(source_folder(path))  # all: a run is known by its models' hashes
-        name = Path(hub_name).name
-        version = [hub_name, Path(path).name]  # the commit: other machines fetched the same files at other times
+        # With its weights, wherever they are needed: checkpoints say by hashes which models a run was made of.
+        hub_name, path = hub_version(path)[0], str(source_folder(path))
+        # The folder's name is the commit. Times would not do: other machines fetched the same files at other times.
+        name, version = Path(hub_name).name, [hub_name, Path(path).name]
+
+    # Layers are left out, then sizes are cut.
     if model.drop_layers:
-        key = f"{name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(*version)}"
-        source = path
-        path = str(
-            made_once(cache_dir / key, lambda folder: leave_out_layers(source, model.drop_layers, folder, trusted))
+        whole = path
+        path = once(
+            f"{name}-without-{'_'.join(map(str, model.drop_layers))}-{_key(*version)}",
+            lambda folder: leave_out_layers(whole, model.drop_layers, folder, trusted),
         )
         name, version = Path(path).name, _contents(path)
     if model.init.wanted:
         data = calibration_data(data or DataConfig(), model.init)
         text = _contents(data.source) if Path(data.source).is_file() else []
         tokenizer = [model.tokenizer, TOKENIZERS_READ] if model.tokenizer else [""]
-        key = f"{name}-pruned-{_key(*version, *tokenizer, model.init, data, *text)}"
-        teacher = path
-        path = str(
-            made_once(
-                cache_dir / key,
-                lambda folder: prune_model(model, teacher, model.init, data, folder),
-            )
-        )
+        key = _key(*version, *tokenizer, model.init, data, *text)
+        path = once(f"{name}-pruned-{key}", partial(prune_model, model, path, model.init, data))
     return path
 
 
@@ -95,6 +101,7 @@ def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfi
 
 
 def _check_folder(folder: Path) -> None:
+    """Raises ValueError unless it holds a configuration and whole weights."""
     if not folder.is_dir():
         raise ValueError(f"no model folder at {folder}; give a folder, a .gguf file, or a hub name as owner/name")
     if not (folder / "config.json").is_file():
@@ -103,10 +110,10 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(
             f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); copy them there, or ask for random_weights=true"
         )
-    for file in folder.glob("*.safetensors"):
+    for file in folder.glob(SAFETENSORS):
         try:
-            with safe_open(file, framework="pt"):  # reads the header, and checks that the file is as long as it says
-                pass
+            with safe_open(file, framework="pt"):
+                pass  # opening it reads the header and checks that the file is as long as that says
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or cut off: {error}; copy it again") from error
 
@@ -118,4 +125,5 @@ def _contents(path: str) -> list[object]:
 
 
 def _key(*parts: object) -> str:
+    """Eight hexadecimal digits that tell apart what these parts say."""
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:8]

@@ -16,7 +16,10 @@ import torch
 from toolkit.ranks import builds, slurm
 from toolkit.ranks.collectives import Told, rank, started_as, world
 from toolkit.ranks.output import say
+from toolkit.ranks.signals import EXIT_LATER, GoOnLater
 
+#: what a launcher says to each of its ranks; of a process that none has started, `start` says it
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MAIN_RANK_TELLS_S = 3.0  # other ranks keep an error to themselves where rank 0 has one within this time
 
 
@@ -43,6 +46,25 @@ def start(hang_s: float = 1800.0) -> None:
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=min(hang_s, 1e8) + 600))
 
 
+@contextmanager
+def joined(hang_s: float) -> Iterator[None]:
+    """Inside the `with` block this process is in the group that `start` joins, or in the one that it was in before.
+
+    A process that is alone leaves its group at the end, and has its environment back. A group of several ranks stays:
+    its ranks would come back one by one, and meet others that have not yet left.
+    """
+    was_joined, before = torch.distributed.is_initialized(), dict(os.environ)
+    start(hang_s)
+    try:
+        yield
+    finally:
+        if not was_joined and world() == 1:
+            stop()
+            for name in LAUNCHER_VARIABLES:
+                os.environ.pop(name, None)
+                os.environ.update({name: before[name]} if name in before else {})
+
+
 def _alone() -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -53,7 +75,8 @@ def _alone() -> dict[str, str]:
 
 @contextmanager
 def one_message() -> Iterator[None]:
-    """Wrong input (ValueError) ends every rank with exit code 2 and one message.
+    """Wrong input (ValueError) ends every rank with exit code 2 and one message, a run that a signal has stopped
+    (GoOnLater) with EXIT_LATER and another.
 
     The group is left where all ranks come to leave it: after an error of one rank alone, leaving would wait for the
     others, which wait for it.
@@ -70,6 +93,11 @@ def one_message() -> Iterator[None]:
         if isinstance(error, Told) or world() == 1:
             stop()
         sys.exit(2)
+    except GoOnLater as stopped:
+        if rank() == 0:
+            say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
+        stop()
+        sys.exit(EXIT_LATER)
     except SystemExit:
         stop()
         raise
@@ -100,5 +128,8 @@ def _is_told_here(error: ValueError, key: str) -> bool:
 
 
 def stop() -> None:
+    """Leave the process group, if this process is in one; it may join another."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()  # with the groups that deepspeed has made in it

@@ -1,6 +1,9 @@
 """When the student generates: pure decisions, equal on all ranks and after a resume (Algorithm 1, arXiv 2402.03898)."""
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass, field
 from enum import Enum
 
 from toolkit.seeds import uniform
@@ -15,23 +18,30 @@ class Source(Enum):
     GENERATE = "generate"
 
 
+@dataclass
+class ScheduleState:
+    """What a schedule has learned from validations. Nothing else of it has to be saved."""
+
+    phi: float
+    reference_nats: float | None = None  # the loss that the next one is compared with
+    history: list[tuple[int, float, float]] = field(default_factory=list)  # (step, loss_nats, phi after it)
+
+
 class Schedule:
     """Decides the source of every step, and moves phi at validations.
 
     All ranks hold an equal Schedule as long as they pass equal losses to `observe_validation`: pass the loss reduced
-    over ranks, in nats a token. `history` is a list of (step, loss_nats, phi after it).
+    over ranks, in nats a token. `state` is that of a run which goes on; without it phi is config.phi_initial.
     Raises ValueError for an invalid config, a total_steps below 1, or a seed outside [0, 2**64).
     """
 
-    def __init__(self, config: ScheduleConfig, seed: int, total_steps: int):
+    def __init__(self, config: ScheduleConfig, seed: int, total_steps: int, state: ScheduleState | None = None):
         config.validate()
         if total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}: give at least 1")
         uniform(seed)  # a seed out of range fails here, not at the first step
         self.config, self.seed, self.total_steps = config, seed, total_steps
-        self.phi = config.phi_initial
-        self.reference_nats: float | None = None
-        self.history: list[tuple[int, float, float]] = []
+        self.state = state or ScheduleState(config.phi_initial)
 
     def probabilities(self, step: int) -> dict[Source, float]:
         """P(source) at `step`, with the present phi. Raises ValueError outside 0 <= step <= total_steps."""
@@ -65,42 +75,24 @@ class Schedule:
                 f"validation loss at step {step} is {loss_nats}: training has diverged, or a validation "
                 "batch has no response tokens"
             )
-        if self.history and step < self.history[-1][0]:
+        state = self.state
+        if state.history and step < state.history[-1][0]:
             raise ValueError(
-                f"validation at step {step} comes after one at step {self.history[-1][0]}: load the "
+                f"validation at step {step} comes after one at step {state.history[-1][0]}: load the "
                 "schedule's state from the checkpoint that training went back to"
             )
-        rose = self.reference_nats is not None and loss_nats > self.reference_nats + self.config.epsilon
-        if self.reference_nats is None or rose or self.config.reference_loss == "previous":
-            self.reference_nats = loss_nats
-        phi_before = self.phi
+        rose = state.reference_nats is not None and loss_nats > state.reference_nats + self.config.epsilon
+        if state.reference_nats is None or rose or self.config.reference_loss == "previous":
+            state.reference_nats = loss_nats
+        phi_before = state.phi
         if rose and self.config.policy == "adaptive":
-            raised = self.phi + self.config.phi_step
-            self.phi = 1.0 if raised > 1 - 1e-9 else raised  # ten times 0.1 is 1, whatever the rounding
-        self.history.append((int(step), loss_nats, self.phi))
-        return self.phi != phi_before
-
-    def state_dict(self) -> dict:
-        """Everything a resume needs, as plain JSON types."""
-        return {
-            "seed": self.seed,
-            "phi": self.phi,
-            "reference_nats": self.reference_nats,
-            "history": [list(entry) for entry in self.history],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take over a `state_dict`. Raises ValueError if it was made under another seed: decisions would differ."""
-        if state["seed"] != self.seed:
-            raise ValueError(
-                f"schedule state was made with seed {state['seed']}, this run has seed {self.seed}: "
-                "resume with the seed of the checkpoint"
-            )
-        self.phi, self.reference_nats = state["phi"], state["reference_nats"]
-        self.history = [(step, loss_nats, phi) for step, loss_nats, phi in state["history"]]
+            raised = state.phi + self.config.phi_step
+            state.phi = 1.0 if raised > 1 - 1e-9 else raised  # ten times 0.1 is 1, whatever the rounding
+        state.history.append((int(step), loss_nats, state.phi))
+        return state.phi != phi_before
 
     def _thresholds(self, step: int) -> tuple[float, float]:
         if not 0 <= step <= self.total_steps:
             raise ValueError(f"step {step} is outside 0..{self.total_steps}: set total_steps to the length of the run")
-        return POLICIES[self.config.policy](self.config, self.phi, step / self.total_steps)
+        return POLICIES[self.config.policy](self.config, self.state.phi, step / self.total_steps)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from toolkit.models.ds_config import read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
-from toolkit.ranks.signals import EXIT_LATER, GoOnLater, StopSignals
+from toolkit.ranks.signals import GoOnLater, StopSignals
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.run.inputs import load_inputs, refuse_encoders
 from toolkit.run.recipe import chosen
@@ -27,42 +26,23 @@ from toolkit.teachers.cache.build import refuse_existing
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Store the teacher's answers to a recipe's training and validation rows. Data, template, tokenizer and teacher "
-        "are those of the recipe with the same settings. A command that was stopped goes on where it was."
-    )
-    add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="file of a recipe, or its name in recipes/")
-    add("--top-k", type=int, default=0, metavar="K", help="keep the K most probable tokens and the mass of the others")
-    add("--draws", type=int, default=0, metavar="N", help="keep N random tokens, for loss.divergence=fkl")
-    add("--out", required=True, metavar="DIR", help="folder of the cache")
-    add("--shard-tokens", type=int, default=2**16, help="response tokens of a file, 65536 by default")
-    add(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="settings of the run; of a recipe with several runs or stages, its name first",
-    )
+def cache_teacher(
+    recipe: str, settings: Sequence[str], out: Path, *, top_k: int, draws: int, shard_tokens: int
+) -> dict[str, Any]:
+    """The manifest of the cache of `recipe` with `settings` in the folder `out`. Collective.
 
+    top_k, draws: see Form. shard_tokens: response tokens of a file.
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The manifest. Raises ValueError; exits with EXIT_LATER where a signal stopped it, after the shards in work."""
-    config, folder = collectives.together(lambda: _config(options)), Path(options.out).expanduser()
-    try:
-        with (
-            Watchdog(config.faults.hang_s) as watchdog,
-            StopSignals(config.faults.grace_s).watched() as signals,
-        ):
-            return _run(config, options, folder, watchdog, signals)
-    except GoOnLater as stopped:
-        if collectives.rank() == 0:
-            say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
-        sys.exit(EXIT_LATER)
+    Raises ValueError for wrong input; GoOnLater where a signal stopped it, after the shards in work.
+    """
+    config, folder = collectives.together(lambda: _config(recipe, settings, shard_tokens)), out.expanduser()
+    form = Form(top_k, draws, config.seed if draws else 0)
+    with Watchdog(config.faults.hang_s) as watchdog, StopSignals(config.faults.grace_s).watched() as signals:
+        return _run(config, form, shard_tokens, folder, watchdog, signals)
 
 
 def _run(
-    config: RunConfig, options: argparse.Namespace, folder: Path, watchdog: Watchdog, signals: StopSignals
+    config: RunConfig, form: Form, shard_tokens: int, folder: Path, watchdog: Watchdog, signals: StopSignals
 ) -> dict[str, Any]:
     started_s, is_main = time.monotonic(), collectives.rank() == 0
     watchdog.progress("loading")
@@ -71,7 +51,6 @@ def _run(
         collectives.together(lambda: refuse_existing(folder))
     inputs = load_inputs(config)
     vocabulary, data, temperature = inputs.vocabulary, inputs.data, config.loss.temperature
-    form = Form(options.top_k, options.draws, config.seed if options.draws else 0)
     collectives.together(lambda: form.validate(vocabulary.size))
     refuse_encoders(vocabulary)
     if isinstance(data.train, TextStream):
@@ -85,7 +64,7 @@ def _run(
             "teacher_path": inputs.teacher_path,
             "precision": str(inputs.dtype).removeprefix("torch."),
             "batch_rows": config.validation.batch_rows,
-            "shard_tokens": options.shard_tokens,
+            "shard_tokens": shard_tokens,
         }  # fmt: skip
 
     if collectives.from_main_rank(lambda: TeacherCache.is_in(folder)):
@@ -93,9 +72,7 @@ def _run(
         return collectives.from_main_rank(lambda: _finished(folder, now))
     # Validation is at temperature 1, whatever is trained at.
     parts = [(data.train, temperature), (data.validation, 1.0)]
-    shards = collectives.together(
-        lambda: plan(parts, vocabulary.pad_id, config.validation.batch_rows, options.shard_tokens)
-    )
+    shards = collectives.together(lambda: plan(parts, vocabulary.pad_id, config.validation.batch_rows, shard_tokens))
     teacher = build_teacher(config, inputs.teacher_path, inputs.dtype, vocabulary)
     watchdog.count_passes(teacher.model)
 
@@ -114,10 +91,10 @@ def _run(
     return manifest
 
 
-def _config(options: argparse.Namespace) -> RunConfig:
-    config = chosen(_recipe(options.recipe), options.settings).with_overrides(["teacher.cache="])
-    if options.shard_tokens < 1:
-        raise ValueError(f"--shard-tokens {options.shard_tokens}; it has to be at least 1")
+def _config(recipe: str, settings: Sequence[str], shard_tokens: int) -> RunConfig:
+    config = chosen(_recipe(recipe), list(settings)).with_overrides(["teacher.cache="])
+    if shard_tokens < 1:
+        raise ValueError(f"--shard-tokens {shard_tokens}; it has to be at least 1")
     if config.data.responses != "data":
         raise ValueError(
             f'data.responses = {config.data.responses!r}: these texts are not those of the data; set it to "data"'

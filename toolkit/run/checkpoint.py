@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, and what may change between a run and its continuation.
 
-A checkpoint is a folder `step-00000123` of one safetensors file a rank, `state.json`, and `manifest.json` with the size
-and SHA-256 of each. Ranks write beside it (`.unfinished`), read back what they wrote, and one rename makes it the
-newest. Nothing in it is pickled. All ranks have to see the same folder.
+A checkpoint is a folder `step-00000123` of one safetensors file for each rank, `state.json`, and `manifest.json` with
+the size and SHA-256 of each. The ranks write into a folder beside it and read back what they wrote; rank 0 renames it,
+and it is the newest checkpoint. Nothing in it is pickled. All ranks have to see the same folder.
 """
 
 from __future__ import annotations
@@ -12,27 +12,41 @@ import random
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from toolkit.models.identity import file_hashes
+from toolkit.models.identity import RunIdentity, file_hashes
 from toolkit.models.shards import WEIGHTS, Piece, load_pieces, optimizer_scalars, pieces
 from toolkit.ranks import collectives
 from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.run.random_state import load_rng_state, rng_state
 from toolkit.seeds import philox
 from toolkit.settings import RunConfig
-from toolkit.storage.appear import to_disk
-from toolkit.storage.manifest import MANIFEST, check_files, read_json, sha256, write_checked, write_json
+from toolkit.storage.appear import DELETING, UNFINISHED, emptied, give_name, remove, unfinished_name
+from toolkit.storage.differences import HASHES, differences, refuse
+from toolkit.storage.manifest import (
+    MANIFEST,
+    Entry,
+    check_files,
+    entries,
+    entry_of,
+    read_json,
+    read_manifest,
+    write_checked,
+    write_json,
+)
+from toolkit.storage.tensors import mapped
 
 FORMAT = 1
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{8})")
-REPLAY, RNG = "replay", "rng"
+#: prefixes of tensors' names in a rank's file, beside those of `Piece.key`
+REPLAY, RNG = "replay/", "rng/"
 #: settings that may change from one start of a run to the next: places, layout, limits, how often to save.
 #: Where they name a model or data, what is there is compared by its contents.
 FREE = re.compile(
@@ -53,27 +67,25 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, engine: Any, replay: ReplayBuffer, state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step`: the student, its optimizer, replay and RNGs of every rank, and `state` (of
-        rank 0, plain JSON types). Older ones are pruned after this one was read back and renamed."""
-        final = self.folder / f"step-{step:08d}"
-        unfinished = final.with_name(final.name + ".unfinished")
-        is_main, own = collectives.rank() == 0, rank_file(collectives.rank())
+        """Writes the checkpoint of `step` and returns its folder: the student, its optimizer, the replay buffer and
+        random generators of every rank, and `state` (of rank 0, plain JSON types). Older ones are deleted after that.
+        """
+        final = self._folder(step)
+        unfinished, own = unfinished_name(final), rank_file(collectives.rank())
         try:
-            collectives.together(lambda: _empty_folder(unfinished) if is_main else None)
+            collectives.from_main_rank(partial(emptied, unfinished))
             tensors = [(piece.key, piece.tensor) for piece in pieces(engine)]
-            tensors += [(f"{REPLAY}/{name}", torch.from_numpy(a)) for name, a in replay.state_dict().items()]
-            tensors += [(f"{RNG}/{name}", value) for name, value in rng_state().items()]
+            tensors += [(REPLAY + name, torch.from_numpy(array)) for name, array in replay.state_dict().items()]
+            tensors += [(RNG + name, value) for name, value in rng_state().items()]
             entry = collectives.together(lambda: write_checked(unfinished / own, tensors))
             files = dict(collectives.gather_objects((own, entry)))
-            scalars = optimizer_scalars(engine)
-            collectives.together(
-                lambda: _finish(unfinished, final, step, files, {**state, "optimizer": scalars}) if is_main else None
-            )
+            whole_state = {**state, "optimizer": optimizer_scalars(engine)}
+            collectives.from_main_rank(partial(_finish, unfinished, final, step, files, whole_state))
         except ValueError as error:
-            if is_main:
+            if collectives.rank() == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise collectives.Told(f"no checkpoint of step {step} in {self.folder}: {error}") from error
-        collectives.together(lambda: self._prune(step) if is_main else None)
+        collectives.from_main_rank(partial(self._prune, step))
         return final
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
@@ -84,40 +96,37 @@ class Checkpoints:
         passed_over: list[str] = []
         listed = collectives.together(lambda: sorted(self._steps(), reverse=True))
         for step in collectives.gather_objects(listed)[0]:  # a network file system may show ranks different folders
-            found = Checkpoint(self.folder / f"step-{step:08d}")
+            found = Checkpoint(self._folder(step))
             try:
-                collectives.together(lambda found=found: found.check(collectives.rank(), collectives.world()))
+                collectives.together(partial(found.check, collectives.rank(), collectives.world()))
                 return found, passed_over
             except ValueError as error:
                 passed_over.append(str(error))
-        if passed_over:
-            raise ValueError(
-                "no whole checkpoint to resume from:\n  "
-                + "\n  ".join(passed_over)
-                + "\nset resume=never to start over"
-            )
+        refuse("no whole checkpoint to resume from", passed_over, "set resume=never to start over")
         return None, passed_over
 
     def clear(self) -> None:
-        """Delete all of them: the run starts over."""
-        collectives.together(lambda: self._delete(self._steps()) if collectives.rank() == 0 else None)
+        """Deletes all of them: the run starts over."""
+        collectives.from_main_rank(lambda: self._delete(self._steps()))
+
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _steps(self) -> list[int]:
         names = os.listdir(self.folder) if self.folder.is_dir() else []
         return [int(match[1]) for name in names if (match := NAME.fullmatch(name))]
 
     def _prune(self, newest: int) -> None:
-        """Keeps `newest` and the ones before it; what lies after it is of a future that was passed over."""
+        """Keeps `newest` and the ones before it. Later ones are damaged: the run went on from an older one."""
         kept = sorted((step for step in self._steps() if step <= newest), reverse=True)[: self.keep]
         self._delete([step for step in self._steps() if step not in kept])
 
     def _delete(self, steps: Iterable[int]) -> None:
+        """Deletes these, and what jobs that were killed left of others."""
         for step in steps:
-            doomed = self.folder / f"step-{step:08d}.deleting"
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(self.folder / f"step-{step:08d}", doomed)  # a kill may not leave half a checkpoint under its name
-        for ending in ("deleting", "unfinished"):  # what a kill left behind
-            for leftover in self.folder.glob(f"step-*.{ending}"):
+            remove(self._folder(step))
+        for ending in (DELETING, UNFINISHED):
+            for leftover in self.folder.glob(f"step-*{ending}"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -126,117 +135,116 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[int, dict[str, Tensor]] = {}
 
     def check(self, share: int = 0, shares: int = 1) -> None:
         """Raises ValueError, naming file and both values, unless the files are those of the manifest. Sizes are
-        compared for all files, hashes for every `shares`-th. No communication."""
-        manifest = self._json(MANIFEST)
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{self.folder} has format {manifest.get('format')!r}, this version reads {FORMAT}")
+        compared for all files, hashes for every `shares`-th from `share` on. No communication."""
+        manifest = read_manifest(self.folder, FORMAT)
         try:
-            wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            files = entries(manifest)
+            if not files.keys() >= {STATE, rank_file(0)}:
+                raise KeyError(STATE)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self.folder / MANIFEST} does not list files, bytes and hashes: it is damaged"
             ) from error
-        needed = dict.fromkeys((STATE, rank_file(0)), (None, None))
-        check_files(self.folder, needed | wanted, share, shares)
+        check_files(self.folder, files, share, shares)
 
     @property
     def state(self) -> dict[str, Any]:
-        return self._json(STATE)
+        """What `save` was given, with what the optimizer knows beside its tensors. Raises ValueError if unreadable."""
+        return read_json(self.folder / STATE)
 
     @property
     def world(self) -> int:
         """Ranks of the run that wrote it."""
-        return sum(name.startswith("rank-") for name in self._json(MANIFEST)["files"])
+        return sum(name.startswith("rank-") for name in read_json(self.folder / MANIFEST)["files"])
 
     def load_student(self, engine: Any) -> None:
         """Weights and optimizer states, whatever the ranks and the ZeRO stage were. Collective.
 
         Raises ValueError for a parameter that is missing or of another size.
         """
-        index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
-        kinds: set[str] = set()
 
-        def make_index() -> None:
-            for rank in range(self.world):
-                name = rank_file(rank)
-                for key in self._open(name).keys():  # noqa: SIM118 (safe_open is not a dict)
-                    kind, _, rest = key.partition("/")
-                    parameter, at, start = rest.rpartition("@")
-                    if at:
-                        (length,) = self._open(name).get_slice(key).get_shape()
-                        index.setdefault((kind, parameter), []).append((int(start), length, name, key))
-                        kinds.add(kind)
+        def saved_pieces() -> dict[tuple[str, str], list[tuple[int, Tensor]]]:
+            found = self._pieces()
             for name, parameter in engine.module.named_parameters():
                 if parameter.requires_grad:
-                    found = sum(length for _, length, *_ in index.get((WEIGHTS, name), []))
+                    held = sum(len(tensor) for _, tensor in found.get((WEIGHTS, name), []))
                     wanted = getattr(parameter, "ds_numel", parameter.numel())
-                    if found != wanted:
+                    if held != wanted:
                         raise ValueError(
-                            f"{self.folder} holds {found} elements of the student's {name}, which has {wanted}: "
+                            f"{self.folder} holds {held} elements of the student's {name}, which has {wanted}: "
                             "the checkpoint is of another model"
                         )
+            return found
+
+        saved = collectives.together(saved_pieces)
 
         def read(piece: Piece) -> None:
+            # Copies the ranges that this piece shares with those that were saved, by ranks of another number maybe.
             end = piece.start + len(piece.tensor)
-            for start, length, file, key in index.get((piece.kind, piece.name), []):
-                first, last = max(start, piece.start), min(start + length, end)
+            for start, tensor in saved.get((piece.kind, piece.name), []):
+                first, last = max(start, piece.start), min(start + len(tensor), end)
                 if first < last:
-                    part = self._open(file).get_slice(key)[first - start : last - start]
+                    part = tensor[first - start : last - start]
                     piece.tensor[first - piece.start : last - piece.start].copy_(part)
 
-        collectives.together(make_index)
         with torch.no_grad():
-            load_pieces(engine, sorted(kinds - {WEIGHTS}), self.state["optimizer"], read)
+            load_pieces(engine, sorted({kind for kind, _ in saved} - {WEIGHTS}), self.state["optimizer"], read)
 
     def load_replay(self, replay: ReplayBuffer) -> None:
         """This rank's shard, or its part of all shards dealt out again. No communication."""
         if self.world == replay.world:
-            replay.load_state_dict(self._group(replay.rank, REPLAY))
+            replay.load_state_dict(self._arrays(replay.rank, REPLAY))
         else:
-            states = [self._group(rank, REPLAY) for rank in range(self.world)]
+            states = [self._arrays(rank, REPLAY) for rank in range(self.world)]
             replay.load_state_dict(deal(states, replay.capacity, replay.rank, replay.world))
 
     def load_rng(self, seed: int, step: int) -> None:
         """The generators as they were on this rank; on another number of ranks, seeded anew for each from the step."""
         rank, world = collectives.rank(), collectives.world()
         if self.world == world:
-            load_rng_state({name: torch.from_numpy(a) for name, a in self._group(rank, RNG).items()})
+            load_rng_state({name: torch.from_numpy(array) for name, array in self._arrays(rank, RNG).items()})
         else:
             drawn = int(philox(seed, step, rank).random_raw())
             torch.manual_seed(drawn)
             np.random.seed(drawn % 2**32)
             random.seed(drawn)
 
-    def _group(self, rank: int, group: str) -> dict[str, np.ndarray]:
-        file = self._open(rank_file(rank))
-        names = [key for key in file.keys() if key.startswith(group + "/")]  # noqa: SIM118 (safe_open is not a dict)
-        return {name.removeprefix(group + "/"): file.get_tensor(name).numpy().copy() for name in names}
-
     def close(self) -> None:
-        """Let go of its files: while they are mapped, a checkpoint that is pruned keeps its room on the disk."""
+        """Lets go of its files: while they are mapped, a checkpoint that is deleted keeps its room on the disk."""
         self._files.clear()
 
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{self.folder / name} is not a safetensors file: {error}") from error
-        return self._files[name]
+    def _pieces(self) -> dict[tuple[str, str], list[tuple[int, Tensor]]]:
+        """(kind, parameter) -> its pieces in all ranks' files: where each starts, and its elements."""
+        found: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
+        for rank in range(self.world):
+            for key, tensor in self._tensors(rank).items():
+                kind, _, rest = key.partition("/")
+                parameter, at, start = rest.rpartition("@")
+                if at:  # replay buffer and generators have no @ in their names
+                    found.setdefault((kind, parameter), []).append((int(start), tensor))
+        return found
 
-    def _json(self, name: str) -> dict[str, Any]:
-        return read_json(self.folder / name)
+    def _arrays(self, rank: int, prefix: str) -> dict[str, np.ndarray]:
+        """Copies of the tensors of that rank whose names begin with `prefix`, by the rest of their names."""
+        tensors = self._tensors(rank)
+        return {key.removeprefix(prefix): t.numpy().copy() for key, t in tensors.items() if key.startswith(prefix)}
+
+    def _tensors(self, rank: int) -> dict[str, Tensor]:
+        if rank not in self._files:
+            self._files[rank] = mapped(self.folder / rank_file(rank))
+        return self._files[rank]
 
 
 def rank_file(rank: int) -> str:
+    """The name of that rank's file in a checkpoint."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype, base_path: str = "") -> dict[str, Any]:
+def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype, base_path: str = "") -> RunIdentity:
     """What a run is made of beside its settings: the teacher's files, every token of the data (as its hash), the
     precision, and at `base_path` the files of the student that it starts from.
 
@@ -252,48 +260,49 @@ def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype, base_path:
     }
 
 
-def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any]) -> list[str]:
+def compare(saved: Mapping[str, Any], config: RunConfig, found: RunIdentity) -> list[str]:
     """What changed since the checkpoint whose state is `saved`, a line each, where it may change.
 
-    Raises ValueError, with every such difference, where a change would make the run a different one.
+    saved: with the run's "config" and "identity" as they were. Raises ValueError, with every such difference, where a
+    change would make the run a different one.
     """
-    free, refused = [], []
     before, now, default = (_flat(part) for part in (saved["config"], config.to_dict(), RunConfig().to_dict()))
-    for name in sorted(before.keys() | now.keys()):
-        old = before.get(name, _value_before(name, before, default))
-        new = now.get(name)
-        if old != new:
-            # alpha_per_sequence holds each text against the others of its micro-batch
-            is_free = FREE.fullmatch(name) and not (name.startswith("train.micro_") and config.loss.alpha_per_sequence)
-            (free if is_free else refused).append(f"{name} was {old!r}, is {new!r}")
-    old = saved["identity"]
-    if old["precision"] != found["precision"]:
-        refused.append(f"precision was {old['precision']}, is {found['precision']}")
-    if old["data_sha256"] != found["data_sha256"]:
-        refused.append(
-            f"the tokens of {config.data.source} had SHA-256 {old['data_sha256'][:16]}..., have "
-            f"{found['data_sha256'][:16]}...: rows, tokenizer or template are others"
-        )
-    caches = old.get("teacher_cache"), found.get("teacher_cache")
-    if caches[0] != caches[1]:
-        refused.append(f"the teacher cache had SHA-256 {str(caches[0])[:16]}, has {str(caches[1])[:16]}")
-    for part, label in (("teacher", "the teacher's"), ("base", "the student's before training:")):
-        files, files_now = old.get(f"{part}_sha256", {}), found[f"{part}_sha256"]
-        if part == "base" and not files:
-            continue  # an older checkpoint of a student without adapters, or one that began at random
-        for name in sorted(files.keys() | files_now.keys()):
-            if files.get(name) != files_now.get(name):
-                refused.append(
-                    f"{label} {name} had SHA-256 {str(files.get(name))[:16]}, has {str(files_now.get(name))[:16]} "
-                    f"({old[f'{part}_path']} before, {found[f'{part}_path']} now)"
-                )
-    if refused:
-        raise ValueError(
-            "the run cannot go on from its checkpoint, it would become a different one:\n  "
-            + "\n  ".join(refused)
-            + "\nset these back, give the new run a name of its own (name=...), or start over with resume=never"
-        )
+    newer = {name: _value_before(name, before, default) for name in now.keys() - before.keys()}
+    free: list[str] = []
+    refused: list[str] = []
+    for name, line in differences(before | newer, now).items():
+        # alpha_per_sequence holds each text against the others of its micro-batch
+        is_bound = config.loss.alpha_per_sequence and name.startswith("train.micro_")
+        (free if FREE.fullmatch(name) and not is_bound else refused).append(line)
+    refuse(
+        "the run cannot go on from its checkpoint, it would become a different one",
+        refused + _changed_contents(saved["identity"], found, config.data.source),
+        "set these back, give the new run a name of its own (name=...), or start over with resume=never",
+    )
     return free
+
+
+def _changed_contents(old: RunIdentity, found: RunIdentity, source: str) -> list[str]:
+    """What differs between the contents of two runs, a line each. source: the data's name."""
+
+    def changed(name: str, before: object, now: object, form: str) -> list[str]:
+        return list(differences({name: before}, {name: now}, form).values())
+
+    lines = changed("precision", old["precision"], found["precision"], "{} was {}, is {}")
+    lines += changed(
+        f"the tokens of {source}", old["data_sha256"], found["data_sha256"],
+        "{} had SHA-256 {:.16}..., have {:.16}...: rows, tokenizer or template are others",
+    )  # fmt: skip
+    lines += changed("the teacher cache", old.get("teacher_cache"), found.get("teacher_cache"), HASHES)
+    paths = old.get("teacher_path"), found.get("teacher_path")
+    for line in differences(old.get("teacher_sha256", {}), found["teacher_sha256"], HASHES).values():
+        lines.append(f"the teacher's {line} ({paths[0]} before, {paths[1]} now)")
+    # An older checkpoint may not say of which files its student began.
+    if bases := old.get("base_sha256"):
+        paths = old["base_path"], found["base_path"]
+        for line in differences(bases, found["base_sha256"], HASHES).values():
+            lines.append(f"the student's before training: {line} ({paths[0]} before, {paths[1]} now)")
+    return lines
 
 
 def _value_before(name: str, before: Mapping[str, Any], default: Mapping[str, Any]) -> Any:
@@ -303,29 +312,21 @@ def _value_before(name: str, before: Mapping[str, Any], default: Mapping[str, An
     return default.get(name)
 
 
-def _empty_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Entry], state: Mapping[str, Any]) -> None:
+    """Completes the folder that all ranks have written into, and gives it its name.
 
-
-def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Any], state: dict[str, Any]) -> None:
-    write_json(unfinished / STATE, state)
-    files[STATE] = {"bytes": (unfinished / STATE).stat().st_size, "sha256": sha256(unfinished / STATE)}
-    write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": files})
-    to_disk(unfinished)
-    if final.exists():  # the damaged one that this run was resumed before
-        doomed = final.with_name(final.name + ".deleting")
-        shutil.rmtree(doomed, ignore_errors=True)
-        final.rename(doomed)
-    unfinished.rename(final)
-    to_disk(final.parent, *final.parent.parents[:2])  # the run's folder may be new as well
+    An older folder of that name goes: it is the damaged one that this run was resumed before.
+    """
+    write_json(unfinished / STATE, state, durable=False)  # the folder as a whole goes to disk below
+    listed = {**files, STATE: entry_of(unfinished / STATE)}
+    write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": listed}, durable=False)
+    give_name(unfinished, final, durable=True)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} as {"train.steps": 3}. A model's shape is one setting: its keys are not ours."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        # A model's shape is one setting: its keys are not ours.
-        found |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and name != "shape" else {prefix + name: value}
-        )
+        is_section = isinstance(value, dict) and name != "shape"
+        found |= _flat(value, f"{prefix}{name}.") if is_section else {prefix + name: value}
     return found

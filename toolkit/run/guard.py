@@ -4,45 +4,38 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from toolkit.settings import FaultsConfig
 
 
 @dataclass
 class StepGuard:
-    """Which optimizer steps are not taken. Its numbers are of all ranks together, so every rank decides alike."""
+    """Decides which optimizer steps are not taken. Its numbers are those of all ranks together, so that every rank
+    decides alike, and a checkpoint keeps them."""
 
-    config: FaultsConfig
-    skipped: int = 0
-    skipped_in_row: int = 0
-    losses: list[float] = field(default_factory=list)  # of the last steps that were taken
+    skipped: int = 0  # steps since the run began
+    skipped_in_row: int = 0  # steps up to the last one
+    losses: list[float] = field(default_factory=list)  # of the last faults.spike_window steps that were taken
 
-    def objection(self, loss: float) -> str | None:
+    def objection(self, loss: float, faults: FaultsConfig) -> str | None:
         """Why a step with this loss must not be taken, or None."""
         if not math.isfinite(loss):
             return f"its loss is {loss}"
-        if self.config.spike_factor is not None and len(self.losses) >= self.config.spike_window:
-            limit = self.config.spike_factor * statistics.median(self.losses)
+        if faults.spike_factor is not None and len(self.losses) >= faults.spike_window:
+            limit = faults.spike_factor * statistics.median(self.losses)
             if loss > limit:
-                return f"its loss is {loss:.4g}, above {self.config.spike_factor:g} medians = {limit:.4g}"
+                return f"its loss is {loss:.4g}, above {faults.spike_factor:g} medians = {limit:.4g}"
         return None
 
-    def record(self, loss: float, taken: bool) -> None:
+    def record(self, loss: float, taken: bool, faults: FaultsConfig) -> None:
+        """Remember a step that was taken, or count one that was skipped."""
         if taken:
             self.skipped_in_row = 0
-            self.losses = [*self.losses, loss][-self.config.spike_window :]
+            self.losses = [*self.losses, loss][-faults.spike_window :]
         else:
             self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
 
-    @property
-    def gives_up(self) -> bool:
-        return self.skipped_in_row >= self.config.max_skipped_steps
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "losses": self.losses}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.skipped, self.skipped_in_row, self.losses = state["skipped"], state["skipped_in_row"], state["losses"]
+    def gives_up(self, faults: FaultsConfig) -> bool:
+        """Whether so many steps in a row were skipped that the run has to end."""
+        return self.skipped_in_row >= faults.max_skipped_steps

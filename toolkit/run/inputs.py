@@ -4,11 +4,15 @@ each is checked on one rank and refused on all."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from toolkit.batch import Example
 from toolkit.data import Data, TextStream, end_with_turns, load_data, load_text
 from toolkit.data.store import longest
 from toolkit.divergences import Divergence
@@ -27,25 +31,37 @@ from toolkit.models.files import source_folder
 from toolkit.models.load import resolve
 from toolkit.pruning.made import materialize
 from toolkit.ranks import collectives
+from toolkit.run.checkpoint import identity
 from toolkit.settings import NO_DIVERGENCE, RunConfig
 from toolkit.teachers.cache import TeacherCache, identity_of
 
 
-class Inputs(NamedTuple):
-    """What a run reads before it builds anything. teacher_path: "" where no teacher is named, or none is loaded and
-    none of its files are here."""
+@dataclass(frozen=True)
+class Inputs:
+    """What a command reads of a recipe's settings before it builds an engine."""
 
     cache_dir: Path
     dtype: torch.dtype
-    teacher_path: str
+    teacher_path: str  # "" where no teacher is named, or none is loaded and none of its files are here
     student_path: str
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase  # the student's
     vocabulary: Vocabulary
     data: Data
 
 
+@dataclass(frozen=True)
+class RunInputs(Inputs):
+    """What a run reads beside that."""
+
+    text: Sequence[Example] | TextStream | None  # plain text that is learned beside the distillation
+    identity: dict[str, Any]  # what makes the run this one, beside its settings: see `identity` in checkpoint.py
+
+
 def load_inputs(config: RunConfig) -> Inputs:
-    """Collective; raises ValueError on every rank for a model, tokenizer or data that cannot be used."""
+    """Models' folders, tokenizer, vocabulary and data. Collective.
+
+    Raises ValueError on every rank for a model, a tokenizer or data that cannot be used.
+    """
     cache_dir = default_cache_dir(config.cache_dir)
     collectives.together(lambda: cache_dir.mkdir(parents=True, exist_ok=True) if collectives.rank() == 0 else None)
     collectives.check_shared(cache_dir)  # or each node makes all of it for itself, every rank of it at once
@@ -60,6 +76,26 @@ def load_inputs(config: RunConfig) -> Inputs:
     collectives.together(lambda: _check_positions(config, data, teacher_path, student_path))
     dtype = choose_dtype(config.precision, collectives.device())
     return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
+
+
+def load_run_inputs(config: RunConfig) -> tuple[RunConfig, RunInputs]:
+    """What a run reads, and `config` with the number of steps that its rows make. Collective; raises as `load_inputs`.
+
+    Raises ValueError where ranks have read different data under the same name, too.
+    """
+    inputs = load_inputs(config)
+    data, train = inputs.data, inputs.data.train
+    rows = None if isinstance(train, TextStream) else len(train)
+    config = collectives.together(lambda: config.for_rows(rows))
+    text, text_sha256 = collectives.main_rank_first(lambda: load_plain_text(config, inputs.tokenizer, inputs.cache_dir))
+    collectives.check_alike(f"tokens of {config.data.source}", data.sha256)
+    collectives.check_alike(f"tokens of {config.text.source}", text_sha256)
+
+    base_path = "" if config.student.random_weights else inputs.student_path
+    parts = identity(inputs.teacher_path, f"{data.sha256} {text_sha256}".strip(), inputs.dtype, base_path)
+    if config.teacher.cache:
+        parts = cache_identity(config, parts, data, inputs.tokenizer, inputs.vocabulary)
+    return config, RunInputs(**vars(inputs), text=text, identity=parts)
 
 
 def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
@@ -82,7 +118,7 @@ def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
         return ""
 
 
-def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[Any, Vocabulary]:
+def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
     """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
     has_own = bool(config.student.tokenizer or student_path)
     asks_teacher = config.has_teacher or (config.teacher.cache and not has_own)
@@ -103,7 +139,7 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
     return student, vocabulary._replace(decoder_start_id=shared_decoder_start(theirs, starts))
 
 
-def _load_data(config: RunConfig, tokenizer: Any, vocabulary: Vocabulary, cache_dir: Path) -> Data:
+def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, cache_dir: Path) -> Data:
     data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.decoder_start_id is not None)
     if isinstance(data.train, TextStream):
         data.train.check(collectives.rank(), collectives.world())  # now, not at the first step
@@ -131,7 +167,11 @@ def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_p
     check_positions("student", config.student, student_path, padded)
 
 
-def load_plain_text(config: RunConfig, tokenizer: Any, cache_dir: Path) -> tuple[Any, str]:
+def load_plain_text(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+) -> tuple[Sequence[Example] | TextStream | None, str]:
+    """The blocks or the stream of text.source, and the SHA-256 of its tokens; (None, "") where it is empty. No
+    communication. Raises ValueError for fewer blocks than a step takes."""
     text, sha256 = load_text(config.text, tokenizer, config.data.cache_dir, cache_dir / "tokens")
     if isinstance(text, TextStream):
         text.check(collectives.rank(), collectives.world())
@@ -153,7 +193,7 @@ def refuse_encoders(vocabulary: Vocabulary) -> None:
 
 
 def cache_identity(
-    config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: Any, vocabulary: Vocabulary
+    config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> dict[str, Any]:
     """What the cache makes of the run's identity `parts`. It is checked to be this run's, by its manifest alone; one
     that was deleted after the run was finished is what the run's summary says. Collective."""

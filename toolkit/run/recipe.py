@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
-import transformers
 import yaml
 
 from toolkit.models import default_cache_dir
@@ -18,9 +15,11 @@ from toolkit.models.identity import file_hashes
 from toolkit.pruning.made import materialize
 from toolkit.ranks import collectives, launch
 from toolkit.ranks.output import say
-from toolkit.ranks.signals import EXIT_LATER, GoOnLater, StopSignals
+from toolkit.ranks.signals import StopSignals
 from toolkit.ranks.watchdog import Watchdog
-from toolkit.run.run import checked, run
+from toolkit.run.build import checked
+from toolkit.run.distill import distill_as, ready
+from toolkit.run.run import run
 from toolkit.run.stages import INIT, Stages, stages_table
 from toolkit.settings import RunConfig
 from toolkit.settings.methods import METHODS, expanded
@@ -39,23 +38,14 @@ def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
     """
     given = sys.argv[1:] if arguments is None else arguments
     overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
-    quiet_libraries()
     with launch.one_message():
         if {"-h", "--help"} & set(overrides):
             return _help(recipe, overrides)
-        try:
-            with Watchdog(_hang_s(recipe, overrides)) as watchdog:
-                launch.start(watchdog.limit_s)
-                is_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
-                if isinstance(recipe, Stages) and not is_one:
-                    return run_stages(recipe, overrides, watchdog)
-                config = collectives.together(lambda: checked(chosen(recipe, overrides)))
-                with sole_use(config.run_dir.parent) if isinstance(recipe, Stages) else nullcontext():
-                    return run(config, watchdog)
-        except GoOnLater as stopped:
-            if collectives.rank() == 0:
-                say(f"{stopped}; the same command goes on from there (exit code {EXIT_LATER})")
-            sys.exit(EXIT_LATER)
+        names_one = overrides and "=" not in overrides[0] and overrides[0] != INIT
+        if isinstance(recipe, Stages) and not names_one:
+            with ready(lambda: _longest_hang_s(recipe, overrides)) as watchdog:
+                return run_stages(recipe, overrides, watchdog)
+        return distill_as(lambda: chosen(recipe, overrides), is_stage=isinstance(recipe, Stages)).summary
 
 
 def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict[str, dict[str, Any]]:
@@ -157,18 +147,7 @@ def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _hang_s(recipe: Recipe, arguments: list[str]) -> float:
-    """The watchdog's limit before the ranks have joined; settings that are wrong are told later, by one rank."""
-    try:
-        if not isinstance(recipe, Stages):
-            return chosen(recipe, arguments).faults.hang_s
-        overrides = expanded([text for text in arguments if "=" in text])
-        return max(config.faults.hang_s for config in recipe.with_overrides(overrides).runs.values())
-    except ValueError:
-        return RunConfig().faults.hang_s
-
-
-def quiet_libraries() -> None:
-    """No warnings about what deepspeed calls in torch, no bars over weight shards: a run's own lines stay readable."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    transformers.utils.logging.disable_progress_bar()
+def _longest_hang_s(recipe: Stages, arguments: list[str]) -> float:
+    """The watchdog's limit: one watches over all stages. Raises ValueError for settings that are wrong."""
+    overrides = expanded([text for text in arguments if "=" in text])
+    return max(config.faults.hang_s for config in recipe.with_overrides(overrides).runs.values())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
+from toolkit.data import Data
+from toolkit.run.held_out import Answers
+from toolkit.run.summary import Summary
 from toolkit.tables import format_table
 
 
@@ -18,7 +22,18 @@ class Sample(NamedTuple):
     student_after: str
 
 
-def final_report(summary: dict[str, Any], samples: list[Sample]) -> str:
+def samples(data: Data, answers: Mapping[str, Answers]) -> list[Sample]:
+    """The greedy answers of the models beside each other. answers: by "initial", "final", and "teacher" where one was
+    asked."""
+    before, after = answers["initial"].greedy, answers["final"].greedy
+    theirs = answers["teacher"].greedy if "teacher" in answers else [None] * len(after)
+    return [
+        Sample(row["prompt"], row["response"], *said)
+        for row, *said in zip(data.validation_rows[: len(after)], theirs, before, after, strict=True)
+    ]
+
+
+def final_report(summary: Summary, samples: list[Sample]) -> str:
     """The text for a finished run, from its summary.json."""
     before, after, best = summary["validation"]["initial"], summary["validation"]["final"], summary["best"]
     rows = [["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"]]

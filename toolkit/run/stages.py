@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from toolkit.models.tokenizer import load_tokenizer
 from toolkit.pruning.made import calibration_data, prune_model
 from toolkit.settings import DataConfig, InitConfig, ModelConfig, RunConfig
 from toolkit.settings.overrides import unknown, with_overrides
-from toolkit.storage.appear import made_once
+from toolkit.storage.appear import made_once, remove
+from toolkit.storage.differences import differences, refuse
 from toolkit.tables import format_table
 
 INIT, STUDENT, RANDOM_TEACHER = "init", "student", "random_teacher"
@@ -136,7 +136,7 @@ class Stages:
     def clear(self) -> None:
         """Delete what `cut` made."""
         for name in (INIT, RANDOM_TEACHER):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            remove(self.folder / name)
 
     @property
     def is_made(self) -> bool:
@@ -160,7 +160,7 @@ class Stages:
             started_s = time.monotonic()
             teacher, source = config.teacher, path
             if teacher.random_weights:
-                shutil.rmtree(self.folder / RANDOM_TEACHER, ignore_errors=True)  # it may be of other settings
+                remove(self.folder / RANDOM_TEACHER)  # it may be of other settings
                 source = str(
                     made_once(
                         self.folder / RANDOM_TEACHER, lambda made: _write_random(config.teacher, config.seed, made)
@@ -180,17 +180,16 @@ class Stages:
 
         made = made_once(self.folder / INIT, make)
         before, defaults = yaml.safe_load((made / SETTINGS).read_text()), dataclasses.asdict(DataConfig())
-        changed = [
-            f"{part}.{key} was {old.get(key)!r}, is {now.get(key)!r}"
-            for part, now in settings.items() for old in [before.get(part, {})]
-            for key in old.keys() | now.keys()
-            if old.get(key, defaults.get(key)) != now.get(key)  # one that is newer than the student had its default
-        ]  # fmt: skip
-        if changed:
-            raise ValueError(
-                f"the student in {made} was made with other settings:\n  " + "\n  ".join(changed)
-                + "\nset these back, choose another name (name=...), or delete the folder"
-            )  # fmt: skip
+        changed: list[str] = []
+        for part, now in settings.items():
+            # A setting that is newer than the student was made with its default.
+            then = {key: defaults.get(key) for key in now} | before.get(part, {})
+            changed += differences(then, now, part + ".{} was {!r}, is {!r}").values()
+        refuse(
+            f"the student in {made} was made with other settings",
+            changed,
+            "set these back, choose another name (name=...), or delete the folder",
+        )
         return json.loads((made / SUMMARY).read_text())
 
 

@@ -13,12 +13,18 @@ class PhaseTimer:
     sync: runs at each edge of a phase, torch.cuda.synchronize for instance. Without it on a GPU, a phase
         holds the time to queue its kernels, and the wait falls into a later one.
     watch: told the name of each phase as it begins, "other" as it ends.
+    totals: seconds by phase over all steps so far, added to in place; those of a run that goes on, for instance.
     """
 
-    def __init__(self, sync: Callable[[], None] | None = None, watch: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        sync: Callable[[], None] | None = None,
+        watch: Callable[[str], None] | None = None,
+        totals: dict[str, float] | None = None,
+    ) -> None:
         self.sync = sync or (lambda: None)
         self.watch = watch or (lambda name: None)
-        self.totals: dict[str, float] = {}  # seconds over all steps taken so far
+        self.totals = {} if totals is None else totals
         self.step_s: dict[str, float] = {}
         self.current: str | None = None
         self.step_started_s = self._now()

@@ -13,9 +13,7 @@ from pathlib import Path
 from toolkit.ranks import collectives
 
 LOCK = "lock"
-
-
-#: longer than deepspeed's launcher gives ranks that it ends
+#: a little longer than deepspeed's launcher gives ranks that it ends: a job in its last seconds is waited for
 LOCK_WAIT_S = 40.0
 
 
@@ -26,11 +24,11 @@ def sole_use(
     name: str = LOCK,
     instead: str = "give this run a name of its own (name=...)",
 ) -> Iterator[None]:
-    """No other job works in this run's `folder` inside the `with` block: rank 0 holds a lock on its file `name`.
+    """Inside the `with` block no other job works in `folder`: rank 0 holds a lock on its file `name`. Collective.
 
-    The kernel frees the lock with the process, however that ends, so there is none to clear away; over NFS the server
-    does. A job that ends just now is waited for. Collective. Raises ValueError, naming the other job and what to do
-    `instead`, after `wait_s`. Where a file system has no locks the run goes on, with a warning.
+    The kernel, over NFS the server, frees the lock when the process ends, however it ends, so no lock is ever left
+    behind. Raises ValueError, naming the other job and what to do `instead`, if that one has not ended within `wait_s`
+    seconds. Where a file system has no locks the run goes on, with a warning.
     """
     handle = collectives.together(lambda: _lock(folder / name, wait_s, instead) if collectives.rank() == 0 else None)
     try:
@@ -41,13 +39,14 @@ def sole_use(
 
 
 def _lock(path: Path, wait_s: float, instead: str) -> int | None:
+    """The open file descriptor that holds the lock; None where no file can be made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     what = path.parent if path.name == LOCK else path.with_suffix("")
     deadline_s, is_told = time.monotonic() + wait_s, False
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
-        return None  # it takes no files: a finished run's archive, or the run itself says so when it writes
+        return None  # a finished run's archive; a run that has to write here fails when it does
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,11 +64,9 @@ def _lock(path: Path, wait_s: float, instead: str) -> int | None:
                 is_told = True
             time.sleep(min(1.0, wait_s))
         except OSError as error:
-            print(
-                f"warning: {path} cannot be locked ({error}): see to it that no two jobs work in this folder",
-                flush=True,
-            )
+            print(f"warning: {path} cannot be locked ({error}): make sure that no two jobs work there", flush=True)
             break
+    # Says who holds it, to jobs that wait.
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode(), 0)
     return handle

@@ -92,7 +92,7 @@ def test_a_build_that_was_stopped_goes_on(tiny, ranks2, draws):
     unfinished = tiny / "cache stopped.unfinished"
     there = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.safetensors")}
     assert len(there) == 4 and not (tiny / "cache stopped").exists()  # two rounds of two ranks
-    (unfinished / "shard-000004.safetensors.part").write_bytes(b"half a shard, as a kill leaves it")
+    (unfinished / "shard-000004.safetensors.unfinished").write_bytes(b"half a shard, as a kill leaves it")
     code, _, err, _ = ranks2.run(command, [*given[:2], "--draws", "21", *given[4:]])[0]
     assert code == 2 and "holds another cache" in err and "'draws': 20" in err and "'draws': 21" in err
     result = ranks2.run(command, given)[0]

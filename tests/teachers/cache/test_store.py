@@ -12,9 +12,10 @@ import torch
 from toolkit.batch import Example, TokenBatch
 from toolkit.models import Vocabulary
 from toolkit.ranks import heartbeat
+from toolkit.storage.manifest import entry_of
 from toolkit.teachers.cache import Form, TeacherCache, plan
-from toolkit.teachers.cache.build import _entry, _finish, _name, _write
-from toolkit.teachers.cache.store import IDENTITY, OPEN_SHARDS, texts_of
+from toolkit.teachers.cache.build import _finish, _name, _write
+from toolkit.teachers.cache.store import IDENTITY, texts_of
 
 FORM, V = Form(top_k=2), 50
 
@@ -34,7 +35,7 @@ def unfinished(folder, shards):
         (text,) = texts_of(TokenBatch.from_examples([example(number)], 0), 1.0)
         index = {"keys": np.array([text.key]), "targets": np.array([text.targets])}
         _write(folder / _name(number), [FORM.arrays(log_probs(number), None) | index], Vocabulary(V, (0,), 0), FORM)
-    return {_name(number): _entry(folder / _name(number)) for number in range(shards)}
+    return {_name(number): entry_of(folder / _name(number)) for number in range(shards)}
 
 
 def identity():
@@ -53,9 +54,9 @@ def open_files(more):
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):
-    shards = 2 * OPEN_SHARDS
+    shards = 40
     files = unfinished(tmp_path / "cache.unfinished", shards)
-    with open_files(OPEN_SHARDS + 8):
+    with open_files(8):
         _finish(tmp_path / "cache.unfinished", tmp_path / "cache", identity(), files)
         cache = TeacherCache(tmp_path / "cache")
         cache.check()

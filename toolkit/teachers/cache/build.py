@@ -1,7 +1,8 @@
 """Making a cache: shards are planned from the data alone, dealt over the ranks, and kept across interruptions.
 
 The plan, and so every byte, does not depend on the number of ranks. A folder `OUT.unfinished` holds the shards that are
-done; a shard appears by rename, and the folder is renamed to OUT once all are there, with the manifest.
+done and `plan.json`, which says of what they are shards. Once all are there the folder gets its manifest and is renamed
+to OUT.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +22,10 @@ from toolkit.divergences import Head
 from toolkit.models import Teacher, Vocabulary
 from toolkit.ranks import collectives, heartbeat
 from toolkit.seeds import philox
-from toolkit.storage.appear import to_disk
+from toolkit.storage.appear import UNFINISHED, give_name, new_file, unfinished_name
+from toolkit.storage.differences import differences, refuse
 from toolkit.storage.lock import LOCK, sole_use
-from toolkit.storage.manifest import MANIFEST, read_json, sha256, write_checked, write_json
+from toolkit.storage.manifest import MANIFEST, Entry, entry_of, read_json, write_checked, write_json
 from toolkit.teachers.cache.forms import Arrays, Form, log_prob_tiles
 from toolkit.teachers.cache.store import FORMAT, Text, read_shard, texts_of
 
@@ -39,9 +42,12 @@ class Pass(NamedTuple):
 def plan(
     parts: Sequence[tuple[Sequence[Example], float]], pad_id: int, batch_rows: int, shard_tokens: int
 ) -> list[list[Pass]]:
-    """The passes of each shard, of at least `shard_tokens` predicted tokens but for the last one. `parts`: examples,
-    and the temperature that they are asked at. A block of several texts is taken apart, as none of them sees another; a
-    text that comes again is left out."""
+    """The passes of each shard, of `batch_rows` texts at most; a shard ends with the pass that brings it to
+    `shard_tokens` predicted tokens.
+
+    parts: examples, and the temperature that the teacher is asked at. A block of several texts is taken apart, as none
+    of them sees another, and a text that comes again is left out.
+    """
     seen: set[int] = set()
     shards: list[list[Pass]] = []
     for examples, temperature in parts:
@@ -52,8 +58,9 @@ def plan(
             if text.key not in seen:
                 seen.add(text.key)
                 kept.append(example)
-        kept.sort(key=lambda e: len(e.tokens))  # little padding, and the ranks' shards of a round take about as long
-        tokens = shard_tokens
+        # Sorted there is little padding, and shards that ranks work on side by side take about as long.
+        kept.sort(key=lambda e: len(e.tokens))
+        tokens = shard_tokens  # so that each part begins a shard of its own
         for start in range(0, len(kept), batch_rows):
             if tokens >= shard_tokens:
                 shards.append([])
@@ -65,6 +72,7 @@ def plan(
 
 
 def _single_texts(example: Example) -> list[Example]:
+    """A block's texts as examples of their own, without those of one token, in which nothing is predicted."""
     if not example.text_starts:
         return [example]
     bounds = itertools.pairwise((0, *example.text_starts, len(example.tokens)))
@@ -75,7 +83,7 @@ def build(
     folder: Path, identity: Mapping[str, Any], shards: Sequence[Sequence[Pass]], teacher: Teacher,
     vocabulary: Vocabulary, form: Form, between_shards: Callable[[int, int, float], None] = lambda *_: None,
 ) -> None:  # fmt: skip
-    """Write the cache of `shards` to `folder`, or what is missing of it. Collective.
+    """Writes the cache of `shards` to `folder`, or what is missing of it. Collective.
 
     identity: of text, teacher and form; plain JSON types. between_shards(done, all, tokens a second) is called on every
     rank before each round of shards; what it raises passes through, and the next call goes on from there.
@@ -83,38 +91,49 @@ def build(
     and where files cannot be written.
     """
     folder = folder.absolute()
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    collectives.together(lambda: refuse_existing(folder))
+    unfinished = unfinished_name(folder)
+    collectives.together(partial(refuse_existing, folder))
     with sole_use(unfinished):
         collectives.check_shared(unfinished)
-        collectives.together(lambda: _begin(unfinished, identity) if collectives.rank() == 0 else None)
-        there = collectives.together(lambda: [number for number in range(len(shards)) if _is_done(unfinished, number)])
-        there = set(collectives.gather_objects(there)[0])  # a network file system may show ranks different folders
-        missing = [number for number in range(len(shards)) if number not in there]
-        rank, world, tokens, started_s = collectives.rank(), collectives.world(), 0.0, time.monotonic()
-        spare = TokenBatch.from_examples(shards[0][0].examples[:1], vocabulary.pad_id).to(collectives.device())
-        for start in range(0, len(missing), world):
-            between_shards(len(there) + start, len(shards), tokens / max(1e-9, time.monotonic() - started_s))
-            numbers = missing[start : start + world]
-            own = shards[numbers[rank]] if rank < len(numbers) else []
-            found = []
-            for index in range(max(len(shards[number]) for number in numbers)):
-                if index < len(own):
-                    found.append(_answers(own[index], teacher, vocabulary, form))
-                else:  # the others' all-gathers need every rank
-                    teacher.signals([spare])
-                    with teacher.head():
-                        pass
-            name = _name(numbers[rank]) if own else ""
-            collectives.together(
-                lambda name=name, found=found: _write(unfinished / name, found, vocabulary, form) if name else None
-            )
-            tokens += collectives.sum_over_ranks([sum(len(part["targets"]) for part in found)])[0]
-        hashes = collectives.together(lambda: {
-            _name(number): _entry(unfinished / _name(number)) for number in range(rank, len(shards), world)
-        })  # fmt: skip
+        collectives.from_main_rank(partial(_begin, unfinished, identity))
+
+        # All ranks look at what an earlier start has done, and what rank 0 sees counts: a network file system may show
+        # ranks different folders.
+        seen = collectives.together(lambda: [not _is_done(unfinished, number) for number in range(len(shards))])
+        missing = list(itertools.compress(itertools.count(), collectives.gather_objects(seen)[0]))
+        _make(unfinished, shards, missing, teacher, vocabulary, form, between_shards)
+
+        # Each rank hashes a part of the files.
+        own = [_name(number) for number in range(collectives.rank(), len(shards), collectives.world())]
+        hashes = collectives.together(lambda: {name: entry_of(unfinished / name) for name in own})
         files = {name: entry for part in collectives.gather_objects(hashes) for name, entry in part.items()}
-        collectives.together(lambda: _finish(unfinished, folder, identity, files) if collectives.rank() == 0 else None)
+        collectives.from_main_rank(partial(_finish, unfinished, folder, identity, files))
+
+
+def _make(
+    unfinished: Path, shards: Sequence[Sequence[Pass]], missing: Sequence[int], teacher: Teacher,
+    vocabulary: Vocabulary, form: Form, between_shards: Callable[[int, int, float], None],
+) -> None:  # fmt: skip
+    """Writes the shards whose numbers are `missing`, in rounds of one shard for each rank. Collective."""
+    rank, world, tokens, started_s = collectives.rank(), collectives.world(), 0.0, time.monotonic()
+    spare = TokenBatch.from_examples(shards[0][0].examples[:1], vocabulary.pad_id).to(collectives.device())
+    for start in range(0, len(missing), world):
+        done = len(shards) - len(missing) + start
+        between_shards(done, len(shards), tokens / max(1e-9, time.monotonic() - started_s))
+        numbers = missing[start : start + world]
+        own = shards[numbers[rank]] if rank < len(numbers) else []
+        found: list[Arrays] = []
+        for index in range(max(len(shards[number]) for number in numbers)):
+            if index < len(own):
+                found.append(_answers(own[index], teacher, vocabulary, form))
+            else:
+                # The other ranks' all-gathers need every rank: one that has no pass left makes one for nothing.
+                teacher.signals([spare])
+                with teacher.head():
+                    pass
+        path = unfinished / _name(numbers[rank]) if own else None
+        collectives.together(partial(_write, path, found, vocabulary, form) if path else lambda: None)
+        tokens += collectives.sum_over_ranks([sum(len(part["targets"]) for part in found)])[0]
 
 
 @torch.no_grad()
@@ -154,16 +173,16 @@ def _uniforms(texts: Sequence[Text], form: Form) -> np.ndarray:
 
 
 def _write(path: Path, passes: Sequence[Arrays], vocabulary: Vocabulary, form: Form) -> None:
+    """Writes one shard: what is kept of its positions and ids, and an index by text: the texts' `keys`, and where the
+    positions (`ends`) and the ids (`U_ends`) of each end."""
     joined = {name: np.concatenate([part[name] for part in passes]) for name in passes[0]}
     ends = joined.pop("targets").cumsum()
     ids_per_position = joined.get("distinct", np.full(ends[-1], form.top_k, np.int64))
     index = {"keys": joined.pop("keys"), "ends": ends, "U_ends": ids_per_position.cumsum()[ends - 1]}
     arrays = index | form.packed(joined, vocabulary.size)
     ordered = sorted(arrays.items(), key=lambda item: -item[1].itemsize)  # each array lies at a multiple of its items
-    part = path.with_name(path.name + ".part")
-    write_checked(part, [(name, torch.from_numpy(np.ascontiguousarray(array))) for name, array in ordered])
-    part.rename(path)
-    to_disk(path.parent)
+    with new_file(path, durable=True) as unfinished:
+        write_checked(unfinished, [(name, torch.from_numpy(np.ascontiguousarray(array))) for name, array in ordered])
 
 
 def refuse_existing(folder: Path) -> None:
@@ -173,6 +192,7 @@ def refuse_existing(folder: Path) -> None:
 
 
 def _begin(unfinished: Path, identity: Mapping[str, Any]) -> None:
+    """Writes down of what the folder will hold shards. Raises ValueError where it holds others."""
     identity = {"format": FORMAT, **identity}
     if not (unfinished / PLAN).is_file():
         if shards := sorted(unfinished.glob("shard-*.safetensors")):
@@ -180,37 +200,25 @@ def _begin(unfinished: Path, identity: Mapping[str, Any]) -> None:
                 f"{unfinished} holds {len(shards)} shards and no {PLAN}, which would say whose they are; delete it, or "
                 "give another --out"
             )
-        write_json(unfinished / (PLAN + ".part"), identity, indent=2)
-        (unfinished / (PLAN + ".part")).rename(unfinished / PLAN)
-        to_disk(unfinished)
+        write_json(unfinished / PLAN, identity, durable=True, indent=2)
         return
-    begun = read_json(unfinished / PLAN)
-    differing = [
-        f"{name}: {begun.get(name)!r} there, {identity.get(name)!r} now"
-        for name in sorted(begun.keys() | identity.keys())
-        if begun.get(name) != identity.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{unfinished} holds another cache, of which a part is done:\n  "
-            + "\n  ".join(differing)
-            + "\nset these back to go on with it, delete it, or give another --out"
-        )
+    refuse(
+        f"{unfinished} holds another cache, of which a part is done",
+        differences(read_json(unfinished / PLAN), identity, "{}: {!r} there, {!r} now").values(),
+        "set these back to go on with it, delete it, or give another --out",
+    )
 
 
 def _is_done(unfinished: Path, number: int) -> bool:
     path = unfinished / _name(number)
     if not path.is_file():
         return False
-    read_shard(path)
+    read_shard(path)  # raises ValueError where it is damaged
     return True
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: Mapping[str, Entry]) -> None:
+    """Completes the folder, in which all shards are, and gives it its name."""
     sums = [(len(shard["keys"]), int(shard["ends"][-1])) for shard in (read_shard(unfinished / name) for name in files)]
     manifest = {
         "format": FORMAT,
@@ -220,12 +228,11 @@ def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: 
         "bytes": sum(entry["bytes"] for entry in files.values()),
         "files": dict(sorted(files.items())),
     }
-    write_json(unfinished / MANIFEST, manifest, indent=1)
-    for leftover in itertools.chain(unfinished.glob("*.part"), [unfinished / LOCK]):
+    write_json(unfinished / MANIFEST, manifest, durable=False, indent=1)  # the folder as a whole goes to disk below
+    # The lock's file has to go before the folder is brought to disk: a process that opens and closes it loses the lock.
+    for leftover in (*unfinished.glob(f"*{UNFINISHED}"), unfinished / LOCK):
         leftover.unlink(missing_ok=True)
-    to_disk(unfinished)
-    unfinished.rename(folder)
-    to_disk(folder.parent)
+    give_name(unfinished, folder, durable=True, replaces=False)
     (folder / PLAN).unlink(missing_ok=True)  # not before: shards without it belong to nobody
 
 

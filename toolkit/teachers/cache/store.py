@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -23,18 +23,32 @@ from toolkit.divergences import TopKTeacher
 from toolkit.models import Vocabulary
 from toolkit.ranks import heartbeat
 from toolkit.settings import ModelConfig
-from toolkit.storage.manifest import MANIFEST, check_files, read_json
+from toolkit.storage.differences import differences, refuse
+from toolkit.storage.manifest import MANIFEST, check_files, entries, read_manifest
+from toolkit.storage.tensors import mapped
 from toolkit.teachers.cache.forms import Arrays, Form
 
 FORMAT = 1
-#: what a manifest says of the run that the cache is for
-IDENTITY = (
-    "data_sha256", "vocabulary_size", "vocabulary_sha256", "temperature", "teacher_path", "teacher_sha256",
-    "teacher_random", "precision",
-)  # fmt: skip
-#: each open shard keeps a file descriptor, of which a process often has 1,024
-OPEN_SHARDS = 64
-DTYPES = {"I64": np.int64, "F16": np.float16, "U16": np.uint16, "U8": np.uint8}
+#: Shards that stay mapped: to open one takes 0.2 ms, to read a text of an open one 5 microseconds. There is a limit
+#: because a kernel that promises no memory which it does not have counts them as memory (vm.overcommit_memory = 2).
+OPEN_SHARDS = 1024
+
+
+class CacheIdentity(TypedDict, total=False):
+    """What a manifest says of the run that the cache is for. teacher_random: shape, layers and seed of a teacher of
+    random weights, which has no files."""
+
+    data_sha256: str
+    vocabulary_size: int
+    vocabulary_sha256: str
+    temperature: float
+    teacher_path: str
+    teacher_sha256: dict[str, str]
+    teacher_random: dict[str, Any] | None
+    precision: str
+
+
+IDENTITY = tuple(CacheIdentity.__annotations__)
 
 
 class Text(NamedTuple):
@@ -58,7 +72,7 @@ def texts_of(batch: TokenBatch, temperature: float) -> list[Text]:
             if targets := int(predicts.sum()):
                 head = f"{float(temperature)!r} {end - start} {predicts.argmax()} {targets} "
                 content = head.encode() + ids_BT[b, start:end].astype(np.int32).tobytes()
-                if batch.encoder_ids_BS is not None:
+                if batch.encoder_ids_BS is not None and batch.encoder_mask_BS is not None:
                     read = batch.encoder_ids_BS[b][batch.encoder_mask_BS[b].bool()]
                     content += b" " + read.cpu().numpy().astype(np.int32).tobytes()
                 digest = hashlib.blake2b(content, digest_size=8).digest()
@@ -80,26 +94,24 @@ class TeacherCache:
                 f"no finished teacher cache in {folder}; make one with: python -m toolkit cache-teacher RECIPE "
                 f"--top-k 64 --out {folder}"
             )
-        self.manifest = read_json(folder / MANIFEST)
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} has format {self.manifest.get('format')!r}, this version reads {FORMAT}")
+        self.manifest = read_manifest(folder, FORMAT)
         try:
-            self.identity, files = self.manifest["identity"], self.manifest["files"]
+            self.identity = self.manifest["identity"]
             self.form = Form(**self.identity["form"])
-            self._wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+            self._files = entries(self.manifest)
             if lacking := [name for name in IDENTITY if name not in self.identity]:
                 raise KeyError(lacking[0])
             sums = [self.manifest[name] for name in ("texts", "positions", "bytes")]
-            if not self._wanted or not all(isinstance(value, int) for value in sums):
-                raise TypeError(f"files = {files!r:.60}; texts, positions, bytes = {sums}")
+            if not self._files or not all(isinstance(value, int) for value in sums):
+                raise TypeError(f"{len(self._files)} files; texts, positions, bytes = {sums}")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{folder / MANIFEST} does not say what a teacher cache's says ({type(error).__name__}: {error}): it "
                 "is damaged; delete the folder and make the cache again"
             ) from error
         self.vocabulary_size = self.identity["vocabulary_size"]
-        self._paths = paths = [folder / name for name in sorted(files)]
-        self._shard = functools.lru_cache(OPEN_SHARDS)(lambda number: read_shard(paths[number]))
+        self._paths = [folder / name for name in sorted(self._files)]
+        self._shard = functools.lru_cache(OPEN_SHARDS)(read_shard)
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -108,17 +120,19 @@ class TeacherCache:
 
     def check(self, share: int = 0, shares: int = 1) -> None:
         """Raises ValueError, naming file and both values, for a file that is not the manifest's. Sizes of all files,
-        hashes of every `shares`-th. No communication."""
-        check_files(self.folder, self._wanted, share, shares)
+        hashes of every `shares`-th from `share` on. No communication."""
+        check_files(self.folder, self._files, share, shares)
 
     def read_index(self) -> None:
+        """Reads the keys of all texts, so that `signal` finds them. Raises ValueError for a file that is no shard."""
         keys, shards, rows = [], [], []
         for number, path in enumerate(self._paths):
-            own = np.array(read_shard(path)["keys"])  # a copy, so that no shard stays mapped
+            own = read_shard(path)["keys"].copy()  # so that no shard stays mapped
             keys.append(own)
             shards.append(np.full(len(own), number, np.int32))
             rows.append(np.arange(len(own), dtype=np.int32))
         joined = np.concatenate(keys)
+        # Sorted, a key is found by bisection: in memory for each text are its key, its shard and its row, 16 bytes.
         order = np.argsort(joined, kind="stable")
         self._keys = joined[order]
         self._shard_of, self._row_of = np.concatenate(shards)[order], np.concatenate(rows)[order]
@@ -126,33 +140,27 @@ class TeacherCache:
     @property
     def sha256(self) -> str:
         """Of all that is in it: equal for two copies, however they were built."""
-        content = {name: sha256 for name, (_, sha256) in self._wanted.items()}
+        content = {name: entry["sha256"] for name, entry in self._files.items()}
         return hashlib.sha256(json.dumps([self.identity["form"], content], sort_keys=True).encode()).hexdigest()
 
     def check_belongs(self, found: Mapping[str, Any]) -> None:
-        """`found`: identity of a run, as far as it is known, under the manifest's names. Of a teacher that is not
-        loaded some files may not be here; those that are have to be the cache's.
+        """Raises ValueError, with both values, unless what is known of a run is as the manifest says.
 
-        Raises ValueError with both identities unless each is the manifest's.
+        found: an identity as far as it is known, for instance from `identity_of`. Of a teacher that is not loaded some
+        files may not be here; those that are have to be the cache's.
         """
-        differing = []
-        for name, now in found.items():
-            then = self.identity[name]
-            if name == "teacher_sha256":
-                differing += [
-                    f"the teacher's {file}: {str(then.get(file))[:16]} in the cache, {str(now.get(file))[:16]} in the "
-                    f"run (of {self.identity['teacher_path']!r} in the cache)"
-                    for file in sorted(now)
-                    if then.get(file) != now.get(file)
-                ]
-            elif then != now:
-                differing.append(f"{name}: {_short(then)} in the cache, {_short(now)} in the run")
-        if differing:
-            raise ValueError(
-                f"the teacher cache {self.folder} is another run's:\n  "
-                + "\n  ".join(differing)
-                + '\nset these back, make a cache for this run, or train without one (teacher.cache="")'
-            )
+        theirs = {name: value for name, value in self.identity.items() if name in found and name != "teacher_sha256"}
+        ours = {name: value for name, value in found.items() if name != "teacher_sha256"}
+        lines = list(differences(theirs, ours, "{}: {!r} in the cache, {!r} in the run").values())
+        files = found.get("teacher_sha256", {})
+        teacher = {name: self.identity["teacher_sha256"].get(name) for name in files}
+        for line in differences(teacher, files, "{}: {!s:.16} in the cache, {!s:.16} in the run").values():
+            lines.append(f"the teacher's {line} (of {self.identity['teacher_path']!r} in the cache)")
+        refuse(
+            f"the teacher cache {self.folder} is another run's",
+            lines,
+            'set these back, make a cache for this run, or train without one (teacher.cache="")',
+        )
 
     def signal(self, batch: TokenBatch, temperature: float) -> TopKTeacher:
         """The teacher at the batch's targets, on its device.
@@ -168,15 +176,16 @@ class TeacherCache:
                 f"{len(missing)} of {len(texts)} texts of a micro-batch are not in the teacher cache {self.folder} at "
                 f"temperature {temperature}"
             )
-        parts = [self._entry(self._shard_of[i], self._row_of[i]) for i in at]
+        parts = [self._answer(self._shard_of[i], self._row_of[i]) for i in at]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         signal = self.form.signal(joined, self.vocabulary_size)
         assert len(signal.ids_NK) == batch.num_targets
         device = batch.input_ids_BT.device
         return signal.map(lambda x: x.to(device, non_blocking=True))
 
-    def _entry(self, shard: int, row: int) -> Arrays:
-        arrays = self._shard(shard)
+    def _answer(self, shard: int, row: int) -> Arrays:
+        """Copies of what is stored of one text: its positions, and ("U_...") the ids of all of them together."""
+        arrays = self._shard(self._paths[shard])
         first, first_id = (0, 0) if row == 0 else (arrays["ends"][row - 1], arrays["U_ends"][row - 1])
         end, end_id = arrays["ends"][row], arrays["U_ends"][row]
         return {
@@ -195,54 +204,46 @@ class CachedTeacher:
         self.cache, self.temperature = cache, temperature
 
     def signals(self, window: list[TokenBatch]) -> list[TopKTeacher]:
-        """For each micro-batch its stored top k or draws, in the order of `targets_N`."""
+        """For each micro-batch its stored top k or draws, in the order of `targets_N`.
+
+        Raises ValueError for a text that is not in the cache."""
         return [self.cache.signal(batch, self.temperature) for batch in window]
 
     @contextmanager
     def head(self) -> Iterator[None]:
+        """Of a live teacher this is the gathered output projection. Stored answers need none."""
         yield None
 
 
 def read_shard(path: Path) -> Arrays:
-    """The arrays of a safetensors file, mapped and not read. Raises ValueError for a file that is none."""
+    """The arrays of a shard by name, mapped and not read. The watchdog hears of each. Raises ValueError for another
+    file."""
     heartbeat.beat()
     try:
-        raw = np.memmap(path, np.uint8, mode="r")
-        size = int.from_bytes(raw[:8].tobytes(), "little")
-        header = json.loads(raw[8 : 8 + size].tobytes())
-        return {
-            name: raw[8 + size + begin : 8 + size + end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-            for name, entry in header.items()
-            for begin, end in [entry["data_offsets"]]
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: tensor.numpy() for name, tensor in mapped(path).items()}
+    except ValueError as error:
         raise ValueError(f"{path} is no shard of a teacher cache: {error}; delete it, it is made again") from error
 
 
 def identity_of(
     teacher: ModelConfig, seed: int, teacher_sha256: Mapping[str, str], data_sha256: str,
     tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, temperature: float,
-) -> dict[str, Any]:  # fmt: skip
-    """What a cache and a run that reads it have to share; plain JSON types. Of a teacher that is not named or whose
-    files are not here, nothing."""
-    found: dict[str, Any] = {
+) -> CacheIdentity:  # fmt: skip
+    """What a cache and a run that reads it have to share; plain JSON types. seed: the run's, which random weights are
+    drawn by. Of a teacher that is not named, or whose files are not here, it says nothing."""
+    found: CacheIdentity = {
         "data_sha256": data_sha256,
         "vocabulary_size": vocabulary.size,
         "vocabulary_sha256": vocabulary_sha256(tokenizer),
         "temperature": float(temperature),
     }
-    if teacher.random_weights:  # these have no file
-        random = {"shape": teacher.shape, "num_layers": teacher.num_layers, "seed": seed}
-        return found | {"teacher_sha256": dict(sorted(teacher_sha256.items())), "teacher_random": random}
-    return found | (
-        {"teacher_sha256": dict(sorted(teacher_sha256.items())), "teacher_random": None} if teacher_sha256 else {}
-    )
+    if teacher_sha256 or teacher.random_weights:
+        found["teacher_sha256"] = dict(sorted(teacher_sha256.items()))
+        drawn = {"shape": teacher.shape, "num_layers": teacher.num_layers, "seed": seed}
+        found["teacher_random"] = drawn if teacher.random_weights else None
+    return found
 
 
 def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of every entry and its id."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    return f"{value[:16]}..." if isinstance(value, str) and len(value) == 64 else f"{value!r}"

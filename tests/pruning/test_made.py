@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.tiny import make_tokenizer, save_llama
-from toolkit.models import load_model
 from toolkit.pruning.made import materialize
 from toolkit.settings import ModelConfig
 
@@ -39,7 +37,7 @@ def test_two_processes_make_it_at_once(tmp_path):
     save_llama(tmp_path / "model", make_tokenizer(), seed=5, layers=4)
     code = (
         "import sys; from pathlib import Path; from toolkit.settings import ModelConfig;"
-        "from toolkit.models import materialize; print('ready', flush=True); sys.stdin.readline();"
+        "from toolkit.pruning.made import materialize; print('ready', flush=True); sys.stdin.readline();"
         f"print(materialize(ModelConfig(path='{tmp_path}/model', drop_layers=(1,)), Path('{tmp_path}/cache')))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], text=True, stdin=-1, stdout=-1) for _ in range(2)]
@@ -60,14 +58,3 @@ def test_what_a_killed_run_left_is_not_used(tmp_path):
     left = made.with_name(f"{made.name}.{os.getpid()}.unfinished")
     left.mkdir()
     assert Path(materialize(model, tmp_path / "cache")) == made and (made / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(("shape", "told"), [
-    ({"hiden_size": 8}, "did you mean 'hidden_size'"), ({"hidden_size": "x"}, "hidden_size"),
-    ({"hidden_size": 30, "num_attention_heads": 4}, "30"), ({"model_type": "lama"}, "lama"),
-])  # fmt: skip
-def test_a_shape_that_is_no_model_is_refused(shape, told):
-    model = ModelConfig(random_weights=True, shape={"model_type": "llama", "num_hidden_layers": 1} | shape)
-    with pytest.raises(ValueError) as error:
-        load_model(model, "", {"train_micro_batch_size_per_gpu": 1}, torch.float32)
-    assert told in str(error.value)
