@@ -19,7 +19,7 @@ from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.data.minillm import SETS
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
-from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, EvaluationConfig, protocol
+from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, protocol
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
 from toolkit.models import (
@@ -41,8 +41,8 @@ from toolkit.ranks import collectives
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.rollout.check import check_generation
 from toolkit.rollout.local import GatheredRollout
-from toolkit.settings import ModelConfig
-from toolkit.settings.overrides import unknown, with_overrides
+from toolkit.settings import EvaluationConfig, ModelConfig
+from toolkit.settings.overrides import unknown
 from toolkit.storage.lock import sole_use
 from toolkit.tables import format_table
 
@@ -101,7 +101,7 @@ class Request:
     def of(cls, options: argparse.Namespace) -> Request:
         base = protocol(options.protocol)
         asked = dataclasses.replace(base, data=dataclasses.replace(base.data, source=options.data))
-        config = with_overrides(asked, options.settings)
+        config = asked.with_overrides(options.settings)
         config.validate()
         metrics = _unique("--metric", options.metric.split(","))
         for name in metrics:

@@ -25,7 +25,7 @@ from toolkit.ranks import collectives
 from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.run.random_state import load_rng_state, rng_state
 from toolkit.seeds import philox
-from toolkit.settings import RunConfig
+from toolkit.settings import RunConfig, free_settings
 from toolkit.storage.appear import to_disk
 from toolkit.storage.manifest import MANIFEST, check_files, read_json, sha256, write_checked, write_json
 
@@ -33,14 +33,7 @@ FORMAT = 1
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{8})")
 REPLAY, RNG = "replay", "rng"
-#: settings that may change from one start of a run to the next: places, layout, limits, how often to save.
-#: Where they name a model or data, what is there is compared by its contents.
-FREE = re.compile(
-    r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|cache|tokenizer|"
-    r"ds_config|pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir|packing)|text\.source|"
-    r"train\.micro_(rows|tokens)|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
-    r"validation\.batch_rows|loss\.memory_budget_mib"
-)
+MICRO_BATCH = ("train.micro_rows", "train.micro_tokens")
 
 
 class Checkpoints:
@@ -253,18 +246,20 @@ def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype, base_path:
 
 
 def compare(saved: Mapping[str, Any], config: RunConfig, found: Mapping[str, Any]) -> list[str]:
-    """What changed since the checkpoint whose state is `saved`, a line each, where it may change.
+    """What changed since the checkpoint whose state is `saved`, a line each, where it may change: places, layout,
+    limits, how often to save. Where such settings name a model or data, what is there is compared by its contents.
 
     Raises ValueError, with every such difference, where a change would make the run a different one.
     """
     free, refused = [], []
-    before, now, default = (_flat(part) for part in (saved["config"], config.to_dict(), RunConfig().to_dict()))
+    written = RunConfig.with_present_names(saved["config"])
+    before, now, default = (_flat(part) for part in (written, config.to_dict(), RunConfig().to_dict()))
     for name in sorted(before.keys() | now.keys()):
         old = before.get(name, _value_before(name, before, default))
         new = now.get(name)
         if old != new:
             # alpha_per_sequence holds each text against the others of its micro-batch
-            is_free = FREE.fullmatch(name) and not (name.startswith("train.micro_") and config.loss.alpha_per_sequence)
+            is_free = name in free_settings() and not (name in MICRO_BATCH and config.loss.alpha_per_sequence)
             (free if is_free else refused).append(f"{name} was {old!r}, is {new!r}")
     old = saved["identity"]
     if old["precision"] != found["precision"]:
