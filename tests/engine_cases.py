@@ -203,18 +203,17 @@ def with_student(folder, work, **changes):
     return work(config, build_student(config, path, torch.float32, vocabulary), tokenizer, vocabulary)
 
 
-def with_server(folder, student, url, work, timeout_s=60):
-    """`work(rollout, tokenizer)` with a rollout that asks the server at `url`."""
+def with_server(folder, settings, work):
+    """`work(rollout, tokenizer)` with a rollout that asks the server of `settings`."""
     from toolkit.rollout.vllm import VllmRollout
 
     return with_student(
         folder, lambda config, *made: work(VllmRollout(config, *made), made[1]), name="served",
-        student__path=f"{folder}/{student}", rollout__engine="vllm", rollout__server=url,
-        rollout__server_timeout_s=timeout_s,
+        **{"rollout__server_timeout_s": 60} | settings,
     )  # fmt: skip
 
 
-def server_texts(folder, student, url, prompts, **sampling):
+def server_texts(folder, settings, prompts, **sampling):
     """(token ids of the answers, all asked for by every rank, in another order on each; what the engine says of the
     call; the first three by DeepSpeed's interface, as (ids, their numbers))."""
     from deepspeed.runtime.rollout import RolloutRequest
@@ -239,25 +238,26 @@ def server_texts(folder, student, url, prompts, **sampling):
         counts = batch.attention_mask[:, width:].sum(1).tolist()
         return [texts[i] for i in range(len(ids))], stats, (batch.input_ids[:, width:].tolist(), counts)
 
-    return with_server(folder, student, url, work)
+    return with_server(folder, settings, work)
 
 
-def server_errors(folder, student, url, faults):
+def server_errors(folder, settings, faults):
     """What a start, a push and two texts raise here for each fault of the server, "None" for nothing."""
     import dataclasses
     import time
 
     from toolkit.ranks import collectives
     from toolkit.rollout.local import SeededSampling
-    from toolkit.rollout.vllm import Server
 
     def work(rollout, tokenizer):
         said, patient = [], rollout.settings
         hasty = dataclasses.replace(patient, server_timeout_s=2)  # than the fault that answers late
+        with contextlib.suppress(ValueError):
+            rollout.start()  # before its folder is written there is no server to tell of a fault
         for fault in faults:
             torch.distributed.barrier()
             if collectives.rank() == 0:
-                Server(url).ask("POST", "/fault", time.monotonic() + 60, fault)
+                rollout.server.ask("POST", "/fault", time.monotonic() + 60, fault)
             torch.distributed.barrier()
             rollout.pushed, rollout.settings = False, patient
             try:
@@ -271,7 +271,25 @@ def server_errors(folder, student, url, faults):
                 said.append(str(error))
         return said
 
-    return with_server(folder, student, url, work)
+    return with_server(folder, settings, work)
+
+
+def exported_logits(folder, ids, **changes):
+    """Logits of the student, and of what its export with a head of its own is to transformers; both in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    from toolkit import distributed
+    from toolkit.models.export import export_student
+
+    def work(config, student, tokenizer, vocabulary):
+        target = config.run_dir / "untied"
+        export_student(student, tokenizer, target, untie_head=True)
+        with torch.no_grad():
+            own = student.model.eval()(input_ids=ids.to(distributed.device()), use_cache=False).logits.cpu()
+            read = AutoModelForCausalLM.from_pretrained(target).eval()(input_ids=ids).logits
+        return own, read
+
+    return with_student(folder, work, **changes)
 
 
 def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):

@@ -1,12 +1,20 @@
-"""A stand-in for `vllm serve FOLDER`: the part of vLLM 0.33's HTTP interface that the toolkit uses, with a real model.
+"""A stand-in for `vllm serve FOLDER`: the part of vLLM's HTTP interface that the toolkit uses, with a real model.
 
-It knows the names of vLLM's own request fields and refuses others, re-reads its weights from the folder that it is
-told, and keeps what it computed for a prompt until its prefix cache is reset, as vLLM does: text after a reload without
-a reset begins by old weights. `fault` makes it misbehave; other processes set it over HTTP, at /fault.
+Nobody answers before FOLDER is there and its model read. As vLLM 0.32 on a CPU does, it
+
+- re-reads its weights from the folder that it is told; a model that is tied keeps the output head that it started with,
+  unless that folder has a tensor of its own for it;
+- is of no use any more after a reload that failed;
+- keeps what it computed for a prompt until its prefix cache is reset: text after a reload without a reset begins by old
+  weights.
+
+It is stricter where a field of a request is unknown: vLLM ignores those, and a wrong name would not be noticed. `fault`
+makes it misbehave; other processes set it over HTTP, at /fault.
 """
 
 import hashlib
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,14 +35,10 @@ FIELDS = {
 
 class StandIn:
     def __init__(self, folder, max_model_len=256):
-        self.folder, self.max_model_len = str(folder), max_model_len
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ends = self.model.generation_config.eos_token_id
-        # vLLM adds those of generation_config.json to a request's own, also with --generation-config vllm
-        self.own_ends = {self.model.config.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self.lock, self.prefixes, self.fault = threading.Lock(), {}, {}
+        self.folder, self.max_model_len = Path(folder), max_model_len
+        self.lock, self.prefixes, self.fault, self.is_down = threading.Lock(), {}, {}, False
         self.log = []  # (prompt, text, digest of the weights) of each text
-        self.reloads = []
+        self.reloads, self.own_ends = [], set()
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,35 +62,63 @@ class StandIn:
             def log_message(self, *_):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
         self.http.daemon_threads = True
+        self.http.server_bind()  # and nobody listens yet
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.closed = threading.Event()
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while not (self.folder / "config.json").exists():
+            if self.closed.wait(0.05):
+                return
+        self.boot()
+        self.http.server_activate()
+        self.http.serve_forever()
+
+    def boot(self):
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        self.head = self.model.lm_head.weight.detach().clone()  # a copy, which a reload renews or not
+        ends = self.model.generation_config.eos_token_id
+        # vLLM adds those of generation_config.json to a request's own, also with --generation-config vllm
+        self.own_ends |= {self.model.config.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.is_down = False
 
     def close(self):
-        self.http.shutdown()
+        self.closed.set()
+        if self.http.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            self.http.shutdown()
         self.http.server_close()
 
     @property
     def digest(self):
-        parts = (tensor.numpy().tobytes() for tensor in self.model.state_dict().values())
+        parts = (tensor.numpy().tobytes() for tensor in [*self.model.state_dict().values(), self.head])
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def handle(self, path, body):
         fault = self.fault
         if path == "/fault":
             self.fault = body
+            if body.get("starts_again"):
+                self.boot()
             return 200, None
         if path == "/v1/models":
             length = fault.get("max_model_len", self.max_model_len)
-            return 200, {"data": [{"id": self.folder, "root": self.folder, "parent": None, "max_model_len": length}]}
+            root = fault.get("root", str(self.folder))
+            return 200, {"data": [{"id": "student", "root": root, "parent": None, "max_model_len": length}]}
         if path in ("/collective_rpc", "/reset_prefix_cache") and fault.get("no_dev_mode"):
             return 404, {"detail": "Not Found"}
+        if self.is_down:
+            return 500, told("EngineCore encountered an issue. See stack trace (above) for the root cause.", 500)
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights" and body["kwargs"].keys() == {"weights_path"}
-            with self.lock:
-                if not fault.get("keeps_weights"):
-                    self.reload(Path(body["kwargs"]["weights_path"]))
+            try:
+                with self.lock:
+                    self.reload(Path("/elsewhere" if fault.get("sees_other_files") else body["kwargs"]["weights_path"]))
+            except Exception as error:
+                self.is_down = True
+                return 500, told(f"Call to collective_rpc method failed: Worker failed with error '{error}'", 500)
             return 200, {"results": [None]}
         if path == "/reset_prefix_cache":
             self.prefixes.clear()
@@ -100,7 +132,7 @@ class StandIn:
                 return fault["status"], told("made to fail", fault["status"])
         if unknown := body.keys() - FIELDS:
             return 400, told(f"unknown fields {sorted(unknown)}", 400)
-        if body["model"] != self.folder:
+        if body["model"] != "student":
             return 404, told(f"The model `{body['model']}` does not exist.", 404)
         vocab_size = self.model.config.vocab_size
         if max(body["prompt"]) >= vocab_size:
@@ -110,23 +142,33 @@ class StandIn:
         if "seed" in body:
             choice |= fault.get("choice", {})
             self.log.append((body["prompt"], choice["token_ids"], self.digest))
-        return 200, {"choices": [choice], "model": self.folder, "usage": {}}
+        return 200, {"choices": [choice], "model": "student", "usage": {}}
 
     def reload(self, folder):
-        weights = load_file(folder / "model.safetensors")
-        if self.model.config.tie_word_embeddings:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        self.model.load_state_dict(weights)
+        """`fault` says which tensors stay as they are: those whose name has "keeps" in it, from "keeps_after" reloads
+        on."""
+        kept, state = self.fault.get("keeps"), self.model.state_dict()
+        is_kept = kept is not None and len(self.reloads) >= self.fault.get("keeps_after", 0)
+        for name, weight in load_file(folder / "model.safetensors").items():
+            if is_kept and kept in name:
+                continue
+            state[name].copy_(weight)  # in place; of a tied model this is the head of the module, too
+            if name == "lm_head.weight":
+                self.head = weight
         self.reloads.append(self.digest)
+
+    @torch.no_grad()
+    def logits(self, ids):
+        return self.model.model(torch.tensor([ids])).last_hidden_state[0] @ self.head.T
 
     @torch.no_grad()
     def complete(self, body):
         prompt, said, reason = body["prompt"], [], "length"
         draws = torch.Generator().manual_seed(body.get("seed", 0))
-        logits_TV = self.model(torch.tensor([prompt])).logits[0]
+        logits_TV = self.logits(prompt)
         ends = {*body.get("stop_token_ids", ()), *(() if body.get("ignore_eos") else self.own_ends)}
         while len(said) < body["max_tokens"]:
-            logits_V = self.model(torch.tensor([prompt + said])).logits[0, -1]
+            logits_V = self.logits(prompt + said)[-1]
             if not said and "prompt_logprobs" not in body:
                 logits_V = self.prefixes.setdefault(tuple(prompt), logits_V).clone()
             for token, bias in body.get("logit_bias", {}).items():
@@ -143,7 +185,8 @@ class StandIn:
         if body.get("return_token_ids"):
             choice["token_ids"] = said
         if body.get("prompt_logprobs") is not None:
-            found = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1).tolist()
+            found_T = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
+            found = (found_T + self.fault.get("noise_nats", 0) * torch.randn_like(found_T)).tolist()
             choice["prompt_logprobs"] = [None] + [
                 {str(token): {"logprob": value, "rank": 1}} for token, value in zip(prompt[1:], found, strict=True)
             ]

@@ -24,11 +24,15 @@ from toolkit.storage.appear import to_disk
 Result = TypeVar("Result")
 
 
-def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export_student(
+    student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path, untie_head: bool = False
+) -> None:
     """Rank 0 writes safetensors, configuration and tokenizer; parameters are gathered one at a time, by all ranks.
 
     `folder` appears by rename when it is whole, in place of an older export. With LoRA the weights are the merged ones,
-    and `folder`/adapter is what peft loads onto the base. Raises ValueError, on every rank, if writing fails.
+    and `folder`/adapter is what peft loads onto the base. untie_head: where the head shares its weights with the input
+    embeddings, write it as a tensor of its own, and say so in config.json. Raises ValueError, on every rank, if writing
+    fails.
     """
     model, weights, adapter = student.model, {}, {}
     is_writer = collectives.rank() == 0
@@ -40,10 +44,12 @@ def export_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder:
                 found[name] = weight.detach().to("cpu", copy=True)
     persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     weights |= {name: tensor.cpu() for name, tensor in model.named_buffers() if name in persistent}
+    ties = _ties_of_head(model) if untie_head else {}
 
     def write(unfinished: Path) -> None:
+        weights.update({name: weights[written].clone() for name, written in ties.items()})
         plain = {lora.plain_name(name): weight for name, weight in weights.items()} if lora else weights
-        _write(model, tokenizer, unfinished, plain, adapter)
+        _write(model, tokenizer, unfinished, plain, adapter, has_own_head=bool(ties))
         to_disk(*unfinished.rglob("*"), unfinished)
         old = folder.with_name(folder.name + ".deleting")  # a kill may not leave half an export under its name
         shutil.rmtree(old, ignore_errors=True)
@@ -96,10 +102,14 @@ def _write(
     folder: Path,
     weights: dict[str, Tensor],
     adapter: dict[str, Tensor],
+    has_own_head: bool = False,
 ) -> dict[str, tuple[Any, Any]]:
-    """A folder with these weights; returns what `_savable` changed. adapter: weights of LoRA, where there is any."""
+    """A folder with these weights; returns what `_savable` changed. adapter: weights of LoRA, where there is any.
+    has_own_head: the weights of a tied model hold its head a second time."""
     config = copy.deepcopy(model.config)
     config.use_cache = True
+    if has_own_head:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     # A shell without storage: save_pretrained needs a model's class and configuration, the tensors are given.
     with torch.device("meta"):
         shell = type(model)(config).to(next(model.parameters()).dtype)  # which config.json will name
@@ -147,6 +157,15 @@ def _contradictions(settings: GenerationConfig) -> list[str]:
             return names
         raise
     return []
+
+
+def _ties_of_head(model: PreTrainedModel) -> dict[str, str]:
+    """The further names of the head's weight, each with the name that named_parameters() gives it; none if not tied."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return {}
+    names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is head.weight]
+    return dict.fromkeys(names[1:], names[0])
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Student text from a vLLM server: token ids over its OpenAI-style HTTP interface, weights through a shared folder.
 
-Written for vLLM 0.33, started in development mode (docs/rollout.md): `/v1/completions` with `return_token_ids`, and
+Tried with vLLM 0.32, started in development mode (docs/rollout.md): `/v1/completions` with `return_token_ids`, and
 after each export `/collective_rpc` with `reload_weights` and `/reset_prefix_cache`. Nothing of vLLM is imported.
 """
 
@@ -26,24 +26,23 @@ from toolkit.batch import Example
 from toolkit.models import Student, Vocabulary
 from toolkit.models.export import export_student
 from toolkit.ranks import collectives
+from toolkit.rollout.arrival import Arrivals, probe_tokens, write_start
 from toolkit.rollout.local import Rollout, RolloutStats, SeededSampling, check_prompts, evaluation_mode, joined
 from toolkit.settings import RunConfig
 
-START = "start"  # folder of the weights that the server starts with
+START = "start"  # folder that the server starts with: the student's shapes, and weights that are not the student's
+HAND_OVER = "hand-over"  # folder of the student's weights at the start of the run
 REQUESTS_AT_ONCE = 64  # of one rank; the server makes batches of what all ranks ask
 RETRIES = 3  # of a connection that fails, or a server that is overloaded
-MOST_BANNED = 1024  # entries of logit_bias that vLLM 0.33 takes
-PROBE_TOKENS = 16
-PROBE_TOLERANCE_NATS = 0.5  # bf16 differs by hundredths, another model by whole nats
+MOST_BANNED = 1024  # entries of logit_bias that vLLM's newer GPU runner takes
 
 
 class VllmRollout(Rollout):
     """Every rank asks the server for its own texts; rank 0 hands the weights over.
 
     `sync_weights(step)` pushes where no push lies between `step` and the last multiple of rollout.sync_every_steps, so
-    weights are at most that many steps old, less one, and none are pushed that nobody speaks by. What the server then
-    says of fixed tokens is held against the student itself: another model, or weights that did not arrive, are noticed.
-    The first call after a resume pushes.
+    weights are at most that many steps old, less one, and none are pushed that nobody speaks by. The first call after a
+    resume pushes. What the server says of fixed tokens then shows whether they arrived (`toolkit.rollout.arrival`).
     """
 
     name = "vllm"
@@ -55,6 +54,7 @@ class VllmRollout(Rollout):
         self.folder = Path(self.settings.weights_dir or config.run_dir / "vllm").absolute()
         self.server = Server(self.settings.server)
         self.pushed, self.served_name, self.max_model_len = False, "", 0
+        self.arrivals = Arrivals()
         head_rows = student.model.config.get_text_config().vocab_size
         # Columns past the tokenizer's end count as minus infinity everywhere; -100 is vLLM's lowest.
         self.banned = {str(token): -100.0 for token in range(vocabulary.size, head_rows)}
@@ -68,8 +68,10 @@ class VllmRollout(Rollout):
     def start(self) -> None:
         """Export the student, wait up to rollout.server_timeout_s for the server, and make sure that it is the right
         one. Collective; raises ValueError on every rank."""
-        folder = self.folder / START
-        export_student(self.student, self.tokenizer, folder)
+        self.arrivals = Arrivals()
+        folder = self.folder / HAND_OVER
+        export_student(self.student, self.tokenizer, folder, untie_head=True)
+        collectives.from_main_rank(lambda: write_start(folder, self.folder / START))
         self.served_name, self.max_model_len = collectives.from_main_rank(self._wait_for_server)
         collectives.together(lambda: self._check_room(self.max_length))
         self._hand_over(folder)
@@ -81,7 +83,7 @@ class VllmRollout(Rollout):
             return
         # A name that the server never read: file systems over a network may show it the old file under an old name.
         folder = self.folder / f"step-{step:08d}"
-        export_student(self.student, self.tokenizer, folder)
+        export_student(self.student, self.tokenizer, folder, untie_head=True)
         self._hand_over(folder)
         self.weights_step, self.pushed = step, True
 
@@ -148,7 +150,7 @@ class VllmRollout(Rollout):
         choice = self._completion(prompt, asked, deadline_s)
         ids, reason, eos_ids = choice.get("token_ids"), choice.get("finish_reason"), self.vocabulary.eos_ids
         if not ids or not all(isinstance(token, int) for token in ids):
-            raise self._wrong(f"answers with token_ids = {ids!r}; ids are what is trained on, and vLLM 0.33 gives them")
+            raise self._wrong(f"answers with token_ids = {ids!r}; ids are what is trained on, and vLLM gives them")
         if unknown := [token for token in ids if not 0 <= token < self.vocabulary.size]:
             raise self._wrong(f"says the id {unknown[0]}, the student's vocabulary ends at {self.vocabulary.size - 1}")
         ends = [place for place, token in enumerate(ids) if token in eos_ids]
@@ -170,12 +172,13 @@ class VllmRollout(Rollout):
             raise self._wrong(f"answers {str(answer)[:200]!r}, which holds no completion") from None
 
     def _wait_for_server(self) -> tuple[str, int]:
-        """(name of the served model, tokens it holds)."""
+        """(name of the served model, tokens it holds) of a server that was started with this run's folder."""
         deadline_s, told = self._deadline_s, False
         while True:
             try:
                 models = self.server.ask("GET", "/v1/models", deadline_s, retries=0)["data"]
                 model = next(model for model in models if not model.get("parent"))
+                self._check_root(str(model["root"]))
                 return str(model["id"]), int(model["max_model_len"])
             except NoAnswer as error:
                 if time.monotonic() + 1 > deadline_s:
@@ -193,6 +196,20 @@ class VllmRollout(Rollout):
             told = True
             time.sleep(1)
 
+    def _check_root(self, root: str) -> None:
+        """A server that read its weights in this run's folder will find those that it is to reload, too: a reload that
+        fails ends vLLM's engine. And what a reload leaves behind shows only in one that started with START."""
+        started, start = Path(root), self.folder / START
+        if started.is_absolute():
+            is_ours = started.resolve() == start.resolve()
+        else:  # to a working directory that is the server's own
+            is_ours = start.parts[-len(started.parts) :] == started.parts
+        if not is_ours:
+            raise self._wrong(
+                f"was started with {root}, and not with the folder that this run has written for it, {start}. Start "
+                f"it with\n  {self._command}"
+            )
+
     @property
     def _command(self) -> str:
         dtype = str(next(self.student.model.parameters()).dtype).removeprefix("torch.")
@@ -204,9 +221,9 @@ class VllmRollout(Rollout):
 
     def _hand_over(self, folder: Path) -> None:
         """Have the server read the exported weights, forget what it computed by older ones, and show that it did."""
-        ids = np.random.default_rng(0).integers(0, self.vocabulary.size, PROBE_TOKENS)
+        ids = probe_tokens(self.vocabulary.size, self.max_length)
         wanted = self._own_log_probs(ids)
-        collectives.together(lambda: self._reload_and_check(folder, ids, wanted) if collectives.rank() == 0 else None)
+        collectives.from_main_rank(lambda: self._reload_and_check(folder, ids, wanted))
 
     def _reload_and_check(self, folder: Path, ids: np.ndarray, wanted: np.ndarray) -> None:
         deadline_s = self._deadline_s
@@ -216,21 +233,28 @@ class VllmRollout(Rollout):
             if time.monotonic() + 1 > deadline_s:  # other users' requests may hold blocks for a while
                 raise self._wrong("does not give its prefix cache up, text would be by older weights")
             time.sleep(0.2)
+        found = self._servers_log_probs(ids, deadline_s)
+        is_first = self.arrivals.folder is None
+        if objection := self.arrivals.objection(folder, wanted, found):
+            raise self._wrong(f"{objection}. Start it with\n  {self._command}")
+        if is_first and not np.array_equal(found, self._servers_log_probs(ids, deadline_s)):
+            print(
+                f"warning: the vLLM server at {self.server.url}, asked twice, gives the same tokens other "
+                "log-probabilities: weights that do not arrive show only when they differ by more than rounding",
+                flush=True,
+            )
+        for older in (self.folder / HAND_OVER, *self.folder.glob("step-*")):
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def _servers_log_probs(self, ids: np.ndarray, deadline_s: float) -> np.ndarray:
+        """Of each token but the first."""
         said = self._completion(ids, {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}, deadline_s)
         try:
             places = zip(ids[1:], said["prompt_logprobs"][1:], strict=True)
-            found = np.array([place[str(token)]["logprob"] for token, place in places])
+            return np.array([place[str(token)]["logprob"] for token, place in places])
         except (KeyError, TypeError, ValueError):
-            raise self._wrong("does not give prompt_logprobs as vLLM 0.33 does") from None
-        error_nats = float(np.abs(found - wanted).mean())
-        if not error_nats <= PROBE_TOLERANCE_NATS:
-            raise self._wrong(
-                f"speaks by other weights than those in {folder}: log-probabilities of the same tokens differ by "
-                f"{error_nats:.2f} nats from the student's. Start it with\n  {self._command}"
-            )
-        for older in self.folder.glob("step-*"):
-            if older != folder:
-                shutil.rmtree(older, ignore_errors=True)
+            raise self._wrong("does not give prompt_logprobs as vLLM does") from None
 
     @torch.no_grad()
     def _own_log_probs(self, ids: np.ndarray) -> np.ndarray:
@@ -304,6 +328,9 @@ class Server:
     def _told(self, method: str, path: str, status: int, text: str) -> str:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             text = json.loads(text)["error"]["message"]
-        is_dev_path = status == 404 and path in ("/collective_rpc", "/reset_prefix_cache")
-        hint = "; start it with VLLM_SERVER_DEV_MODE=1, which offers this path" if is_dev_path else ""
+        hint = ""
+        if status == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+            hint = "; start it with VLLM_SERVER_DEV_MODE=1, which offers this path"
+        elif path == "/collective_rpc":
+            hint = "; a reload that fails ends vLLM's engine: look at the server's own messages and start it again"
         return f"the vLLM server at {self.url} answers {method} {path} with {status}: {str(text)[:300]}{hint}"
