@@ -37,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     if not given or given[0] in ("-h", "--help", "help"):
         print(_overview())
         return None
+    if given == ["settings"]:
+        from toolkit.settings.page import markdown_page
+
+        print(markdown_page(), end="")
+        return None
     from toolkit.ranks import launch
     from toolkit.settings.overrides import unknown
 
@@ -73,6 +78,7 @@ def _quiet() -> None:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    lines.append(f"  {'settings':<{width}}  print docs/configuration.md: every setting with its default and meaning")
     return "\n".join([
         f"{PROG} COMMAND ...", "", *lines, "",
         f"`{PROG} COMMAND --help` has a command's own arguments. `deepspeed --module toolkit COMMAND ...` and",

@@ -19,7 +19,7 @@ from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.data.minillm import SETS
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
-from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, protocol
+from toolkit.evaluation.protocols import PROTOCOLS, SEEDS, protocol, settings_table
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
 from toolkit.models import (
@@ -60,10 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", default="", metavar="DIR_OR_NAME", help="the model that kl is measured against")
     add("--out", required=True, metavar="FILE_OR_FOLDER", help="a .jsonl file for the answers, or a folder")
     add("settings", nargs="*", metavar="key=value", help="data.template=chat, sampling.temperature=0.7, precision=fp32")
-    parser.epilog = "settings and what they are under each protocol:\n" + "\n".join(
-        f"  {key:<32} {'   '.join(f'{name}: {_flat(config)[key]}' for name, config in PROTOCOLS.items())}"
-        for key in _flat(EvaluationConfig())
-    )
+    parser.epilog = "settings, with their values under the protocol paper:\n\n" + settings_table()
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -327,12 +324,3 @@ def _unique(what: str, given: Sequence[str]) -> tuple[str, ...]:
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{what} {','.join(names)}: an empty or a repeated entry; give each once")
     return names
-
-
-def _flat(config: EvaluationConfig) -> dict[str, Any]:
-    parts = dataclasses.asdict(config)
-    return {
-        f"{key}.{name}" if isinstance(value, dict) else key: inner
-        for key, value in parts.items()
-        for name, inner in (value.items() if isinstance(value, dict) else [("", value)])
-    }

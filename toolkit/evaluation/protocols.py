@@ -3,6 +3,7 @@
 from toolkit.data.minillm import LAYOUT
 from toolkit.settings import DataConfig, EvaluationConfig, SamplingSettings
 from toolkit.settings.overrides import unknown
+from toolkit.settings.page import help_page
 
 SEEDS = (10, 20, 30, 40, 50)  # the paper's
 #: "paper": the final evaluation of DistiLLM (arXiv 2402.03898) and MiniLLM, whose generation has a fixed room of 256
@@ -21,3 +22,9 @@ def protocol(name: str) -> EvaluationConfig:
     if name not in PROTOCOLS:
         raise unknown("--protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
+
+
+def settings_table() -> str:
+    """Every setting of `evaluate` with its meaning and its value under each protocol."""
+    beside = {f"--protocol {name}": config for name, config in PROTOCOLS.items() if name != "paper"}
+    return help_page(PROTOCOLS["paper"], beside)

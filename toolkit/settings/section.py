@@ -39,10 +39,8 @@ class Section:
 
     def validate(self, section: str) -> None:
         """Raises ValueError for the first setting that cannot work; `section` is where it stands, as in "train"."""
-        for field in dataclasses.fields(self):
-            if "setting" in field.metadata:
-                name = f"{section}.{field.name}" if section else field.name
-                field.metadata["setting"].check(name, getattr(self, field.name))
+        for entry in self.own_entries(f"{section}." if section else ""):
+            entry.setting.check(entry.key, entry.value)
 
     def check_with(self, run: RunConfig) -> None:
         """Raises ValueError for what cannot go together with settings of other sections of the run."""
@@ -73,14 +71,21 @@ class Section:
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Section)}
 
+    def parts(self, prefix: str = "") -> Iterator[tuple[str, Section]]:
+        """This section and all below it, each after what stands before its settings' names, as in "student.init."."""
+        yield prefix, self
+        for name, section in self.sections.items():
+            yield from section.parts(f"{prefix}{name}.")
+
+    def own_entries(self, prefix: str = "") -> list[Entry]:
+        """The settings that lie in this section itself, in the order in which they are written."""
+        fields = [field for field in dataclasses.fields(self) if "setting" in field.metadata]
+        return [Entry(prefix + f.name, getattr(self, f.name), f.metadata["setting"]) for f in fields]
+
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        """Every setting, those of nested sections included, in the order in which they are written."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Section):
-                yield from value.entries(f"{prefix}{field.name}.")
-            else:
-                yield Entry(prefix + field.name, value, field.metadata["setting"])
+        """Every setting: those of this section, then those of the sections below it."""
+        for name, section in self.parts(prefix):
+            yield from section.own_entries(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, sections as dicts."""
