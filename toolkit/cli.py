@@ -234,3 +234,11 @@ def evaluate(
         )
 
     return work
+
+
+@app.command("settings", epilog=_example("settings > docs/configuration.md"))
+def settings() -> None:
+    """Print docs/configuration.md: every setting with its default and meaning."""
+    from toolkit.settings.page import markdown_page
+
+    print(markdown_page(), end="")

@@ -182,7 +182,7 @@ def test_a_model_that_was_written_anew_is_another_one(tiny, data, tmp_path, rank
     ("a repeated entry", [], {"models": ("student", "student")}),
     ("no model folder", [], {"models": ("nowhere",)}),
     ("did you mean 'sampling.top_p'", ["sampling.topp=1"], {}),
-    ("sampling.top_p = 2.0 lies outside", ["sampling.top_p=2"], {}),
+    ("sampling.top_p = 2.0; it has to be above 0 and at most 1", ["sampling.top_p=2"], {}),
     ("no field 'prompt'", ["data.prompt_field=prompt"], {}),
     ("256 positions", ["max_new_tokens=250"], {}),
     ("No such option: --metrics", ["--metrics=bleu"], {}),

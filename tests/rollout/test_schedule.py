@@ -145,16 +145,16 @@ def test_non_finite_loss_is_refused_and_not_recorded(loss):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(policy="adaptve"), "known: adaptive, on_policy, mixed, off; nearest: 'adaptive'"),
-        (dict(policy="on-policy"), "nearest: 'on_policy'"),
-        (dict(policy="adaptive-srkl"), "unknown"),
-        (dict(generation_share="decrease"), "nearest: 'decreasing'"),
-        (dict(reference_loss="release"), "nearest: 'released'"),
-        (dict(phi_initial=1.1), "phi_initial is 1.1"),
-        (dict(phi_step=-0.1), "phi_step is -0.1"),
-        (dict(mixed_share=math.nan), "mixed_share is nan"),
-        (dict(epsilon=-1), "epsilon is -1"),
-        (dict(epsilon=math.inf), "epsilon is inf"),
+        (dict(policy="adaptve"), "one of adaptive, on_policy, mixed, off; did you mean 'adaptive'"),
+        (dict(policy="on-policy"), "did you mean 'on_policy'"),
+        (dict(policy="adaptive-srkl"), "schedule.policy = 'adaptive-srkl' is not one of"),
+        (dict(generation_share="decrease"), "did you mean 'decreasing'"),
+        (dict(reference_loss="release"), "did you mean 'released'"),
+        (dict(phi_initial=1.1), "schedule.phi_initial = 1.1; it has to be at least 0 and at most 1"),
+        (dict(phi_step=-0.1), "phi_step = -0.1"),
+        (dict(mixed_share=math.nan), "mixed_share = nan"),
+        (dict(epsilon=-1), "epsilon = -1"),
+        (dict(epsilon=math.inf), "epsilon = inf; it has to be at least 0 and finite"),
     ],
 )
 def test_invalid_configs_name_the_field(fields, message):

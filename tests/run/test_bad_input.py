@@ -34,7 +34,7 @@ def refused(tiny, ranks2):
         ("did you mean 'loss.alpha'", {"loss.alhpa": 0.1}),
         ("did you mean 'srkl'", {"loss.divergence": "srk"}),
         ("alpha is 1", {"loss.alpha": 1.0}),
-        ("nearest: 'adaptive'", {"schedule.policy": "adaptve"}),
+        ("did you mean 'adaptive'", {"schedule.policy": "adaptve"}),
         ("no DeepSpeed config at nowhere.json", {"student.ds_config": "nowhere.json"}),
         ("train.batch_rows = 7 is not a multiple of the 2 ranks", {"train.batch_rows": 7}),
         ("40 training rows, fewer than train.batch_rows = 64", {"train.batch_rows": 64}),

@@ -157,7 +157,7 @@ def test_help_of_several_runs_lists_the_settings_of_one(capsys):
         main(table, given)
         printed = capsys.readouterr().out
         assert "a, b/c" in printed and f"Settings of {name}," in printed
-        assert f"\nname: {said}\n" in printed and printed.count("\nname: ") == 1
+        assert f"\n  name = {said} " in printed and printed.count("\n  name = ") == 1
     with pytest.raises(SystemExit):
         main(table, ["b/d", "--help"])
     assert "did you mean 'b/c'" in capsys.readouterr().err

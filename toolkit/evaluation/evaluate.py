@@ -16,7 +16,7 @@ from toolkit.batch import Example, RowLayout
 from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
-from toolkit.evaluation.protocols import EvaluationConfig, named_protocol
+from toolkit.evaluation.protocols import named_protocol
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
 from toolkit.models import (
@@ -37,8 +37,8 @@ from toolkit.ranks import collectives
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.rollout.check import check_generation
 from toolkit.rollout.local import GatheredRollout
-from toolkit.settings import ModelConfig
-from toolkit.settings.overrides import unknown, with_overrides
+from toolkit.settings import EvaluationConfig, ModelConfig
+from toolkit.settings.overrides import unknown
 from toolkit.storage.lock import sole_use
 from toolkit.tables import format_table
 from toolkit.teachers.live import whole_teacher
@@ -99,7 +99,7 @@ class Request:
     def of(cls, data: str, settings: Sequence[str], *, metric: str, seeds: str, protocol: str, teacher: str) -> Request:
         """The arguments of `evaluate`. Raises ValueError for the first one that cannot work."""
         base = named_protocol(protocol)
-        config = with_overrides(replace(base, data=replace(base.data, source=data)), settings)
+        config = replace(base, data=replace(base.data, source=data)).with_overrides(settings)
         config.validate()
         metrics = _unique("--metric", metric.split(","))
         for name in metrics:

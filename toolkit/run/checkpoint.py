@@ -27,7 +27,7 @@ from toolkit.ranks import collectives
 from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.run.random_state import load_rng_state, rng_state
 from toolkit.seeds import philox
-from toolkit.settings import RunConfig
+from toolkit.settings import RunConfig, free_settings
 from toolkit.storage.appear import DELETING, UNFINISHED, emptied, give_name, remove, unfinished_name
 from toolkit.storage.differences import HASHES, differences, refuse
 from toolkit.storage.manifest import (
@@ -48,14 +48,7 @@ STATE = "state.json"
 NAME = re.compile(r"step-(\d{8})")
 #: prefixes of tensors' names in a rank's file, beside those of `Piece.key`
 REPLAY, RNG = "replay/", "rng/"
-#: settings that may change from one start of a run to the next: places, layout, limits, how often to save.
-#: Where they name a model or data, what is there is compared by its contents.
-FREE = re.compile(
-    r"name|output_dir|cache_dir|resume|precision|(checkpoint|faults)\..*|(teacher|student)\.(path|cache|tokenizer|"
-    r"ds_config|pass_rows|gradient_checkpointing|trust_remote_code)|data\.(source|validation_source|cache_dir|packing)|text\.source|"
-    r"train\.micro_(rows|tokens)|rollout\.(batch_rows|cache_mib|gather|server|server_timeout_s|weights_dir)|"
-    r"validation\.batch_rows|loss\.memory_budget_mib"
-)
+MICRO_BATCH = ("train.micro_rows", "train.micro_tokens")
 
 
 class Checkpoints:
@@ -262,19 +255,21 @@ def identity(teacher_path: str, data_sha256: str, dtype: torch.dtype, base_path:
 
 
 def compare(saved: Mapping[str, Any], config: RunConfig, found: RunIdentity) -> list[str]:
-    """What changed since the checkpoint whose state is `saved`, a line each, where it may change.
+    """What changed since the checkpoint whose state is `saved`, a line each, where it may change: places, layout,
+    limits, how often to save. Where such settings name a model or data, what is there is compared by its contents.
 
     saved: with the run's "config" and "identity" as they were. Raises ValueError, with every such difference, where a
     change would make the run a different one.
     """
-    before, now, default = (_flat(part) for part in (saved["config"], config.to_dict(), RunConfig().to_dict()))
+    written = RunConfig.with_present_names(saved["config"])
+    before, now, default = (_flat(part) for part in (written, config.to_dict(), RunConfig().to_dict()))
     newer = {name: _value_before(name, before, default) for name in now.keys() - before.keys()}
     free: list[str] = []
     refused: list[str] = []
     for name, line in differences(before | newer, now).items():
         # alpha_per_sequence holds each text against the others of its micro-batch
-        is_bound = config.loss.alpha_per_sequence and name.startswith("train.micro_")
-        (free if FREE.fullmatch(name) and not is_bound else refused).append(line)
+        is_bound = config.loss.alpha_per_sequence and name in MICRO_BATCH
+        (free if name in free_settings() and not is_bound else refused).append(line)
     refuse(
         "the run cannot go on from its checkpoint, it would become a different one",
         refused + _changed_contents(saved["identity"], found, config.data.source),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Mapping
 from typing import Any
-
-import yaml
 
 from toolkit.models import default_cache_dir
 from toolkit.models.identity import file_hashes
@@ -24,6 +21,7 @@ from toolkit.run.stages import INIT, Stages, stages_table
 from toolkit.settings import RunConfig
 from toolkit.settings.methods import METHODS, expanded
 from toolkit.settings.overrides import unknown
+from toolkit.settings.page import help_page
 from toolkit.storage.lock import sole_use
 
 Recipe = RunConfig | Mapping[str, RunConfig] | Stages
@@ -118,30 +116,34 @@ def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
 
 
 def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
-    """Prints what the recipe says of itself, its runs, and its settings: of several runs, those of the one that is
-    named, else of the first. Raises ValueError where one is named that is not there."""
+    """Prints what the recipe says of itself, its runs, and its settings with their meanings: of several runs, those of
+    the one that is named, else of the first; of stages, those of the first and what is different in the others. Raises
+    ValueError where a run is named that is not there."""
     parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
     parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
-    settings = {"": recipe} if isinstance(recipe, RunConfig) else {}
-    if isinstance(recipe, Stages):
-        parts.append(
+    how = "to be changed with section.key=value"
+    if isinstance(recipe, RunConfig):
+        parts += [f"Settings, {how}:", help_page(recipe)]
+    elif isinstance(recipe, Stages):
+        first, *others = recipe.runs
+        parts += [
             f"Stages, one after another: {', '.join(recipe.names)}. The name of one before the settings runs it alone. "
-            "\nsection.key=value is for all of them, STAGE.section.key=value for one."
-        )
-        parts.append("Settings of init, to be changed with init.key=value:")
-        parts.append(yaml.safe_dump(dataclasses.asdict(recipe.init), sort_keys=False))
-        settings = recipe.runs
-    elif not settings:
+            "\nsection.key=value is for all of them, STAGE.section.key=value for one.",
+            "Settings of init, to be changed with init.key=value:",
+            help_page(recipe.init, prefix="init."),
+            f"Settings of {first}, {how}"
+            + (f"; in brackets those of {', '.join(others)} where they differ:" if others else ":"),
+            help_page(recipe.runs[first], {name: recipe.runs[name] for name in others}),
+        ]
+    else:
         name = next((text for text in arguments if "=" not in text and not text.startswith("-")), next(iter(recipe)))
         if name not in recipe:
             raise unknown("run", name, recipe)
-        parts.append(
-            f"Runs, one of which is named before the settings (before --help, to see its own): {', '.join(recipe)}"
-        )
-        settings = {name: recipe[name]}
-    for name, config in settings.items():
-        parts.append(f"Settings{f' of {name}' if name else ''}, to be changed with section.key=value:")
-        parts.append(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        parts += [
+            f"Runs, one of which is named before the settings (before --help, to see its own): {', '.join(recipe)}",
+            f"Settings of {name}, {how}:",
+            help_page(recipe[name]),
+        ]
     if os.environ.get("RANK", "0") == "0":
         say("\n\n".join(parts))
     return {}

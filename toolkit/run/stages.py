@@ -18,7 +18,7 @@ from toolkit.models.portable import make_portable
 from toolkit.models.tokenizer import load_tokenizer
 from toolkit.pruning.made import calibration_data, prune_model
 from toolkit.settings import DataConfig, InitConfig, ModelConfig, RunConfig
-from toolkit.settings.overrides import unknown, with_overrides
+from toolkit.settings.overrides import unknown
 from toolkit.storage.appear import made_once, remove
 from toolkit.storage.differences import differences, refuse
 from toolkit.tables import format_table
@@ -66,7 +66,7 @@ class Stages:
             stage, _, rest = text.partition("=")[0].partition(".")
             own = text.partition(".")[2]
             if stage == INIT:
-                init = with_overrides(init, [own])
+                init = init.with_overrides([own])
             elif stage in runs:
                 runs[stage] = runs[stage].with_overrides([own])
             elif rest and stage not in RunConfig.__dataclass_fields__:

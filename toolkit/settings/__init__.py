@@ -1,28 +1,15 @@
-"""Every setting of a run, an evaluation or a cut student: frozen dataclasses in sections, and `key=value` for them.
+"""Every setting of a run, an evaluation or a cut student: sections with defaults, meanings and bounds, and `key=value`.
 
 Imports `divergences` alone, for what a divergence may be given."""
 
-from toolkit.settings.config import (
-    DEPTHS,
-    NO_DIVERGENCE,
-    PRECISIONS,
-    SCORES,
-    WIDTHS,
-    CheckpointConfig,
-    FaultsConfig,
-    InitConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    RunConfig,
-    SamplingSettings,
-    TrainConfig,
-    ValidationConfig,
-)
 from toolkit.settings.data import PYTHON_DOCS, TEMPLATE_NAMES, DataConfig, TextConfig
+from toolkit.settings.loss import NO_DIVERGENCE, LossConfig
+from toolkit.settings.model import DEPTHS, WIDTHS, InitConfig, LoraConfig, ModelConfig
+from toolkit.settings.rollout import RolloutConfig, SamplingSettings
+from toolkit.settings.run import RunConfig, free_settings
 from toolkit.settings.schedule import POLICIES, ScheduleConfig
+from toolkit.settings.training import CheckpointConfig, FaultsConfig, OptimizerConfig, TrainConfig
+from toolkit.settings.validation import PRECISIONS, SCORES, EvaluationConfig, ValidationConfig
 
 __all__ = [
     "DEPTHS",
@@ -35,6 +22,7 @@ __all__ = [
     "WIDTHS",
     "CheckpointConfig",
     "DataConfig",
+    "EvaluationConfig",
     "FaultsConfig",
     "InitConfig",
     "LoraConfig",
@@ -48,4 +36,5 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "ValidationConfig",
+    "free_settings",
 ]

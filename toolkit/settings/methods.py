@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from toolkit.settings.config import RunConfig
 from toolkit.settings.overrides import unknown
+from toolkit.settings.run import RunConfig
 
 #: What a method has where it says nothing else, so that none is left with a part of the one that was set before it.
 COMMON = {
