@@ -40,7 +40,7 @@ SETTLE_S = 90.0  # the ranks that are left have to end by themselves within this
 SETTINGS = {
     "schedule.policy": "adaptive", "schedule.phi_initial": 0.6, "schedule.epsilon": 0, "rollout.capacity": 30,
     "optimizer.name": "adamw", "optimizer.lr": 0.003, "optimizer.max_grad_norm": 1.0, "validation.every_steps": 10,
-    "validation.rouge_rows": 2, "checkpoint.every_steps": 3, "resume": "auto", "faults.hang_s": 20,
+    "validation.scored_rows": 2, "checkpoint.every_steps": 3, "resume": "auto", "faults.hang_s": 20,
 }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def crash_test(root: Path, kills: int, world: int, steps: int, seed: int) -> int
     save_llama(root / "teacher", tokenizer, seed=1, hidden=48, extra_rows=5)
     save_llama(root / "student", tokenizer, seed=2)
     save_rows(root / "rows.jsonl")
-    changes = SETTINGS | {"train.steps": steps, "train.micro_rows": 4 if world <= 2 else 1}
+    changes = SETTINGS | {"train.steps": steps, "train.rows_per_micro_batch": 4 if world <= 2 else 1}
 
     def overrides(name: str) -> list[str]:
         return tiny_overrides(root, name=name, **changes)

@@ -25,15 +25,15 @@ from toolkit.tables import format_table
 STEPS = 50
 
 
-def padding(config, tokenizer, batch_rows, micro_rows, micro_tokens):
+def padding(config, tokenizer, rows_per_step, micro_rows, micro_tokens):
     """For each way to lay out the same steps: padded tokens / real tokens, micro-batches of a step, mean rows x length
     of a micro-batch, and the largest micro-batch."""
     dataset, pad_id = PromptDataset(load_data(config, tokenizer).train, 0), tokenizer.eos_token_id
     limit = f"at most {micro_tokens} tokens"
     windows = {name: [] for name in ("in order", "sorted (default)", "packed", limit, f"packed, {limit}")}
     for step in range(STEPS):
-        examples = dataset.window_examples(step, 0, 1, batch_rows)
-        chunks = [examples[start : start + micro_rows] for start in range(0, batch_rows, micro_rows)]
+        examples = dataset.window_examples(step, 0, 1, rows_per_step)
+        chunks = [examples[start : start + micro_rows] for start in range(0, rows_per_step, micro_rows)]
         windows["in order"] += [TokenBatch.from_examples(chunk, pad_id) for chunk in chunks]
         windows["sorted (default)"] += make_window(examples, micro_rows, pad_id)
         windows["packed"] += make_window(examples, micro_rows, pad_id, pack_to=config.max_length)
@@ -51,7 +51,7 @@ def padding(config, tokenizer, batch_rows, micro_rows, micro_tokens):
             name, f"{padded / real:.2f}", f"{len(batches) / STEPS:.1f}", f"{padded / len(batches):.0f}", f"{largest}"
         ])  # fmt: skip
     titles = "padded / real", "micro-batches", "mean", "largest micro-batch"
-    return format_table([f"{batch_rows} rows in {micro_rows}s", *titles], table)
+    return format_table([f"{rows_per_step} rows in {micro_rows}s", *titles], table)
 
 
 def timing(config, tokenizer, rows, folder):
@@ -89,8 +89,8 @@ def main():
     )  # fmt: skip
     model = ModelConfig(path=options.tokenizer)
     tokenizer = load_tokenizer(model, materialize(model, Path("~/.cache/distillation-toolkit").expanduser()))
-    for batch_rows, micro_rows, micro_tokens in ((8, 4, 1024), (64, 8, 2048)):
-        print(padding(config, tokenizer, batch_rows, micro_rows, micro_tokens), "\n")
+    for rows_per_step, micro_rows, micro_tokens in ((8, 4, 1024), (64, 8, 2048)):
+        print(padding(config, tokenizer, rows_per_step, micro_rows, micro_tokens), "\n")
     with tempfile.TemporaryDirectory() as folder:
         print(timing(config, tokenizer, options.rows, Path(folder)))
     print(f"{os.cpu_count()} cores, RAYON_NUM_THREADS = {os.environ.get('RAYON_NUM_THREADS', 'not set')}")

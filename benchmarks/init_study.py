@@ -160,7 +160,7 @@ def train(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]
             "name": name, "output_dir": run.parent, "teacher.path": options.teacher, "student.path": options.out / name,
             "student.drop_layers": [], "train.steps": options.steps,
             "optimizer.warmup_steps": min(5, options.steps - 1),
-            "validation.every_steps": options.every, "validation.rows": options.rows, "validation.rouge_rows": 0,
+            "validation.every_steps": options.every, "validation.rows": options.rows, "validation.scored_rows": 0,
             "validation.samples": 0,
         }  # fmt: skip
         given = [f"{key}={value}" for key, value in settings.items()]

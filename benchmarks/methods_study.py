@@ -2,7 +2,7 @@
 
     python benchmarks/methods_study.py --train train.jsonl --validation valid.jsonl          # all, hours on one core
     python benchmarks/methods_study.py ... --only start,kd,gkd                               # some; what is there stays
-    python benchmarks/methods_study.py ... --steps 2 --every 1 --batch-rows 2 --seeds 10 --heldout-rows 4
+    python benchmarks/methods_study.py ... --steps 2 --every 1 --rows-per-step 2 --seeds 10 --heldout-rows 4
 
 The teacher is SmolLM2-135M-Instruct as it is; the student is the quickstart's loop from 15 of its 30 layers, fine-tuned
 first on the data (`start`), as the paper has it. Rows are Dolly's: instruction, input, output. The last --heldout-rows
@@ -87,12 +87,12 @@ def settings_of(name: str, options: argparse.Namespace) -> dict:
         "teacher.path": TEACHER,  # for validation where a method has none
         "student.drop_layers": [], "data.packing": False,  # single rows for all: distillm2 needs them
         "data.source": options.train, "data.validation_source": options.out / "curve.jsonl",
-        "data.max_rows": steps * options.batch_rows,
-        "train.steps": steps, "train.batch_rows": options.batch_rows,
-        "train.micro_rows": min(4, options.batch_rows), "rollout.max_new_tokens": options.new_tokens,
+        "data.max_rows": steps * options.rows_per_step,
+        "train.steps": steps, "train.rows_per_step": options.rows_per_step,
+        "train.rows_per_micro_batch": min(4, options.rows_per_step), "rollout.max_new_tokens": options.new_tokens,
         "optimizer.lr": options.lr, "optimizer.min_lr": options.lr, "optimizer.warmup_steps": min(5, steps - 1),
         "validation.every_steps": steps if name == START else options.every, "validation.rows": options.rows,
-        "validation.rouge_rows": 0, "validation.samples": 0, "checkpoint.every_steps": 0,
+        "validation.scored_rows": 0, "validation.samples": 0, "checkpoint.every_steps": 0,
     }  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def study_parser(doc: str | None, out: str) -> argparse.ArgumentParser:
     add("--start-steps", type=int, default=100, help="of fine-tuning before all methods")
     add("--steps", type=int, default=24, help="of each method")
     add("--every", type=int, default=6, help="steps between two validations")
-    add("--batch-rows", type=int, default=4)
+    add("--rows-per-step", type=int, default=4)
     add("--lr", type=float, default=3e-4)
     add("--rows", type=int, default=16, help="of validation, for the curves")
     add("--heldout-rows", type=int, default=40, help="for ROUGE-L and the KL in the table")

@@ -29,8 +29,8 @@ GENERATING = {"off": 0.0, "on_policy": 1.0, "mixed": 0.5, "adaptive": 0.15}
 
 
 def hours(config: RunConfig, student: float, teacher: float) -> float:
-    steps = config.train.epochs * ROWS / config.train.batch_rows
-    rows = steps * config.train.batch_rows
+    steps = config.train.epochs * ROWS / config.train.rows_per_step
+    rows = steps * config.train.rows_per_step
     operations = rows * ROW_TOKENS * (6 * student + (2 * teacher if config.has_teacher else 0))
     if config.text.source:
         operations += rows * TEXT_TOKENS * 6 * student

@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = [
-    "name=cost", "train.steps=6", "train.batch_rows=2", "train.micro_rows=1", "validation.rows=2",
-    "validation.rouge_rows=0", "validation.samples=0", "schedule.policy=off", "data.max_rows=40",
+    "name=cost", "train.steps=6", "train.rows_per_step=2", "train.rows_per_micro_batch=1", "validation.rows=2",
+    "validation.scored_rows=0", "validation.samples=0", "schedule.policy=off", "data.max_rows=40",
     "checkpoint.every_steps=1", "optimizer.warmup_steps=0", "precision=fp32",
 ]  # fmt: skip
 

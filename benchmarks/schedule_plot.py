@@ -51,7 +51,7 @@ def made_up_losses() -> list[float]:
 def simulate(settings: dict, seed: int = 10) -> SimpleNamespace:
     """sources and phi of every step, texts that were made, ages of the rows drawn, and how often each text was used."""
     config = RunConfig(
-        seed=seed, train=TrainConfig(steps=STEPS, batch_rows=ROWS, micro_rows=ROWS),
+        seed=seed, train=TrainConfig(steps=STEPS, rows_per_step=ROWS, rows_per_micro_batch=ROWS),
         rollout=RolloutConfig(train_on_fresh=settings.get("policy") in FRESH),
     )  # fmt: skip
     schedule = Schedule(ScheduleConfig(**settings), seed, STEPS)

@@ -35,12 +35,12 @@ STUDENT = {"d_model": 96, "d_ff": 384, "d_kv": 24, "num_heads": 4, "num_layers":
 #: task -> (recipe, score, settings of both runs, steps of teacher and student)
 TASKS = {
     "translation": ("t5_translation", "bleu", {
-        "data.max_length": 128, "data.max_prompt_length": 64, "rollout.max_new_tokens": 48, "train.batch_rows": 32,
-        "train.micro_rows": 32, "validation.rouge_rows": 100, "validation.every_steps": 100,
+        "data.max_length": 128, "data.max_prompt_length": 64, "rollout.max_new_tokens": 48, "train.rows_per_step": 32,
+        "train.rows_per_micro_batch": 32, "validation.scored_rows": 100, "validation.every_steps": 100,
     }, (500, 400)),
     "summarization": ("t5_summarization", "rouge_l", {
-        "data.max_length": 320, "data.max_prompt_length": 256, "rollout.max_new_tokens": 64, "train.batch_rows": 8,
-        "train.micro_rows": 8, "validation.rouge_rows": 100, "validation.every_steps": 40,
+        "data.max_length": 320, "data.max_prompt_length": 256, "rollout.max_new_tokens": 64, "train.rows_per_step": 8,
+        "train.rows_per_micro_batch": 8, "validation.scored_rows": 100, "validation.every_steps": 40,
     }, (240, 200)),
 }  # fmt: skip
 

@@ -3,7 +3,7 @@ distillation (off), DistiLLM (adaptive, with replay), a fixed half of student te
 and TRL 1.16's GKD trainer at lambda 0, 0.5 and 1, where it is installed (benchmarks/requirements.txt).
 
     deepspeed --num_accelerators 2 benchmarks/step.py                         # random models, seconds
-    deepspeed --num_accelerators 2 benchmarks/step.py --model-size smollm2 --steps 40 train.batch_rows=16
+    deepspeed --num_accelerators 2 benchmarks/step.py --model-size smollm2 --steps 40 train.rows_per_step=16
     deepspeed --num_accelerators 2 benchmarks/step.py --model-size smollm2 --only "off" "TRL GKD, lambda 0"
     deepspeed --num_gpus 8 benchmarks/step.py --teacher FOLDER --student FOLDER data.source=FILE
 
@@ -76,9 +76,9 @@ def base_config(options: argparse.Namespace, folder: Path) -> RunConfig:
         teacher=ModelConfig(path=teacher, ds_config=f"ds_configs/teacher_{where}.json"),
         student=ModelConfig(path=student, drop_layers=dropped, ds_config=f"ds_configs/student_{where}.json"),
         data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80),
-        train=TrainConfig(steps=options.steps, batch_rows=8, micro_rows=4),
+        train=TrainConfig(steps=options.steps, rows_per_step=8, rows_per_micro_batch=4),
         optimizer=OptimizerConfig(lr=1e-4),
-        validation=ValidationConfig(every_steps=10**6, rows=2, batch_rows=2),
+        validation=ValidationConfig(every_steps=10**6, rows=2, rows_per_pass=2),
         checkpoint=CheckpointConfig(every_steps=0),
         faults=FaultsConfig(hang_s=7200.0),
         resume="never",
@@ -124,7 +124,7 @@ def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths:
     world, device = collectives.world(), collectives.device()
     dtype = choose_dtype(config.precision, device)
     tokenizer = load_tokenizer(config.student, paths[1])
-    rows = config.train.batch_rows // world
+    rows = config.train.rows_per_step // world
     dataset = PromptDataset(load_data(config.data, tokenizer, config.seed).train, config.seed)
     examples = [
         example
@@ -181,7 +181,8 @@ def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths:
         model=AutoModelForCausalLM.from_pretrained(paths[1], dtype=torch.float32),
         teacher_model=AutoModelForCausalLM.from_pretrained(paths[0], dtype=dtype),
         args=GKDConfig(
-            output_dir=folder, max_steps=config.train.steps, per_device_train_batch_size=config.micro_rows(world),
+            output_dir=folder, max_steps=config.train.steps,
+            per_device_train_batch_size=config.rows_per_micro_batch(world),
             gradient_accumulation_steps=config.accumulation(world), learning_rate=config.optimizer.lr,
             max_grad_norm=config.optimizer.max_grad_norm, weight_decay=config.optimizer.weight_decay, lmbda=lmbda,
             beta=0.5, temperature=1.0, max_new_tokens=config.max_new_tokens, max_length=config.data.max_length,

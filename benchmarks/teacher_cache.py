@@ -136,7 +136,7 @@ def timed(options):
     folder = Path(tempfile.mkdtemp())
     settings = [
         f"data.max_rows={options.rows}", "schedule.policy=off", "loss.divergence=fkl", "validation.rows=8",
-        "validation.rouge_rows=0", "validation.samples=0", f"train.steps={options.steps}", f"output_dir={folder}",
+        "validation.scored_rows=0", "validation.samples=0", f"train.steps={options.steps}", f"output_dir={folder}",
         "optimizer.warmup_steps=0", "checkpoint.every_steps=0", "resume=never",
     ]  # fmt: skip
     caches, table = {"live teacher": None}, []

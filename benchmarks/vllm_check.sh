@@ -32,7 +32,7 @@ serve() {
 distil() {
     "$python" recipes/quickstart.py rollout.engine=vllm rollout.server="http://127.0.0.1:$1" \
         rollout.weights_dir="$work/weights" rollout.train_on_fresh=true precision=bf16 schedule.policy=on_policy \
-        train.steps=6 validation.rows=8 validation.rouge_rows=0 validation.samples=0 output_dir="$work/runs" \
+        train.steps=6 validation.rows=8 validation.scored_rows=0 validation.samples=0 output_dir="$work/runs" \
         resume=never "${@:2}"
 }
 # Passes everything on to the server but the reloads after the second: those it answers itself, as the server would.

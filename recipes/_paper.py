@@ -15,7 +15,7 @@ BASE = RunConfig(
     ),
     text=TextConfig(max_length=512, streaming=True),
     optimizer=OptimizerConfig(min_lr=1e-7, weight_decay=1e-2, max_grad_norm=1.0),
-    validation=ValidationConfig(every_steps=200, rows=500, rouge_rows=500, best="rouge_l"),
+    validation=ValidationConfig(every_steps=200, rows=500, scored_rows=500, best="rouge_l"),
 )  # fmt: skip
 Settings = dict[str, Any]
 NONE: Settings = {}
@@ -28,7 +28,7 @@ FROM_SCRATCH = ("sft", "kd", "seqkd")
 
 def batch(rows: int, accumulation: int = 1) -> Settings:
     """So many rows in a micro-batch on each GPU."""
-    return {"train.batch_rows": rows * accumulation * GPUS, "train.micro_rows": rows}
+    return {"train.rows_per_step": rows * accumulation * GPUS, "train.rows_per_micro_batch": rows}
 
 
 class Size(NamedTuple):

@@ -1,7 +1,7 @@
 """OpenLLaMA-7B-v2 becomes a 1.3B student, 8 GPUs of 80 GB:   deepspeed recipes/llama_7b_to_1b.py
 
 init cuts the student out of the teacher, recovery brings it back to language on 10 B tokens of plain text, distil is
-DistiLLM on instructions. With 100 M: recovery.train.tokens=100e6 recovery.train.batch_rows=64, 763 steps.
+DistiLLM on instructions. With 100 M: recovery.train.tokens=100e6 recovery.train.rows_per_step=64, 763 steps.
 
 The teacher named here was never fine-tuned on instructions: it rarely ends an answer, and the student of distil would
 learn that. So first make one that does, then name it for that stage (docs/initialisation.md):
@@ -12,9 +12,9 @@ learn that. So first make one that does, then name it for that stage (docs/initi
 To try it anywhere at true width, without the hub, with the sentencepiece file of a LLaMA:
 
     ./run.sh llama_7b_to_1b teacher.tokenizer=FILE.model teacher.random_weights=true teacher.num_layers=2 \\
-        init.layers=1 init.rows=2 data.source=python_docs recovery.data.streaming=false train.batch_rows=2 \\
+        init.layers=1 init.rows=2 data.source=python_docs recovery.data.streaming=false train.rows_per_step=2 \\
         data.max_length=128 distil.data.max_prompt_length=64 recovery.train.tokens=512 distil.train.steps=2 \\
-        optimizer.warmup_steps=0 validation.rows=2 distil.validation.rouge_rows=2 distil.validation.samples=1 \\
+        optimizer.warmup_steps=0 validation.rows=2 distil.validation.scored_rows=2 distil.validation.samples=1 \\
         teacher.ds_config=ds_configs/teacher_cpu.json student.ds_config=ds_configs/student_cpu.json
 """
 
@@ -56,7 +56,7 @@ RECOVERY = RunConfig(
         validation_fraction=0.005,
     ),
     loss=LossConfig(divergence="fkl", cross_entropy_weight=1.0),
-    train=TrainConfig(tokens=10e9, batch_rows=512, micro_rows=8),  # 9,537 steps of 1 M tokens
+    train=TrainConfig(tokens=10e9, rows_per_step=512, rows_per_micro_batch=8),  # 9,537 steps of 1 M tokens
     optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, warmup_steps=50, weight_decay=0.1, betas=(0.9, 0.95)),
     schedule=ScheduleConfig(policy="off"),
     validation=ValidationConfig(every_steps=250),
@@ -68,10 +68,10 @@ DISTIL = RunConfig(
         on_bad_row="skip",  # without the 500 prompts of the papers' test
     ),
     loss=LossConfig(divergence="srkl", alpha=0.1),
-    train=TrainConfig(steps=2270, batch_rows=64, micro_rows=8),  # 10 epochs of about 14,500 rows
+    train=TrainConfig(steps=2270, rows_per_step=64, rows_per_micro_batch=8),  # 10 epochs of about 14,500 rows
     optimizer=OptimizerConfig(lr=5e-5, warmup_steps=100, weight_decay=1e-2, max_grad_norm=1.0),
     schedule=ScheduleConfig(policy="adaptive", phi_initial=0.2, epsilon=0.2),
-    validation=ValidationConfig(every_steps=227, rows=500, rouge_rows=500, samples=3),
+    validation=ValidationConfig(every_steps=227, rows=500, scored_rows=500, samples=3),
 )  # fmt: skip
 RECIPE = Stages(
     init=InitConfig(layers=24, hidden=2048, heads=16, kv_heads=16, mlp=5504),

@@ -28,10 +28,10 @@ RECIPE = RunConfig(
     student=ModelConfig(path=TEACHER, drop_layers=tuple(range(9, 19)), ds_config="ds_configs/student_cpu.json"),
     data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80, packing=True),
     loss=LossConfig(divergence="skl", alpha=0.1),
-    train=TrainConfig(steps=80, batch_rows=8, micro_rows=4),
+    train=TrainConfig(steps=80, rows_per_step=8, rows_per_micro_batch=4),
     optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5),
     schedule=ScheduleConfig(policy="adaptive", phi_initial=0.2),
-    validation=ValidationConfig(every_steps=40, rows=64, rouge_rows=32, samples=3),
+    validation=ValidationConfig(every_steps=40, rows=64, scored_rows=32, samples=3),
 )
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ RECOVERY = RunConfig(
     **SHARED,
     data=DataConfig(kind="text", source="python_docs", max_length=128),
     loss=LossConfig(divergence="fkl", cross_entropy_weight=1.0),
-    train=TrainConfig(tokens=80e3, batch_rows=8, micro_rows=4),  # 79 steps
+    train=TrainConfig(tokens=80e3, rows_per_step=8, rows_per_micro_batch=4),  # 79 steps
     optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=5),
     schedule=ScheduleConfig(policy="off"),
     validation=ValidationConfig(every_steps=10, rows=32),
@@ -42,10 +42,10 @@ DISTIL = RunConfig(
     **SHARED,
     data=DataConfig(source="python_docs", max_length=128, max_prompt_length=80, packing=True),
     loss=LossConfig(divergence="skl", alpha=0.1),
-    train=TrainConfig(steps=50, batch_rows=8, micro_rows=4),
+    train=TrainConfig(steps=50, rows_per_step=8, rows_per_micro_batch=4),
     optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5),
     schedule=ScheduleConfig(policy="adaptive", phi_initial=0.2),
-    validation=ValidationConfig(every_steps=25, rows=64, rouge_rows=32, samples=3),
+    validation=ValidationConfig(every_steps=25, rows=64, scored_rows=32, samples=3),
 )
 RECIPE = Stages(
     init=InitConfig(layers=20, mlp=616, rows=8),  # the best of docs/initialisation.md at half of the parameters

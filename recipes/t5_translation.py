@@ -33,10 +33,10 @@ RECIPE = RunConfig(
         on_bad_row="skip",
     ),
     loss=LossConfig(divergence="skl", alpha=0.1),
-    train=TrainConfig(steps=4530, batch_rows=64, micro_rows=8),  # 10 epochs of 29,000 rows
+    train=TrainConfig(steps=4530, rows_per_step=64, rows_per_micro_batch=8),  # 10 epochs of 29,000 rows
     optimizer=OptimizerConfig(lr=3e-4, warmup_steps=100, weight_decay=1e-2, max_grad_norm=1.0),
     schedule=ScheduleConfig(policy="adaptive"),
-    validation=ValidationConfig(every_steps=453, rows=1000, rouge_rows=500, samples=3),
+    validation=ValidationConfig(every_steps=453, rows=1000, scored_rows=500, samples=3),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def with_student(folder, work, **changes):
     from toolkit.pruning.made import materialize
     from toolkit.ranks import collectives
 
-    overrides = tiny_overrides(folder, train__micro_rows=8 // collectives.world(), **changes)
+    overrides = tiny_overrides(folder, train__rows_per_micro_batch=8 // collectives.world(), **changes)
     config = RunConfig().with_overrides(overrides)
     path = materialize(config.student, Path(config.cache_dir))
     tokenizer = load_tokenizer(config.student, path)
@@ -292,9 +292,9 @@ def exported_logits(folder, ids, **changes):
     return with_student(folder, work, **changes)
 
 
-def sampled_texts(folder, prompts, batch_rows, gather="always", **sampling):
+def sampled_texts(folder, prompts, rows_at_once, gather="always", **sampling):
     """Token ids of the answers to `prompts`, dealt over the ranks and put together again."""
-    return _sampled(folder, prompts, batch_rows, gather, **sampling)[0]
+    return _sampled(folder, prompts, rows_at_once, gather, **sampling)[0]
 
 
 def sampled_texts_and_mode(folder, prompts, gather, free_bytes=None, **sampling):
@@ -324,12 +324,12 @@ def texts_within_budget(folder, prompts, cache_mib, **sampling):
     return with_engine(folder, work)
 
 
-def _sampled(folder, prompts, batch_rows, gather, **sampling):
+def _sampled(folder, prompts, rows_at_once, gather, **sampling):
     from toolkit.ranks import collectives
     from toolkit.rollout.local import SeededSampling, sequence_seed
 
     def work(rollout, tokenizer):
-        rollout.rows.size, rollout.gather = batch_rows, gather
+        rollout.rows.size, rollout.gather = rows_at_once, gather
         rank, world = collectives.rank(), collectives.world()
         rows = range(rank, len(prompts), world)
         seeded = SeededSampling(seeds=[sequence_seed(7, 0, row) for row in rows], **sampling)

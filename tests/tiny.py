@@ -121,10 +121,11 @@ def tiny_overrides(folder, **changes):
         "teacher.path": f"{folder}/teacher", "student.path": f"{folder}/student", "data.source": f"{folder}/rows.jsonl",
         "data.validation_source": f"{folder}/rows.jsonl", "data.max_length": 96, "data.max_prompt_length": 64,
         "teacher.ds_config": "ds_configs/teacher_cpu.json", "student.ds_config": "ds_configs/student_cpu.json",
-        "precision": "fp32", "train.steps": 3, "train.batch_rows": 8, "train.micro_rows": 4, "optimizer.name": "sgd",
+        "precision": "fp32", "train.steps": 3, "train.rows_per_step": 8, "train.rows_per_micro_batch": 4,
+        "optimizer.name": "sgd",
         "optimizer.lr": 0.5, "optimizer.max_grad_norm": 0, "optimizer.weight_decay": 0, "schedule.policy": "off",
-        "rollout.max_new_tokens": 12, "validation.rows": 6, "validation.batch_rows": 2, "output_dir": f"{folder}/runs",
-        "cache_dir": f"{folder}/cache", "resume": "never",
+        "rollout.max_new_tokens": 12, "validation.rows": 6, "validation.rows_per_pass": 2,
+        "output_dir": f"{folder}/runs", "cache_dir": f"{folder}/cache", "resume": "never",
     } | {name.replace("__", "."): value for name, value in changes.items()}  # fmt: skip
     return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 

@@ -276,7 +276,7 @@ def test_a_stream_that_cannot_be_read_is_refused_before_a_model_loads(tmp_path, 
     field = {"data": "text_field", "text": "field"}[section]
     config = RunConfig().with_settings({
         "data.kind": "text", "data.validation_source": str(good), "data.text_field": "body", "data.max_length": 16,
-        f"{section}.streaming": True, f"{section}.{field}": "body", "train.batch_rows": 1,
+        f"{section}.streaming": True, f"{section}.{field}": "body", "train.rows_per_step": 1,
     })  # fmt: skip
 
     def load(source):
@@ -297,7 +297,7 @@ def test_a_stream_that_cannot_be_read_is_refused_before_a_model_loads(tmp_path, 
     (DataConfig(kind="texts"), "did you mean 'text'"), (DataConfig(streaming=True), "data.streaming is for plain text"),
     (DataConfig(kind="text", max_length=4), "data.max_length = 4 for blocks of text"),
     (TextConfig(weight=0), "text.weight = 0"), (TextConfig(max_length=2), "text.max_length = 2"),
-    (TextConfig(batch_rows=0), "text.batch_rows = 0"),
+    (TextConfig(rows_per_step=0), "text.rows_per_step = 0"),
     (TextConfig(streaming=True, max_rows=9), "text.max_rows = 9 with text.streaming = true; .* set max_rows to null"),
     (DataConfig(kind="text", streaming=True, max_rows=9), "data.max_rows = 9 with data.streaming = true"),
     (DataConfig(messages_field="m", template="alpaca"), "data.messages_field = 'm' with data.template = 'alpaca'"),

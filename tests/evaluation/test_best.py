@@ -14,7 +14,7 @@ pytestmark = pytest.mark.multiprocess
 
 def settings(tiny, name, by):
     return tiny_overrides(
-        tiny, name=name, validation__best=by, train__steps=5, validation__every_steps=1, validation__rouge_rows=3,
+        tiny, name=name, validation__best=by, train__steps=5, validation__every_steps=1, validation__scored_rows=3,
         checkpoint__every_steps=1, optimizer__lr=6.0, resume="auto",
     )  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_what_nothing_came_of_holds_nothing(tiny, data, tmp_path, ranks1):
 
 def test_kl_is_that_of_full_logits_in_float64(tiny, data, tmp_path, ranks2):
     found, _ = evaluated(
-        ranks2, tiny, data, tmp_path / "kl", "--teacher", f"{tiny}/teacher", "kl_batch_rows=2",
+        ranks2, tiny, data, tmp_path / "kl", "--teacher", f"{tiny}/teacher", "rows_per_pass=2",
         models=("student", "teacher"), metric="kl",
     )  # fmt: skip
     assert not (tmp_path / "kl" / "rows.jsonl").exists()  # nothing had to be said for it

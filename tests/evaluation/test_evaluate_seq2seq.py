@@ -87,7 +87,7 @@ def test_greedy_answers_are_those_of_transformers(t5, examples, tmp_path, ranks1
 
 
 def test_kl_is_that_of_full_logits_in_float64(t5, examples, tmp_path, ranks2):
-    given = evaluate(t5, tmp_path / "kl", "--teacher", f"{t5}/teacher", "kl_batch_rows=2",
+    given = evaluate(t5, tmp_path / "kl", "--teacher", f"{t5}/teacher", "rows_per_pass=2",
                      models=("student", "teacher"), metric="kl")  # fmt: skip
     code, _, said, summary = ranks2.run(evaluation_cases.command, given)[0]
     assert code == 0, said

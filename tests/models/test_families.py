@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
                 made(family, seed, vocab_size=len(tokenizer)).save_pretrained(folder / role)
                 tokenizer.save_pretrained(folder / role)
             save_rows(folder / "rows.jsonl")
-        quiet = {"train.steps": 2, "validation.samples": 0, "validation.rouge_rows": 0}
+        quiet = {"train.steps": 2, "validation.samples": 0, "validation.scored_rows": 0}
         return folder, tiny_overrides(folder, **(quiet | changes))
 
     return settings

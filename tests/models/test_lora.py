@@ -54,7 +54,7 @@ def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, start, stage):
     prompts = [tokenizer(text)["input_ids"] for text in ("What is a file?", "Return")]
     ids = torch.tensor(prompts[0])[None]
     found = ranks2.run(engine_cases.run_with_last_words, tiny_overrides(
-        tiny, name=name, student__ds_config=STAGES[stage], train__steps=steps, train__micro_rows=2,
+        tiny, name=name, student__ds_config=STAGES[stage], train__steps=steps, train__rows_per_micro_batch=2,
         student__gradient_checkpointing=True, student__lora__adapter=str(start), **LORA), prompts, ids)  # fmt: skip
 
     student = AutoModelForCausalLM.from_pretrained(tiny / "student", dtype=torch.float64).requires_grad_(False)

@@ -177,7 +177,7 @@ def test_a_student_whose_tokenizer_would_come_back_as_another_is_refused(tiny, r
         model_type="qwen2", vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
     )  # fmt: skip
-    changes = {"train.steps": 1, "validation.rouge_rows": 0, "validation.samples": 0, "student.shape": shape}
+    changes = {"train.steps": 1, "validation.scored_rows": 0, "validation.samples": 0, "student.shape": shape}
     overrides = tiny_overrides(
         tiny, student__path="", student__random_weights=True, student__tokenizer=str(tiny / "teacher"),
         output_dir=str(tmp_path), **changes,

@@ -127,9 +127,9 @@ def roomy(tiny, ranks2):
 
     def roomy_settings(name):
         return settings(
-            tiny, name, train__steps=2, data__source=f"{tiny}/many.jsonl", train__batch_rows=128, train__micro_rows=64,
-            schedule__policy="mixed", schedule__mixed_share=1.0, rollout__train_on_fresh=True,
-            rollout__max_new_tokens=48, loss__memory_budget_mib=8, validation__rows=2,
+            tiny, name, train__steps=2, data__source=f"{tiny}/many.jsonl", train__rows_per_step=128,
+            train__rows_per_micro_batch=64, schedule__policy="mixed", schedule__mixed_share=1.0,
+            rollout__train_on_fresh=True, rollout__max_new_tokens=48, loss__memory_budget_mib=8, validation__rows=2,
         )  # fmt: skip
 
     found = ranks2.run(engine_cases.run_short_of_memory, roomy_settings("roomy"), {})

@@ -41,7 +41,7 @@ def settings(tiny, folder, name, steps=STEPS):
     return tiny_overrides(
         tiny, name=name, output_dir=str(folder), student__drop_layers=[], train__steps=steps, optimizer__name="adamw",
         optimizer__lr=1e-3, optimizer__warmup_steps=1, optimizer__max_grad_norm=1, schedule__policy="adaptive",
-        schedule__phi_initial=0.5, validation__every_steps=20, validation__rouge_rows=2, validation__samples=1,
+        schedule__phi_initial=0.5, validation__every_steps=20, validation__scored_rows=2, validation__samples=1,
         resume="auto",
     )  # fmt: skip
 

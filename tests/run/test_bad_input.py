@@ -36,8 +36,8 @@ def refused(tiny, ranks2):
         ("alpha is 1", {"loss.alpha": 1.0}),
         ("did you mean 'adaptive'", {"schedule.policy": "adaptve"}),
         ("no DeepSpeed config at nowhere.json", {"student.ds_config": "nowhere.json"}),
-        ("train.batch_rows = 7 is not a multiple of the 2 ranks", {"train.batch_rows": 7}),
-        ("40 training rows, fewer than train.batch_rows = 64", {"train.batch_rows": 64}),
+        ("train.rows_per_step = 7 is not a multiple of the 2 ranks", {"train.rows_per_step": 7}),
+        ("40 training rows, fewer than train.rows_per_step = 64", {"train.rows_per_step": 64}),
     ],
 )
 def test_settings(refused, message, changes):

@@ -38,7 +38,11 @@ def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
     }
     layouts |= {"tokens": (ranks1, None), "2 ranks tokens": (ranks2, None)}
     for name, (ranks, micro_rows) in layouts.items():
-        own = {"train.micro_rows": micro_rows} if micro_rows else {"train.micro_tokens": 128, "train.micro_rows": 5}
+        own = (
+            {"train.rows_per_micro_batch": micro_rows}
+            if micro_rows
+            else {"train.tokens_per_micro_batch": 128, "train.rows_per_micro_batch": 5}
+        )
         ranks.run(engine_cases.run_tiny, tiny_overrides(
             tiny, name=f"{student} {name}", student__path=f"{tiny}/{student}", loss__cross_entropy_weight=0.3, **own,
         ))  # fmt: skip
@@ -58,7 +62,7 @@ def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, diverge
     config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
     name = f"dense {stage} {divergence}"
     ranks2.run(engine_cases.run_tiny, tiny_overrides(
-        tiny, name=name, student__ds_config=config, train__steps=4, train__micro_rows=2,
+        tiny, name=name, student__ds_config=config, train__steps=4, train__rows_per_micro_batch=2,
         loss__divergence=divergence))  # fmt: skip
     assert_close(weights(tiny, name), dense_reference(tiny, steps=4, divergence=divergence), 1e-5)
 
@@ -68,7 +72,7 @@ def test_fine_tuning_needs_no_teacher_and_follows_the_reference(tiny, ranks2):
     alone, measured = (
         tiny_overrides(
             tiny, name=f"fine-tuning {teacher}", teacher__path=f"{tiny}/teacher" if teacher else "", train__steps=4,
-            loss__divergence="none", loss__cross_entropy_weight=1, validation__rouge_rows=2, validation__samples=1,
+            loss__divergence="none", loss__cross_entropy_weight=1, validation__scored_rows=2, validation__samples=1,
         ) for teacher in (False, True)
     )  # fmt: skip
     summary = ranks2.run(engine_cases.run_tiny, alone)[0]
@@ -106,7 +110,7 @@ def first_step(tiny, ranks2, policy, **loss):
     """The metrics of a run's only step."""
     name = " ".join(["first", policy, *map(str, loss.values())])
     ranks2.run(engine_cases.run_tiny, tiny_overrides(
-        tiny, name=name, schedule__policy=policy, train__steps=1, validation__rouge_rows=0, validation__samples=0,
+        tiny, name=name, schedule__policy=policy, train__steps=1, validation__scored_rows=0, validation__samples=0,
         **{f"loss__{setting}": value for setting, value in loss.items()}))  # fmt: skip
     return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())
 
@@ -117,7 +121,7 @@ def load_tiny(tiny, tokenizer):
     return load_data(config, tokenizer, seed=10)
 
 
-TEXT = {"text.max_length": 24, "text.batch_rows": 4, "text.weight": 0.7, "text.field": "response"}
+TEXT = {"text.max_length": 24, "text.rows_per_step": 4, "text.weight": 0.7, "text.field": "response"}
 
 
 def text_blocks(tiny, tokenizer):
@@ -170,7 +174,7 @@ def train_dense(tiny, student, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, a
         if text_weight:
             blocks = text_blocks(tiny, tokenizer)
             order = PromptDataset([Example(np.array([n, n]), 1) for n in range(len(blocks))], 10)
-            chosen = [blocks[e.tokens[0]] for e in order.window_examples(step, 0, 1, TEXT["text.batch_rows"])]
+            chosen = [blocks[e.tokens[0]] for e in order.window_examples(step, 0, 1, TEXT["text.rows_per_step"])]
             sums = [text_cross_entropy(student, block, len(tokenizer)) for block in chosen]
             (text_weight * sum(total for total, _ in sums) / sum(count for _, count in sums)).backward()
         rate = min_lr + (lr - min_lr) * 0.5 * (1 + np.cos(np.pi * step / steps))
@@ -180,7 +184,7 @@ def train_dense(tiny, student, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, a
                     parameter -= rate * parameter.grad
 
 
-@pytest.mark.parametrize("micro", [{"train.micro_rows": 2}, {"train.micro_tokens": 96}])
+@pytest.mark.parametrize("micro", [{"train.rows_per_micro_batch": 2}, {"train.tokens_per_micro_batch": 96}])
 @pytest.mark.parametrize("stage", [3, 2])
 def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, stage, micro):
     """Each kind is divided by its own tokens, one backward for each micro-batch."""
@@ -221,13 +225,13 @@ def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, 
 
 def test_packing_does_not_change_the_weights(tiny, ranks1, ranks2):
     """Its micro-batches have other numbers of rows on other ranks, and the teacher still makes as many passes."""
-    ranks1.run(engine_cases.run_tiny, tiny_overrides(tiny, name="not packed", train__micro_rows=8))
-    for name, ranks, micro_rows, pass_rows in (("1x8", ranks1, 8, None), ("2 ranks", ranks2, 4, None),
-                                               ("2 ranks, 4 passes", ranks2, 1, 1),
-                                               ("2 ranks, tokens", ranks2, None, 1)):  # fmt: skip
-        micro = {"train.micro_rows": micro_rows} if micro_rows else {"train.micro_tokens": 104}
+    ranks1.run(engine_cases.run_tiny, tiny_overrides(tiny, name="not packed", train__rows_per_micro_batch=8))
+    layouts = ("1x8", ranks1, 8, None), ("2 ranks", ranks2, 4, None), ("2 ranks, 4 passes", ranks2, 1, 1)
+    for name, ranks, micro_rows, rows_per_pass in (*layouts, ("2 ranks, tokens", ranks2, None, 1)):
+        micro = {"train.rows_per_micro_batch": micro_rows} if micro_rows else {"train.tokens_per_micro_batch": 104}
         ranks.run(engine_cases.run_tiny, tiny_overrides(
-            tiny, name=f"packed {name}", data__packing=True, teacher__pass_rows=pass_rows, **micro))  # fmt: skip
+            tiny, name=f"packed {name}", data__packing=True, teacher__rows_per_pass=rows_per_pass, **micro,
+        ))  # fmt: skip
         assert_close(weights(tiny, f"packed {name}"), weights(tiny, "not packed"), 1e-5)
 
 
@@ -335,7 +339,7 @@ def test_training_is_exact_after_generation(tiny, ranks2, fail):
 
 def test_run_folder_holds_what_it_should(tiny, ranks2):
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
-        tiny, name="folder", schedule__policy="on_policy", validation__rouge_rows=3, validation__samples=1,
+        tiny, name="folder", schedule__policy="on_policy", validation__scored_rows=3, validation__samples=1,
         train__steps=4, validation__every_steps=2))[0]  # fmt: skip
     folder = tiny / "runs" / "folder"
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -376,7 +380,7 @@ def test_run_folder_holds_what_it_should(tiny, ranks2):
 def test_validation_agrees_with_full_logits(tiny, ranks2):
     """Measured on two ranks with ragged shares: the mean over tokens, not over batches or ranks."""
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
-        tiny, name="validation", train__steps=1, validation__rows=5, validation__batch_rows=1))[0]  # fmt: skip
+        tiny, name="validation", train__steps=1, validation__rows=5, validation__rows_per_pass=1))[0]  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     data = load_tiny(tiny, tokenizer)
     batch = TokenBatch.from_examples(data.validation[:5], tokenizer.pad_token_id)
@@ -396,7 +400,7 @@ def test_validation_agrees_with_full_logits(tiny, ranks2):
 def test_bf16_adamw_learns(tiny, ranks2):
     summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
         tiny, name="bf16", precision="bf16", optimizer__name="adamw", optimizer__lr=0.01, train__steps=15,
-        optimizer__max_grad_norm=1.0, teacher__pass_rows=2, student__gradient_checkpointing=True,
+        optimizer__max_grad_norm=1.0, teacher__rows_per_pass=2, student__gradient_checkpointing=True,
         data__packing=True))[0]  # fmt: skip
     assert summary["precision"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tiny / "runs" / "bf16" / "student").dtype == torch.bfloat16

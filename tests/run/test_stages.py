@@ -28,7 +28,7 @@ def settings(tiny, name, *more):
     given = [text for text in tiny_overrides(tiny, name=name, resume="auto") if not text.startswith("student.path=")]
     return [
         *given, "recovery.data.kind=text", "recovery.data.text_field=response", "recovery.train.tokens=500",
-        "recovery.data.max_length=24", "distil.schedule.policy=on_policy", "distil.validation.rouge_rows=2", *more,
+        "recovery.data.max_length=24", "distil.schedule.policy=on_policy", "distil.validation.scored_rows=2", *more,
     ]  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def test_a_random_teacher_is_one_and_the_same_in_all_stages(tiny, ranks2):
              "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 256}  # fmt: skip
     changes = [
         "teacher.random_weights=true", "teacher.num_layers=2", f"teacher.shape={json.dumps(shape)}", "teacher.path=",
-        f"teacher.tokenizer={tiny}/teacher", "distil.validation.rouge_rows=0", "init.layers=2", "train.steps=1",
+        f"teacher.tokenizer={tiny}/teacher", "distil.validation.scored_rows=0", "init.layers=2", "train.steps=1",
         "optimizer.lr=1e-9", "optimizer.min_lr=0", "precision=bf16",
     ]  # fmt: skip
     code, _, errors, _ = ranks2.run(run_staged, settings(tiny, "random", *changes))[0]

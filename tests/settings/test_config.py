@@ -86,7 +86,7 @@ def test_text_stays_as_it_was_typed(text):
     ("student.num_layers=2", "student.drop_layers"),
     ("student={random_weights: true, num_layers: 0}", "student.num_layers = 0"),
     ("student={random_weights: true, drop_layers: [1]}", "student.num_layers"),
-    ("teacher.pass_rows=0", "teacher.pass_rows = 0"),
+    ("teacher.rows_per_pass=0", "teacher.rows_per_pass = 0"),
     ("student.lora.rank=-1", "student.lora.rank = -1"),
     ("student.lora={rank: 4, alpha: 0}", "student.lora.alpha = 0"),
     ("student.lora={rank: 4, dropout: 1}", "student.lora.dropout = 1"),
@@ -112,12 +112,12 @@ def test_text_stays_as_it_was_typed(text):
     ("optimizer.betas=[0.9]", "optimizer.betas = (0.9,)"),
     ("optimizer.betas=[0.9, 1]", "optimizer.betas = (0.9, 1.0)"),
     ("train.steps=0", "train.steps = 0"),
-    ("train.batch_rows=0", "train.batch_rows = 0"),
-    ("train.micro_rows=0", "train.micro_rows = 0"),
+    ("train.rows_per_step=0", "train.rows_per_step = 0"),
+    ("train.rows_per_micro_batch=0", "train.rows_per_micro_batch = 0"),
     ("rollout.capacity=0", "rollout.capacity = 0"),
     ("rollout.windows=0", "rollout.windows = 0"),
-    ("rollout={windows: 3, capacity: 16}", "rollout.windows = 3 of train.batch_rows = 8 sequences do not fit"),
-    ("rollout.capacity=7", "rollout.windows = 1 of train.batch_rows = 8 sequences do not fit"),
+    ("rollout={windows: 3, capacity: 16}", "rollout.windows = 3 of train.rows_per_step = 8 sequences do not fit"),
+    ("rollout.capacity=7", "rollout.windows = 1 of train.rows_per_step = 8 sequences do not fit"),
     ("rollout.engine=vlm", "did you mean 'vllm'"),
     ("rollout.engine=vllm", "rollout.server = ''"),
     ("rollout={engine: vllm, server: 'localhost:8000'}", "as in http://localhost:8000"),
@@ -131,7 +131,7 @@ def test_text_stays_as_it_was_typed(text):
     ("rollout.top_k=-1", "rollout.top_k = -1"),
     ("validation.every_steps=0", "validation.every_steps = 0"),
     ("validation.rows=0", "validation.rows = 0"),
-    ("validation.rouge_rows=-1", "validation.rouge_rows = -1"),
+    ("validation.scored_rows=-1", "validation.scored_rows = -1"),
     ("validation.sampling_temperature=-1", "validation.sampling_temperature = -1.0"),
     ("schedule.policy=adaptve", "did you mean 'adaptive'"),
     ("schedule.phi_initial=2", "schedule.phi_initial = 2.0"),
@@ -163,30 +163,32 @@ def test_validate_lets_what_works_pass(overrides):
 
 
 def test_a_token_budget_leaves_the_number_of_micro_batches_open():
-    config = BASE.with_overrides(["train.batch_rows=6", "train.micro_tokens=600"])
+    config = BASE.with_overrides(["train.rows_per_step=6", "train.tokens_per_micro_batch=600"])
     config.validate()
     assert config.accumulation(3) == 1
-    with pytest.raises(ValueError, match=r"train.batch_rows = 6 is not a multiple of the 4 ranks"):
+    with pytest.raises(ValueError, match=r"train.rows_per_step = 6 is not a multiple of the 4 ranks"):
         config.accumulation(4)
-    with pytest.raises(ValueError, match=r"train.micro_tokens = 600 is less than one row of data.max_length = 700"):
+    with pytest.raises(
+        ValueError, match=r"train.tokens_per_micro_batch = 600 is less than one row of data.max_length = 700"
+    ):
         config.with_overrides(["data.max_length=700"]).validate()
     with pytest.raises(ValueError, match=r"less than one row of text.max_length = 800"):
         config.with_overrides(["text.source=x.txt", "text.max_length=800"]).validate()
 
 
 def test_micro_batches_have_the_most_rows_that_divide_a_rank_s_share():
-    config = BASE.with_overrides(["train.batch_rows=24", "train.micro_rows=4"])
+    config = BASE.with_overrides(["train.rows_per_step=24", "train.rows_per_micro_batch=4"])
     assert [config.accumulation(world) for world in (1, 2, 3, 6, 12, 24)] == [6, 3, 2, 1, 1, 1]
-    assert [config.micro_rows(world) for world in (1, 2, 3, 6, 12, 24)] == [4, 4, 4, 4, 2, 1]
-    assert config.with_overrides(["train.micro_rows=5"]).micro_rows(1) == 4
+    assert [config.rows_per_micro_batch(world) for world in (1, 2, 3, 6, 12, 24)] == [4, 4, 4, 4, 2, 1]
+    assert config.with_overrides(["train.rows_per_micro_batch=5"]).rows_per_micro_batch(1) == 4
     for world in (5, 48):
-        with pytest.raises(ValueError, match=rf"train.batch_rows = 24 is not a multiple of the {world} ranks"):
+        with pytest.raises(ValueError, match=rf"train.rows_per_step = 24 is not a multiple of the {world} ranks"):
             config.accumulation(world)
-    config = config.with_overrides(["text.source=x.txt", "text.batch_rows=8"])
+    config = config.with_overrides(["text.source=x.txt", "text.rows_per_step=8"])
     assert [config.accumulation(world) for world in (1, 2, 4, 8)] == [8, 4, 4, 4]
-    assert [config.micro_rows(world) for world in (1, 2, 4, 8)] == [4, 4, 2, 1]
-    assert config.with_overrides(["text.batch_rows=null"]).accumulation(2) == 6  # as many as train.batch_rows
-    with pytest.raises(ValueError, match=r"text.batch_rows = 8 is not a multiple of the 3 ranks"):
+    assert [config.rows_per_micro_batch(world) for world in (1, 2, 4, 8)] == [4, 4, 2, 1]
+    assert config.with_overrides(["text.rows_per_step=null"]).accumulation(2) == 6  # as many as train.rows_per_step
+    with pytest.raises(ValueError, match=r"text.rows_per_step = 8 is not a multiple of the 3 ranks"):
         config.accumulation(3)
 
 

@@ -35,8 +35,9 @@ def tiny_run(tiny, family, run):
     if config.has_teacher:
         small["teacher.num_layers"] = 1  # two alike would have nothing to teach
     small |= {
-        "name": f"{family} {run.replace('/', ' ')}", "train.epochs": None, "train.steps": 2, "train.batch_rows": 4,
-        "train.micro_rows": 2, "optimizer.warmup_steps": 0, "validation.rouge_rows": 2, "validation.every_steps": 1,
+        "name": f"{family} {run.replace('/', ' ')}", "train.epochs": None, "train.steps": 2, "train.rows_per_step": 4,
+        "train.rows_per_micro_batch": 2, "optimizer.warmup_steps": 0, "validation.scored_rows": 2,
+        "validation.every_steps": 1,
         "data.input_field": None, "data.prompt_field": "prompt", "text.max_length": 32, "text.field": "response",
         "validation.samples": 0, "teacher.path": "", "student.path": "", "rollout.max_new_tokens": 6,
     }  # fmt: skip
@@ -88,7 +89,7 @@ def test_every_run_is_valid_and_says_its_name(family):
 )  # fmt: skip
 def test_rows_are_those_of_the_released_scripts(family, run, lr, rows, epochs, ce, has_text, from_init):
     config = TABLES[family][run]
-    assert (config.optimizer.lr, config.train.batch_rows / 8, config.train.epochs) == (lr, rows, epochs)
+    assert (config.optimizer.lr, config.train.rows_per_step / 8, config.train.epochs) == (lr, rows, epochs)
     assert config.loss.cross_entropy_weight == ce and bool(config.text.source) == has_text
     assert config.student.path.startswith("runs/") == from_init
 

@@ -190,14 +190,14 @@ class Evaluation:
         student = collectives.together(lambda: whole_student(loaded.model, vocabulary))
         if request.generated:
             collectives.together(lambda: _check_room(loaded.model, examples, request.config.new_tokens))
-            rollout = GatheredRollout(student.engine, vocabulary, request.config.batch_rows, request.config.cache_mib)
+            rollout = GatheredRollout(student.engine, vocabulary, request.config.rows_at_once, request.config.cache_mib)
             check_generation("model", rollout)
             self._generate(name, examples, rollout, loaded.tokenizer)
             entry.setdefault("metrics", {}).update(collectives.from_main_rank(lambda: self._totals(name)))
         if self.teacher is not None:
             teacher = collectives.together(lambda: whole_teacher(self.teacher.model, vocabulary))
             found = Validator(
-                examples, request.config.kl_batch_rows, vocabulary.pad_id, teacher,
+                examples, request.config.rows_per_pass, vocabulary.pad_id, teacher,
                 layout=vocabulary.layout,
             ).measure(student)  # fmt: skip
             score = {"mean": found.kl_nats, "deviation": None, "teacher_sha256": self.teacher.sha256}

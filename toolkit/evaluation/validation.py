@@ -54,18 +54,16 @@ class Validator:
     share. scores: answers held-out prompts and scores the answers; None leaves it out. layout: of
     both models' rows."""
 
-    def __init__(self, examples: list[Example], batch_rows: int, pad_id: int,
+    def __init__(self, examples: list[Example], rows_per_pass: int, pad_id: int,
                  teacher: Teacher | NoTeacher | CachedTeacher, scores: Callable[[], Mapping[str, float]] | None = None,
                  layout: RowLayout = DECODER_ONLY):  # fmt: skip
         self.teacher, self.scores = teacher, scores
         rank, world = collectives.rank(), collectives.world()
         own = examples[rank::world]
-        passes = math.ceil(math.ceil(len(examples) / world) / batch_rows)
-        parts = [own[start : start + batch_rows] for start in range(0, len(own), batch_rows)]
+        passes = math.ceil(math.ceil(len(examples) / world) / rows_per_pass)
+        parts = [own[start : start + rows_per_pass] for start in range(0, len(own), rows_per_pass)]
         # A rank that runs out of rows still enters the all-gathers, with a row that does not count.
-        *self.batches, spare = (
-            layout.batch(part, pad_id).to(collectives.device()) for part in (*parts, examples[:1])
-        )
+        *self.batches, spare = (layout.batch(part, pad_id).to(collectives.device()) for part in (*parts, examples[:1]))
         self.spares = [spare] * (passes - len(parts))
 
     @torch.no_grad()

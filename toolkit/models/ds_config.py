@@ -12,9 +12,9 @@ from toolkit.settings import RunConfig
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: key of a DeepSpeed config -> the setting of RunConfig that owns it
 OWNED = {
-    "train_batch_size": "train.batch_rows",
-    "train_micro_batch_size_per_gpu": "train.micro_rows",
-    "gradient_accumulation_steps": "train.batch_rows",
+    "train_batch_size": "train.rows_per_step",
+    "train_micro_batch_size_per_gpu": "train.rows_per_micro_batch",
+    "gradient_accumulation_steps": "train.rows_per_step",
     "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "optimizer.name",
     "scheduler": "optimizer.warmup_steps and min_lr",
@@ -52,7 +52,7 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
             f"{config.student.ds_config}: zero_optimization = {sharding}, and checkpoints are made of ZeRO stages 1, 2 "
             "and 3 with the optimizer on the device or in CPU memory; see ds_configs/student_zero2.json"
         )
-    rows, accumulation = config.train.batch_rows + config.text_rows, config.accumulation(world)
+    rows, accumulation = config.train.rows_per_step + config.text_rows, config.accumulation(world)
     return {
         **without_monitors(given),  # the loop's monitor writes there
         "train_micro_batch_size_per_gpu": rows // (accumulation * world),

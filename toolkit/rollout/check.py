@@ -31,7 +31,7 @@ def check_generation(role: str, rollout: GatheredRollout) -> None:
     about = (
         f"the {role}, a {model.config.model_type} model, cannot be made to speak by the decode loops here: {{}}. Use a "
         "model of another family, or ask for no text of it: schedule.policy=off, validation.samples=0, "
-        "validation.rouge_rows=0"
+        "validation.scored_rows=0"
     )
     try:
         examples = trial.complete(prompts, greedy)

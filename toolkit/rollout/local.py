@@ -114,7 +114,7 @@ class Rollout(RolloutEngine):
 class GatheredRollout(Rollout):
     """Generates on each rank for itself, from parameters gathered once a call; sharded where they would not fit.
 
-    engine: a deepspeed engine whose module has the language model as `.model`. batch_rows: rows decoded together, at
+    engine: a deepspeed engine whose module has the language model as `.model`. rows_at_once: rows decoded together, at
     most. cache_mib: bound on the key-value cache of a rank, at least one row though; None is half of the memory that is
     free when a call starts. gather: "always", "never" (sharded, ranks in step), or "auto": gathered where on every rank
     the model and its cache fit into four fifths of the free memory. On a CPU weights are packed where there is room for
@@ -123,10 +123,10 @@ class GatheredRollout(Rollout):
 
     name = "gathered"
 
-    def __init__(self, engine: Any, vocabulary: Vocabulary, batch_rows: int | None = None,
+    def __init__(self, engine: Any, vocabulary: Vocabulary, rows_at_once: int | None = None,
                  cache_mib: int | None = None, gather: str = "auto"):  # fmt: skip
         self.engine, self.vocabulary = engine, vocabulary
-        self.rows = Halving("generation", "rows", batch_rows)
+        self.rows = Halving("generation", "rows", rows_at_once)
         self.cache_mib, self.gather = cache_mib, gather
 
     def sync_weights(self, step: int) -> None:

@@ -103,7 +103,7 @@ class VllmRollout(Rollout):
 
     @property
     def _at_once(self) -> int:
-        return self.settings.batch_rows or REQUESTS_AT_ONCE
+        return self.settings.rows_at_once or REQUESTS_AT_ONCE
 
     @property
     def _deadline_s(self) -> float:

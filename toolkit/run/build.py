@@ -124,7 +124,7 @@ def build(
             config.rollout.capacity, collectives.rank(), collectives.world(), config.seed, config.rollout.max_age_steps
         ),
         validator=Validator(
-            inputs.data.validation[: config.validation.rows], config.validation.batch_rows, vocabulary.pad_id,
+            inputs.data.validation[: config.validation.rows], config.validation.rows_per_pass, vocabulary.pad_id,
             validates, scores if by in SCORES else None, vocabulary.layout,
         ),
         held_out=held_out,
@@ -145,7 +145,7 @@ def _rollouts(
     config: RunConfig, student: Student, teacher: Teacher | NoTeacher, vocabulary: Vocabulary
 ) -> tuple[GatheredRollout, GatheredRollout | None]:
     """What makes the models of this machine speak; of each that will have to, it is checked that it can. Collective."""
-    limits = config.rollout.batch_rows, config.rollout.cache_mib, config.rollout.gather
+    limits = config.rollout.rows_at_once, config.rollout.cache_mib, config.rollout.gather
     student_rollout = GatheredRollout(student.engine, vocabulary, *limits)
     if config.generates:
         check_generation("student", student_rollout)

@@ -63,7 +63,7 @@ def _run(
                           vocabulary, temperature),
             "teacher_path": inputs.teacher_path,
             "precision": str(inputs.dtype).removeprefix("torch."),
-            "batch_rows": config.validation.batch_rows,
+            "batch_rows": config.validation.rows_per_pass,
             "shard_tokens": shard_tokens,
         }  # fmt: skip
 
@@ -72,7 +72,7 @@ def _run(
         return collectives.from_main_rank(lambda: _finished(folder, now))
     # Validation is at temperature 1, whatever is trained at.
     parts = [(data.train, temperature), (data.validation, 1.0)]
-    shards = collectives.together(lambda: plan(parts, vocabulary.pad_id, config.validation.batch_rows, shard_tokens))
+    shards = collectives.together(lambda: plan(parts, vocabulary.pad_id, config.validation.rows_per_pass, shard_tokens))
     teacher = build_teacher(config, inputs.teacher_path, inputs.dtype, vocabulary)
     watchdog.count_passes(teacher.model)
 

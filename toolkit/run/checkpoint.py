@@ -48,7 +48,7 @@ STATE = "state.json"
 NAME = re.compile(r"step-(\d{8})")
 #: prefixes of tensors' names in a rank's file, beside those of `Piece.key`
 REPLAY, RNG = "replay/", "rng/"
-MICRO_BATCH = ("train.micro_rows", "train.micro_tokens")
+MICRO_BATCH = ("train.rows_per_micro_batch", "train.tokens_per_micro_batch")
 
 
 class Checkpoints:

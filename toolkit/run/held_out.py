@@ -15,7 +15,7 @@ from toolkit.settings import RunConfig, SamplingSettings
 class Answers(NamedTuple):
     """What one model said to the first validation prompts."""
 
-    sampled: list[str]  # to the first validation.rouge_rows of them; these are scored
+    sampled: list[str]  # to the first validation.scored_rows of them; these are scored
     greedy: list[str]  # to the first validation.samples of them; the report shows these
 
 
@@ -33,7 +33,7 @@ class HeldOutPrompts:
     def sample(self, rollout: GatheredRollout) -> list[str]:
         """The sampled answers alone."""
         settings = self.config.validation
-        return self._answers(rollout, settings.rouge_rows, settings.sampling_temperature)
+        return self._answers(rollout, settings.scored_rows, settings.sampling_temperature)
 
     def score(self, metric: str, texts: list[str]) -> float:
         """Sampled answers against the data's own, by `metric`, x 100."""

@@ -139,10 +139,10 @@ def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary
     data = load_data(config.data, tokenizer, config.seed, cache_dir / "tokens", vocabulary.layout)
     if isinstance(data.train, TextStream):
         data.train.check(collectives.rank(), collectives.world())  # now, not at the first step
-    elif len(data.train) < config.train.batch_rows:
+    elif len(data.train) < config.train.rows_per_step:
         raise ValueError(
-            f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.batch_rows = "
-            f"{config.train.batch_rows} ({collectives.world()} ranks); use more data, fewer ranks or a smaller batch"
+            f"{config.data.source} leaves {len(data.train)} training rows, fewer than train.rows_per_step = "
+            f"{config.train.rows_per_step} ({collectives.world()} ranks); use more data, fewer ranks or a smaller batch"
         )
     return data
 
@@ -174,7 +174,7 @@ def load_plain_text(
     elif text is not None and len(text) < config.text_rows:
         raise ValueError(
             f"{config.text.source} makes {len(text)} blocks of text.max_length = {config.text.max_length} tokens, "
-            f"fewer than the {config.text_rows} of a step (text.batch_rows); use more text or a smaller batch"
+            f"fewer than the {config.text_rows} of a step (text.rows_per_step); use more text or a smaller batch"
         )
     return text, sha256
 

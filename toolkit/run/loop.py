@@ -111,7 +111,7 @@ class DistillationLoop:
             for batch, signal, token_weight in zip(window + text, signals, token_weights, strict=True):
                 is_last = len(measures) + 1 == len(token_weights)
                 with parts.timer.phase("student"):
-                    # DeepSpeed would count micro-batches itself, but with train.micro_tokens their number varies.
+                    # DeepSpeed would count them itself, but train.tokens_per_micro_batch makes their number vary.
                     zero.begin_micro_batch(engine, is_last=is_last)
                     found = parts.student.loss(batch, signal, head, objective, token_weight)
                     sums = found.divergence_nats, found.cross_entropy_nats, found.agreements
@@ -167,7 +167,7 @@ class DistillationLoop:
         """This rank's share of the step's rows, and where they come from: the data, the replay buffer, or the student
         (Algorithm 1, arXiv 2402.03898)."""
         parts, state, settings = self.parts, self.state, self.parts.config.rollout
-        rows = parts.config.train.batch_rows // collectives.world()
+        rows = parts.config.train.rows_per_step // collectives.world()
         source = parts.schedule.decide(step)
 
         # An earlier step may have made this one's text: it is in the buffer, behind that of the steps still to come.
@@ -227,8 +227,8 @@ class DistillationLoop:
             return []
         config, vocabulary = self.parts.config, self.parts.vocabulary
         window = make_window(
-            examples, config.micro_rows(collectives.world()), vocabulary.pad_id, pack_to=pack_to,
-            layout=vocabulary.layout, micro_tokens=config.train.micro_tokens,
+            examples, config.rows_per_micro_batch(collectives.world()), vocabulary.pad_id, pack_to=pack_to,
+            layout=vocabulary.layout, micro_tokens=config.train.tokens_per_micro_batch,
             agree=collectives.max_over_ranks,
         )  # fmt: skip
         return [batch.to(collectives.device()) for batch in window]

@@ -164,7 +164,7 @@ class DataConfig(Section):
             return
         for name, value, needed in (
             ("schedule.policy", run.schedule.policy, "off"),
-            ("validation.rouge_rows", run.validation.rouge_rows, 0),
+            ("validation.scored_rows", run.validation.scored_rows, 0),
             ("validation.samples", run.validation.samples, 0),
             ("data.responses", self.responses, "data"),
         ):
@@ -186,9 +186,10 @@ class TextConfig(Section):
     field: str = setting("text", "Field with a document.")
     weight: float = setting(1.0,
         "Weight of the text's mean cross entropy in the loss; source=\"\" leaves it out.", above=0)
-    batch_rows: int | None = setting(None,
+    rows_per_step: int | None = setting(None,
         "Blocks of text in one optimizer step, over all ranks.", unit="rows of all ranks", least=1,
-        means={None: "as many as train.batch_rows"})
+        means={None: "as many as train.rows_per_step"},
+        formerly="batch_rows")
     max_length: int = setting(512, "Length of a block.", unit="tokens")
     streaming: bool = setting(False, "Documents are read while training, as data.streaming says.")
     max_rows: int | None = setting(None,

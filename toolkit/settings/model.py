@@ -108,10 +108,11 @@ class ModelConfig(Section):
     ds_config: str = setting("",
         "DeepSpeed JSON file with the sharding, looked for in the working directory, then in the repository.",
         may_change=True)
-    pass_rows: int | None = setting(None,
+    rows_per_pass: int | None = setting(None,
         "Rows of one forward pass of the teacher, rounded down to whole micro-batches. A pass gathers the sharded "
         "weights once, so lower it only where activations do not fit the memory.", unit="rows of one rank", least=1,
-        means={None: "all rows of a rank's step"}, may_change=True)
+        means={None: "all rows of a rank's step"}, may_change=True,
+        formerly="pass_rows")
     gradient_checkpointing: bool = setting(False,
         "The student's activations are computed again in the backward pass, to save memory.", may_change=True)
     trust_remote_code: bool = setting(False, "Python code that comes with the model is run.", may_change=True)

@@ -64,9 +64,10 @@ class RolloutConfig(SamplingSettings):
         "replay buffer, which holds that text too (Algorithm 1 of arXiv 2402.03898).")
     max_new_tokens: int | None = setting(None,
         "Longest generated text.", unit="tokens", least=1, means={None: "data.max_length - data.max_prompt_length"})
-    batch_rows: int | None = setting(None,
+    rows_at_once: int | None = setting(None,
         "Texts that are generated at the same time.", unit="rows of one rank", least=1,
-        means={None: "as many as the key-value cache holds, or 64 requests to a server"}, may_change=True)
+        means={None: "as many as the key-value cache holds, or 64 requests to a server"}, may_change=True,
+        formerly="batch_rows")
     cache_mib: int | None = setting(None,
         "Bound on the memory of the key-value cache of a rank; one row is always computed.", unit="MiB", least=1,
         means={None: "half of the free memory"}, may_change=True)
@@ -92,11 +93,11 @@ class RolloutConfig(SamplingSettings):
     def check_with(self, run: RunConfig) -> None:
         """Text has to fit into the buffer, and a server has to be asked, in time, for text that is young enough.
         Raises ValueError."""
-        made = self.windows * run.train.batch_rows
+        made = self.windows * run.train.rows_per_step
         if run.schedule.policy != "off" and made > self.capacity:
             raise ValueError(
-                f"rollout.windows = {self.windows} of train.batch_rows = {run.train.batch_rows} sequences do not fit "
-                f"into rollout.capacity = {self.capacity}: text would be thrown away unread; raise the capacity to "
+                f"rollout.windows = {self.windows} of train.rows_per_step = {run.train.rows_per_step} sequences do not "
+                f"fit into rollout.capacity = {self.capacity}: text would be thrown away unread; raise the capacity to "
                 f"{made} or more"
             )
         if self.engine != "vllm":

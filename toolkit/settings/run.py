@@ -85,9 +85,9 @@ class RunConfig(Section):
         Raises ValueError where the warm-up is as long as that.
         """
         if self.train.tokens is not None:
-            steps = math.ceil(self.train.tokens / (self.train.batch_rows * self.data.max_length))
+            steps = math.ceil(self.train.tokens / (self.train.rows_per_step * self.data.max_length))
         elif self.train.epochs is not None and rows is not None:
-            steps = max(1, round(self.train.epochs * rows / self.train.batch_rows))
+            steps = max(1, round(self.train.epochs * rows / self.train.rows_per_step))
         else:
             return self
         config = dataclasses.replace(self, train=dataclasses.replace(self.train, steps=steps))
@@ -112,24 +112,26 @@ class RunConfig(Section):
         """Longest generated response, in tokens."""
         return self.rollout.max_new_tokens or self.data.max_length - self.data.max_prompt_length
 
-    def micro_rows(self, world: int) -> int:
-        """Rows of one micro-batch on one rank: the most, up to train.micro_rows, that divide each rank's share of the
-        batch, and of the plain text beside it. Raises ValueError where ranks have no equal shares."""
+    def rows_per_micro_batch(self, world: int) -> int:
+        """Rows of one micro-batch on one rank: the most, up to train.rows_per_micro_batch, that divide each
+        rank's share of the batch, and of the plain text beside it.
+
+        Raises ValueError where ranks have no equal shares."""
         shares = []
-        for name, rows in (("train.batch_rows", self.train.batch_rows), ("text.batch_rows", self.text_rows)):
+        for name, rows in (("train.rows_per_step", self.train.rows_per_step), ("text.rows_per_step", self.text_rows)):
             if rows % world:
                 raise ValueError(f"{name} = {rows} is not a multiple of the {world} ranks; change one of them")
             shares.append(rows // world)
         both = math.gcd(*shares)
-        return max(rows for rows in range(1, min(both, self.train.micro_rows) + 1) if both % rows == 0)
+        return max(rows for rows in range(1, min(both, self.train.rows_per_micro_batch) + 1) if both % rows == 0)
 
     def accumulation(self, world: int) -> int:
-        """Micro-batches of one optimizer step on one rank, those of text.source included; 1 where train.micro_tokens
-        leaves their number open. Raises ValueError where a batch does not divide."""
-        micro_rows = self.micro_rows(world)
-        if self.train.micro_tokens is not None:
+        """Micro-batches of one optimizer step on one rank, those of text.source included; 1 where
+        train.tokens_per_micro_batch leaves their number open. Raises ValueError where a batch does not divide."""
+        rows_per_micro_batch = self.rows_per_micro_batch(world)
+        if self.train.tokens_per_micro_batch is not None:
             return 1
-        return (self.train.batch_rows + self.text_rows) // (micro_rows * world)
+        return (self.train.rows_per_step + self.text_rows) // (rows_per_micro_batch * world)
 
     @property
     def generates(self) -> bool:
@@ -139,12 +141,12 @@ class RunConfig(Section):
     @property
     def asks_models(self) -> bool:
         """Whether validation prompts are answered, by the student and its teacher."""
-        return bool(self.validation.rouge_rows or self.validation.samples)
+        return bool(self.validation.scored_rows or self.validation.samples)
 
     @property
     def text_rows(self) -> int:
         """Blocks of plain text learned beside the distillation in one step, over all ranks."""
-        return (self.text.batch_rows or self.train.batch_rows) if self.text.source else 0
+        return (self.text.rows_per_step or self.train.rows_per_step) if self.text.source else 0
 
     @property
     def packs(self) -> bool:

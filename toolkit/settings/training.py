@@ -26,15 +26,18 @@ class TrainConfig(Section):
     tokens: float | None = setting(None,
         "Tokens of plain text, with data.kind=text; all of its rows are data.max_length long.", unit="tokens", above=0,
         means={None: "steps decide"})
-    batch_rows: int = setting(8,
-        "Sequences of one optimizer step, a multiple of the number of ranks.", unit="rows of all ranks", least=1)
-    micro_rows: int = setting(4,
+    rows_per_step: int = setting(8,
+        "Sequences of one optimizer step, a multiple of the number of ranks.", unit="rows of all ranks", least=1,
+        formerly="batch_rows")
+    rows_per_micro_batch: int = setting(4,
         "Most rows of one micro-batch, which is what a rank computes at once; a smaller number is taken where this one "
-        "does not divide a rank's rows of a step.", unit="rows of one rank", least=1, may_change=True)
-    micro_tokens: int | None = setting(None,
-        "Most tokens of one micro-batch, padding included. In place of train.micro_rows, a rank's rows of a step "
-        "become as few micro-batches as this bound allows, and their number changes from step to step.",
-        unit="tokens of one rank", least=1, means={None: "train.micro_rows decides"}, may_change=True)
+        "does not divide a rank's rows of a step.", unit="rows of one rank", least=1, may_change=True,
+        formerly="micro_rows")
+    tokens_per_micro_batch: int | None = setting(None,
+        "Most tokens of one micro-batch, padding included. In place of train.rows_per_micro_batch, a rank's rows of a "
+        "step become as few micro-batches as this bound allows, and their number changes from step to step.",
+        unit="tokens of one rank", least=1, means={None: "train.rows_per_micro_batch decides"}, may_change=True,
+        formerly="micro_tokens")
     # fmt: on
 
     def validate(self, section: str = "train") -> None:
@@ -64,10 +67,10 @@ class TrainConfig(Section):
             )
         lengths = {"data": run.data.max_length} | ({"text": run.text.max_length} if run.text.source else {})
         for name, length in lengths.items():
-            if self.micro_tokens is not None and self.micro_tokens < length:
+            if self.tokens_per_micro_batch is not None and self.tokens_per_micro_batch < length:
                 raise ValueError(
-                    f"train.micro_tokens = {self.micro_tokens} is less than one row of {name}.max_length = {length} "
-                    "tokens; raise the first or lower the second"
+                    f"train.tokens_per_micro_batch = {self.tokens_per_micro_batch} is less than one row of "
+                    f"{name}.max_length = {length} tokens; raise the first or lower the second"
                 )
 
 

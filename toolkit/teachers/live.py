@@ -31,8 +31,8 @@ class Teacher:
 
     kind = "live"
 
-    def __init__(self, engine: Any, pass_rows: int | None = None, window_rows: int = 1):
-        self.engine, self.pass_rows, self.window_rows = engine, pass_rows, window_rows
+    def __init__(self, engine: Any, rows_per_pass: int | None = None, window_rows: int = 1):
+        self.engine, self.rows_per_pass, self.window_rows = engine, rows_per_pass, window_rows
 
     @property
     def model(self) -> PreTrainedModel:
@@ -45,7 +45,7 @@ class Teacher:
         window, so every rank makes as many passes, and enters as many all-gathers."""
         # All ranks have to make as many passes. Micro-batches may have other numbers of rows on other ranks, so how
         # many of them share a pass follows from settings alone.
-        per_pass = max(1, (self.pass_rows or self.window_rows) * len(window) // self.window_rows)
+        per_pass = max(1, (self.rows_per_pass or self.window_rows) * len(window) // self.window_rows)
         found: list[Signal] = []
         for start in range(0, len(window), per_pass):
             part = window[start : start + per_pass]
@@ -91,7 +91,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     engine = zero.initialize(TeacherForward(model), ds_config)
     engine.eval()
     check_engine("teacher", engine, vocabulary)
-    return Teacher(engine, config.teacher.pass_rows, config.train.batch_rows // collectives.world())
+    return Teacher(engine, config.teacher.rows_per_pass, config.train.rows_per_step // collectives.world())
 
 
 def whole_teacher(model: PreTrainedModel, vocabulary: Vocabulary) -> Teacher:

@@ -149,7 +149,7 @@ def test_a_cached_run_equals_the_live_one_and_loads_no_teacher(tiny, ranks1, ran
     assert built == [1, 1]
     layouts = {
         "2x4": (ranks2, {}),
-        "1x2": (ranks1, {"train.micro_rows": 2}),
+        "1x2": (ranks1, {"train.rows_per_micro_batch": 2}),
         "packed": (ranks2, {"data.packing": True}),
     }
     for label, (ranks, changes) in layouts.items():
@@ -201,7 +201,7 @@ def test_plain_text_is_found_document_by_document(tiny, ranks1, ranks2):
     (tiny / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines * 2))
     common = {
         "data.kind": "text", "data.source": f"{tiny}/text.jsonl", "data.validation_source": f"{tiny}/text.jsonl",
-        "train.batch_rows": 2, "train.micro_rows": 1, "data.max_length": 64,
+        "train.rows_per_step": 2, "train.rows_per_micro_batch": 1, "data.max_length": 64,
     }  # fmt: skip
     cache = made(tiny, ranks1, "cache text", ["--top-k", str(len(make_tokenizer()))], **common)
     assert json.loads((cache / "manifest.json").read_text())["texts"] < len(lines)  # each once

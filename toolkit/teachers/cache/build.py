@@ -41,9 +41,9 @@ class Pass(NamedTuple):
 
 
 def plan(
-    parts: Sequence[tuple[Sequence[Example], float]], pad_id: int, batch_rows: int, shard_tokens: int
+    parts: Sequence[tuple[Sequence[Example], float]], pad_id: int, rows_per_pass: int, shard_tokens: int
 ) -> list[list[Pass]]:
-    """The passes of each shard, of `batch_rows` texts at most; a shard ends with the pass that brings it to
+    """The passes of each shard, of `rows_per_pass` texts at most; a shard ends with the pass that brings it to
     `shard_tokens` predicted tokens.
 
     parts: examples, and the temperature that the teacher is asked at. A block of several texts is taken apart, as none
@@ -62,11 +62,11 @@ def plan(
         # Sorted there is little padding, and shards that ranks work on side by side take about as long.
         kept.sort(key=lambda e: len(e.tokens))
         tokens = shard_tokens  # so that each part begins a shard of its own
-        for start in range(0, len(kept), batch_rows):
+        for start in range(0, len(kept), rows_per_pass):
             if tokens >= shard_tokens:
                 shards.append([])
                 tokens = 0
-            rows = kept[start : start + batch_rows]
+            rows = kept[start : start + rows_per_pass]
             shards[-1].append(Pass(rows, temperature))
             tokens += sum(len(example.response) for example in rows)
     return shards
