@@ -199,3 +199,8 @@ def test_answers_that_are_not_vllms_are_told(tiny):
     server.close()
     with pytest.raises(NoAnswer, match="no vLLM server answers at"):
         Server(server.url).ask("GET", "/v1/models", time.monotonic() + 1)
+
+
+def test_an_address_that_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match=r"rollout\.server = 'http://localhost:port' is no address \(.*port"):
+        Server("http://localhost:port")
