@@ -40,7 +40,7 @@ def backend(request, monkeypatch):
     monkeypatch.setattr(
         tiles_module,
         "choose_backend",
-        lambda name, device, dtype: "torch" if dtype == torch.float64 else request.param,
+        lambda name, device, dtype, divergence: "torch" if dtype == torch.float64 else request.param,
     )
     return request.param
 

@@ -93,7 +93,7 @@ class Tiles:
             threshold_n=None, first_column=0,
         )  # fmt: skip
 
-        backend = choose_backend(backend, self.device, self.dtype)
+        backend = choose_backend(backend, self.device, self.dtype, name)
         self.plan = self._make_plan(backend, budget_mib)
         self._allocate()
         self.kernel = row_kernel(

@@ -6,22 +6,25 @@ import os
 
 import torch
 
-from toolkit.divergences.kernels.rows import RowKernel
+from toolkit.divergences.kernels.rows import COMPILED, RowKernel
 from toolkit.divergences.kernels.rows_torch import TorchRows
 
 BACKENDS = ("auto", "torch", "cpp", "triton")
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, divergence: str = "none") -> str:
     """The backend that runs: `name` itself, or for `auto` triton on a GPU, the C++ kernel on a CPU with a compiler, and
-    torch else and for float64. `dtype` is that of the computation.
+    torch else, for float64 and for a divergence that it alone knows. `dtype` is that of the computation.
 
     Raises ValueError for an unknown name, and for a backend that cannot run here.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; known: {', '.join(BACKENDS)}")
-    if name == "torch" or (name == "auto" and dtype != torch.float32):
+    is_compiled = divergence in COMPILED
+    if name == "torch" or (name == "auto" and not (is_compiled and dtype == torch.float32)):
         return "torch"
+    if not is_compiled:
+        raise ValueError(f"backend {name!r} does not know {divergence!r}: use backend='torch' or 'auto'")
     if name == "auto":
         if device.type == "cuda":
             return "triton" if has_triton() else "torch"

@@ -42,13 +42,12 @@ from torch import Tensor
 from toolkit.divergences.head import LOG_ZERO, Head
 from toolkit.divergences.spec import Objective
 
-#: The number by which kernels know a divergence. NONE: no teacher. TOP_K: f = G = 0, and sum G is already in the state.
-CODES = {
-    name: code
-    for code, name in enumerate(
-        ("none", "top_k", "fkl", "rkl", "symmetric_kl", "tvd", "skl", "srkl", "jsd", "abkd", "akl", "taid")
-    )
-}
+#: What all kernels know. none: no teacher. top_k: f = G = 0, and sum G is already in the state.
+COMPILED = ("none", "top_k", "fkl", "rkl", "symmetric_kl", "tvd", "skl", "srkl", "jsd", "abkd", "akl", "taid")
+#: What `rows_torch` alone knows: a new divergence can be tried before it is written for the compiled kernels.
+TORCH_ONLY: tuple[str, ...] = ()
+#: The number by which kernels know a divergence.
+CODES = {name: code for code, name in enumerate(COMPILED + TORCH_ONLY)}
 
 
 class Passes(IntFlag):
