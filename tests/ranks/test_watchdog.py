@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import tiny_overrides
 from toolkit.ranks import collectives
 from toolkit.ranks.collectives import started_as
@@ -188,7 +188,7 @@ def test_ranks_that_cannot_end_their_step_end_by_signal_and_go_on_later(start, t
     for rank, process in enumerate(ranks):
         said = process.communicate(timeout=120)[1]
         assert process.returncode == EXIT_LATER and message.format(rank=rank) in said, said
-    code, out, _ = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, train__steps=6, **changes))[0]
+    code, out, _ = ranks2.run(run_cases.run_saying, tiny_overrides(tiny, train__steps=6, **changes))[0]
     assert code == 0 and "step-00000002, written by 2 ranks" in out
 
 
