@@ -26,6 +26,7 @@ def with_server(folder, settings, work):
 def server_texts(folder, settings, prompts, **sampling):
     """(token ids of the answers, all asked for by every rank, in another order on each; what the engine says of the
     call; the first three by DeepSpeed's interface, as (ids, their numbers))."""
+
     def work(rollout, tokenizer):
         rollout.start()
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
