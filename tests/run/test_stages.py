@@ -221,6 +221,7 @@ def test_a_random_teacher_is_one_and_the_same_in_all_stages(tiny, ranks2):
     assert made["num_hidden_layers"] == 3
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("given", "said"),
     [
