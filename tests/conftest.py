@@ -29,6 +29,13 @@ import pytest  # noqa: E402
 from tests.rank_pool import RankPool  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Whoever runs `-m "not multiprocess"` wants no ranks to be started."""
+    for item in items:
+        if {"ranks1", "ranks2"} & set(item.fixturenames) and not item.get_closest_marker("multiprocess"):
+            raise pytest.UsageError(f"{item.nodeid} runs on ranks: mark it multiprocess")
+
+
 @pytest.fixture(scope="session")
 def ranks1():
     """One rank of its own, with deepspeed."""

@@ -23,6 +23,7 @@ def typed(command, **environment):
     )
 
 
+@pytest.mark.multiprocess
 def test_help_is_there_for_every_command_with_an_example_and_imports_no_torch():
     probe = f"""
 import sys
@@ -40,6 +41,7 @@ for name in [None, {", ".join(map(repr, COMMANDS))}]:
     assert "sampling.no_repeat_ngram_size" in pages[-1]
 
 
+@pytest.mark.multiprocess
 def test_a_launcher_s_other_ranks_print_no_help():
     done = typed([*PYTHON, "evaluate", "--help", "--local_rank=1"], RANK="1", WORLD_SIZE="2")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -66,6 +68,7 @@ def test_wrong_arguments_are_told_once_and_end_with_exit_code_2(arguments, told,
         assert found.out == "" and found.err.startswith(said) and bool(found.err) == bool(said)
 
 
+@pytest.mark.multiprocess
 def test_wrong_arguments_end_a_process_with_exit_code_2():
     done = typed([*PYTHON, "evalute"])
     assert (done.returncode, done.stdout) == (2, "") and "did you mean 'evaluate'" in done.stderr.lower()
@@ -93,6 +96,7 @@ def test_an_interrupt_ends_a_command_as_it_ends_python(monkeypatch):
         main(["cache-teacher", "quickstart", "--out", "folder"])
 
 
+@pytest.mark.multiprocess
 def test_a_shell_completes_commands_and_values():
     script = [sys.executable, "-c", "import sys; sys.argv[0] = 'distil-toolkit'; from toolkit.cli import main; main()"]
 

@@ -20,6 +20,7 @@ def block(section, kind):
     return found
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_a_worked_example_applies_and_its_code_runs(title, tmp_path):
     for folder in ("toolkit", "tests"):

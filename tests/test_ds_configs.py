@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import tiny_overrides
 from toolkit.models.ds_config import REPOSITORY
 
@@ -28,7 +28,7 @@ def test_it_trains(tiny, ranks2, tmp_path, name):
     (tmp_path / name).write_text(json.dumps(config))
     role = name.partition("_")[0]
     changes = {f"{role}.ds_config": f"{tmp_path}/{name}"}
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name=name, train__steps=3, optimizer__name="adamw", optimizer__lr=0.01, precision="bf16",
         schedule__policy="mixed", schedule__mixed_share=0.5, **changes))[0]  # fmt: skip
     assert summary["validation"]["final"]["kl_nats"] < summary["validation"]["initial"]["kl_nats"]
@@ -37,4 +37,4 @@ def test_it_trains(tiny, ranks2, tmp_path, name):
 def test_stages_of_one_process_have_hpz_each(tiny, ranks1):
     for name in ("first stage", "second stage"):
         settings = {"teacher__ds_config": "ds_configs/teacher_zero3_hpz.json", "train__steps": 1}
-        ranks1.run(engine_cases.run_tiny, tiny_overrides(tiny, name=name, **settings))
+        ranks1.run(run_cases.run_tiny, tiny_overrides(tiny, name=name, **settings))

@@ -1,6 +1,7 @@
 """Imports point one way: each room, a folder of toolkit/ or a file beside them, imports what is named for it alone."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -47,10 +48,14 @@ def is_package(node, alias):
     return base.is_dir() or base.with_suffix(".py").is_file()
 
 
+@functools.cache
 def modules():
+    """(module, what it imports) of every file of the package."""
+    found = []
     for path in sorted((ROOT / "toolkit").rglob("*.py")):
         names = path.relative_to(ROOT).with_suffix("").parts
-        yield ".".join(names[:-1] if names[-1] == "__init__" else names), imported(path)
+        found.append((".".join(names[:-1] if names[-1] == "__init__" else names), imported(path)))
+    return found
 
 
 def room(module):
@@ -92,6 +97,7 @@ def test_imports_inside_functions_are_seen(tmp_path):
     assert imported(file) == {"toolkit.batch", "toolkit.run.recipe", "tests.tiny"}
 
 
+@pytest.mark.multiprocess
 def test_former_names_import_what_took_their_place():
     """In a process of its own: other tests may have imported them before."""
     script = (

@@ -90,6 +90,7 @@ def _rows_into(cache_dir):
     return len(python_docs_rows("train", cache_dir))
 
 
+@pytest.mark.multiprocess
 def test_two_processes_may_fill_one_cache(tmp_path, train, monkeypatch):
     cache_dir = str(tmp_path / "new")
     with multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -14,6 +14,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "kernel_resources
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's, from CUDA's programming guide
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(not has_triton(), reason="triton is not installed")
 def test_no_variant_spills_and_shared_memory_fits(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -8,6 +8,8 @@ import pytest
 
 from toolkit.divergences.kernels.backends import has_cpp
 
+pytestmark = pytest.mark.multiprocess
+
 SCRIPT = """
 import warnings, torch
 from tests.divergences.calls import fused

@@ -6,7 +6,7 @@ import random
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from tests import evaluation_cases
+from tests.evaluation import evaluation_cases
 from toolkit.data.python_docs import python_docs_rows
 from toolkit.evaluation import score
 

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from tests import engine_cases, evaluation_cases
+from tests.evaluation import evaluation_cases
+from tests.run import run_cases
 from tests.tiny import tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
 
@@ -31,21 +32,21 @@ def outcome(tiny, name):
     ("kl", "kl_nats", min), ("ce", "ce_nats", min), ("rouge_l", "rouge_l", max), ("chrf", "chrf", max),
 ])  # fmt: skip
 def test_the_best_is_exported_and_survives_a_stop(tiny, ranks2, by, key, choose):
-    ranks2.run(engine_cases.run_tiny, settings(tiny, f"best {by}", by))
+    ranks2.run(run_cases.run_tiny, settings(tiny, f"best {by}", by))
     best, seen, weights = outcome(tiny, f"best {by}")
     values = [validation[key] for validation in seen]
     assert len(values) == 6 and len(set(values)) > 2
     assert best["by"] == by and best["value"] == choose(values) and best["step"] == values.index(choose(values))
     stopped = settings(tiny, f"best {by} stopped", by)
-    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 3, signal.SIGUSR1):
+    for code, *_ in ranks2.run(run_cases.run_until, stopped, 3, signal.SIGUSR1):
         assert code == EXIT_LATER
-    ranks2.run(engine_cases.run_tiny, stopped)
+    ranks2.run(run_cases.run_tiny, stopped)
     again, _, same = outcome(tiny, f"best {by} stopped")
     assert {**again, "student": None} == {**best, "student": None} and same == weights
 
 
 def test_evaluate_measures_the_best_as_the_validation_did(tiny, ranks2):
-    ranks2.run(engine_cases.run_tiny, settings(tiny, "best measured", "kl"))
+    ranks2.run(run_cases.run_tiny, settings(tiny, "best measured", "kl"))
     best, *_ = outcome(tiny, "best measured")
     code, _, said, found = ranks2.run(evaluation_cases.command, [
         "evaluate", "--model", best["student"], "--data", f"{tiny}/rows.jsonl", "--protocol", "plain", "--metric", "kl",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests import evaluation_cases
+from tests.evaluation import evaluation_cases
 from toolkit.batch import TokenBatch
 from toolkit.data import DataConfig, load_rows, tokenize_rows
 from toolkit.evaluation.protocols import PROTOCOLS

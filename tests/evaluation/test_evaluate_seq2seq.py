@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tests import engine_cases, evaluation_cases
+from tests.evaluation import evaluation_cases
+from tests.rollout import local_cases
 from tests.tiny import make_tokenizer, save_llama, save_t5
 from toolkit.batch import EncoderDecoder
 from toolkit.data import DataConfig, load_data
@@ -63,7 +64,7 @@ def test_prompts_are_those_of_training_and_answers_those_of_the_rollout(t5, exam
     assert all(prompt.startswith("file: ") and prompt.endswith(tokenizer.eos_token) for prompt in prompts)
     for prompt, example in zip(prompts, examples, strict=True):  # sampled_texts tokenises them again
         assert tokenizer(prompt)["input_ids"] == example.prompt.tolist()
-    texts = ranks1.run(engine_cases.sampled_texts, t5, prompts, None, max_new_tokens=16)[0]
+    texts = ranks1.run(local_cases.sampled_texts, t5, prompts, None, max_new_tokens=16)[0]
     said = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
     assert [line["answer"] for line in found] == said and len(set(said)) > 5
     assert [line["tokens"] for line in found] == [len(ids) for ids in texts]

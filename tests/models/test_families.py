@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests import engine_cases
 from tests.families import made
+from tests.models import load_cases
+from tests.run import run_cases
 from tests.tiny import make_tokenizer, save_rows, tiny_overrides
 
 pytestmark = pytest.mark.multiprocess
@@ -42,7 +43,7 @@ def runs(tmp_path_factory):
 )
 def test_stacks_that_go_by_another_name_or_end_in_fp32_are_trained(runs, ranks1, family, precision):
     folder, settings = runs(family, precision=precision)
-    found = ranks1.run(engine_cases.run_tiny, settings)[0]["validation"]
+    found = ranks1.run(run_cases.run_tiny, settings)[0]["validation"]
     assert found["final"]["kl_nats"] < found["initial"]["kl_nats"] - 0.05
     student = AutoModelForCausalLM.from_pretrained(folder / "runs" / "tiny" / "student")
     assert type(student) is type(made(family))
@@ -51,7 +52,7 @@ def test_stacks_that_go_by_another_name_or_end_in_fp32_are_trained(runs, ranks1,
 def test_under_zero3_every_tensor_has_the_dtype_and_the_value_that_transformers_gives_it(runs, ranks2):
     folders = [str(runs(family)[0] / "teacher") for family in OTHER_DTYPES]
     for dtype in (torch.bfloat16, torch.float32):
-        for found in ranks2.run(engine_cases.all_tensors, folders, dtype):
+        for found in ranks2.run(load_cases.all_tensors, folders, dtype):
             for folder in folders:
                 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
                 wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -70,7 +71,7 @@ def test_a_teacher_in_bf16_answers_as_transformers_does(runs, ranks1, tmp_path, 
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     folder, settings = runs("deepseek_v3", precision="bf16", teacher__ds_config=f"{tmp_path}/ds.json")
     ids = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
-    found = ranks1.run(engine_cases.teacher_hidden, settings, ids)[0]
+    found = ranks1.run(load_cases.teacher_hidden, settings, ids)[0]
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(found, teacher.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1))
@@ -82,7 +83,7 @@ def test_fp32_weights_that_are_trained_are_told_and_those_that_are_not_stay(runs
         "ernie4_5_moe", precision="bf16", name=sharding, student__ds_config=f"ds_configs/{sharding}.json",
         optimizer__name="adamw", optimizer__lr=0.01, optimizer__weight_decay=0.1,
     )  # fmt: skip
-    said = [out + err for _, out, err in ranks2.run(engine_cases.run_saying, settings)]
+    said = [out + err for _, out, err in ranks2.run(run_cases.run_saying, settings)]
     (told,) = [line for line in "".join(said).splitlines() if "in fp32" in line]
     assert "transformers keeps model.layers.*.mlp.gate.weight (3 times) of the student, a ernie4_5_moe model" in told
     assert re.search(r"rounding moves them by 0\.1\d% at most$", told) and told in said[0]
@@ -103,7 +104,7 @@ def test_under_adapters_fp32_weights_stay_and_are_exported_so(runs, ranks1, shar
         "hunyuan_v1_moe", precision="bf16", name="lora", student__ds_config=f"ds_configs/{sharding}.json",
         student__lora__rank=2, student__lora__target_modules=[adapted],
     )  # fmt: skip
-    (_, out, err) = ranks1.run(engine_cases.run_saying, settings)[0]
+    (_, out, err) = ranks1.run(run_cases.run_saying, settings)[0]
     assert "in fp32" not in out + err
     start, end = (load_file(folder / path / "model.safetensors") for path in ("student", "runs/lora/student"))
     kept = {name for name, tensor in end.items() if tensor.dtype == torch.float32}
@@ -113,5 +114,5 @@ def test_under_adapters_fp32_weights_stay_and_are_exported_so(runs, ranks1, shar
 
 def test_adapters_of_experts_are_refused(runs, ranks1):
     _, settings = runs("hunyuan_v1_moe", student__lora__rank=2)
-    code, said = ranks1.run(engine_cases.run_expecting_exit, settings)[0]
+    code, said = ranks1.run(run_cases.run_expecting_exit, settings)[0]
     assert code == 2 and "reaches model.layers.0.mlp.experts of this hunyuan_v1_moe model" in said

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests import engine_cases
 from tests.families import FAMILIES, made
+from tests.models import load_cases
 from toolkit.models.dtypes import dtypes_of
 from toolkit.models.fit import quiet, rehearse
 from toolkit.models.load import load_model
@@ -164,5 +164,5 @@ def test_a_rank_whose_files_do_not_fit_ends_the_others_as_well(saved, tmp_path, 
     short = saved("llama", settings={"num_hidden_layers": 2})
     whole = saved("mistral")
     for paths in ([whole, short], [short, whole]):
-        said = ranks2.run(engine_cases.load_errors, paths)
+        said = ranks2.run(load_cases.load_errors, paths)
         assert said[0] == said[1] and "hold layers.2" in said[0]

@@ -16,7 +16,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from tests import engine_cases
+from tests.models import load_cases
 from tests.tiny import make_tokenizer, save_llama
 from toolkit.models import load_model, load_tokenizer, shared_vocabulary
 from toolkit.models.ds_config import OWNED, read_ds_config
@@ -128,7 +128,7 @@ def test_a_ds_config_that_cannot_be_used(tmp_path, text, message):
 def test_weights_are_partitioned_and_whole_when_gathered(tiny, ranks2):
     saved = AutoModelForCausalLM.from_pretrained(tiny / "tied").state_dict()
     for dtype in (torch.float32, torch.bfloat16):
-        for local, gathered in ranks2.run(engine_cases.loaded, f"{tiny}/tied", dtype):
+        for local, gathered in ranks2.run(load_cases.loaded, f"{tiny}/tied", dtype):
             assert local == 0  # nothing of a large parameter outside its partition
             for name, tensor in gathered.items():
                 assert tensor.dtype == dtype
@@ -142,7 +142,7 @@ def test_random_weights_are_alike_on_all_ranks(ranks2):
         intermediate_size=128, initializer_range=0.1,
     )  # fmt: skip
     model = ModelConfig(random_weights=True, shape=shape, num_layers=2)
-    (_, first), (_, second) = ranks2.run(engine_cases.loaded, "", torch.float32, model)
+    (_, first), (_, second) = ranks2.run(load_cases.loaded, "", torch.float32, model)
     assert first.keys() == second.keys() and len([name for name in first if "q_proj" in name]) == 2
     for name in first:
         assert torch.equal(first[name], second[name])

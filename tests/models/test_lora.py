@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tests import engine_cases
+from tests.models import lora_cases
+from tests.run import run_cases
 from tests.run.test_loop import assert_close, train_dense, weights
 from tests.run.test_resume import assert_equal, flip, outcome, settings
 from tests.tiny import tiny_overrides
@@ -36,7 +37,7 @@ class LowRank(nn.Module):
 @pytest.fixture(scope="module")
 def start(tiny, ranks2):
     """A peft folder whose B is not zero, so that A learns from the first step: from a short run."""
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name="lora start", optimizer__name="adamw", optimizer__lr=0.05, seed=3, **LORA))  # fmt: skip
     return tiny / "runs" / "lora start" / "student" / "adapter"
 
@@ -53,7 +54,7 @@ def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, start, stage):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     prompts = [tokenizer(text)["input_ids"] for text in ("What is a file?", "Return")]
     ids = torch.tensor(prompts[0])[None]
-    found = ranks2.run(engine_cases.run_with_last_words, tiny_overrides(
+    found = ranks2.run(lora_cases.run_with_last_words, tiny_overrides(
         tiny, name=name, student__ds_config=STAGES[stage], train__steps=steps, train__rows_per_micro_batch=2,
         student__gradient_checkpointing=True, student__lora__adapter=str(start), **LORA), prompts, ids)  # fmt: skip
 
@@ -108,7 +109,7 @@ def test_gpt2_with_every_linear_layer(tiny, ranks2, tmp_path):
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name="lora gpt2", output_dir=str(tmp_path), student__path=f"{tmp_path}/gpt2", precision="bf16",
         train__steps=12, optimizer__name="adamw", optimizer__lr=0.02, student__lora__rank=4,
         student__lora__dropout=0.1))[0]  # fmt: skip
@@ -133,11 +134,11 @@ def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precisio
         "student.gradient_checkpointing": True, "schedule.phi_initial": 0.9, "rollout.capacity": 16, **LORA,
     }  # fmt: skip
     name = f"lora whole {precision} {stage}"
-    ranks2.run(engine_cases.run_tiny, settings(tiny, name, **changes))
+    ranks2.run(run_cases.run_tiny, settings(tiny, name, **changes))
     stopped = settings(tiny, name + " stopped", **changes)
-    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 3, signal.SIGUSR1, ranks=(1,)):
+    for code, *_ in ranks2.run(run_cases.run_until, stopped, 3, signal.SIGUSR1, ranks=(1,)):
         assert code == EXIT_LATER
-    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert "goes on from" in ranks2.run(run_cases.run_saying, stopped)[0][1]
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
     adapters = [
         (tiny / "runs" / run / "student" / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -155,7 +156,7 @@ def stopped(tiny, ranks2, tmp_path):
         "student.path": f"{tmp_path}/base", **LORA,
     }  # fmt: skip
     for code, *_ in ranks2.run(
-        engine_cases.run_until, settings(tiny, "lora", **changes), 3, signal.SIGUSR1, ranks=(0,)
+        run_cases.run_until, settings(tiny, "lora", **changes), 3, signal.SIGUSR1, ranks=(0,)
     ):
         assert code == EXIT_LATER
     return tmp_path, changes
@@ -172,9 +173,9 @@ def test_one_rank_goes_on_from_two_and_a_checkpoint_holds_adapters_alone(tiny, r
     # q 32 -> 32, v 32 -> 16, down 64 -> 32, in two layers
     assert elements == dict.fromkeys(kinds, 2 * 3 * (32 + 32 + 32 + 16 + 64 + 32))
     other = settings(tiny, "lora", **changes, **{"student.ds_config": STAGES[2]})
-    said = ranks1.run(engine_cases.run_saying, other)[0]
+    said = ranks1.run(run_cases.run_saying, other)[0]
     assert said[0] == 0 and "goes on from" in said[1], said
-    ranks2.run(engine_cases.run_tiny, settings(tiny, "lora at once", **changes | {"output_dir": f"{tiny}/runs"}))
+    ranks2.run(run_cases.run_tiny, settings(tiny, "lora at once", **changes | {"output_dir": f"{tiny}/runs"}))
     found = load((folder / "lora" / "student" / "model.safetensors").read_bytes())
     assert_close(found, load(outcome(tiny, "lora at once")[0]), 1e-5)
 
@@ -182,16 +183,16 @@ def test_one_rank_goes_on_from_two_and_a_checkpoint_holds_adapters_alone(tiny, r
 def test_another_base_is_refused(tiny, ranks2, stopped):
     folder, changes = stopped
     flip(folder / "base" / "model.safetensors")
-    code, _, said = ranks2.run(engine_cases.run_saying, settings(tiny, "lora", **changes))[0]
+    code, _, said = ranks2.run(run_cases.run_saying, settings(tiny, "lora", **changes))[0]
     assert code == 2 and "the student's before training: model.safetensors had SHA-256" in said
     flip(folder / "base" / "model.safetensors")
-    code, _, said = ranks2.run(engine_cases.run_saying, settings(tiny, "lora", **changes | {"student.lora.alpha": 7}))[
+    code, _, said = ranks2.run(run_cases.run_saying, settings(tiny, "lora", **changes | {"student.lora.alpha": 7}))[
         0
     ]
     assert code == 2 and "student.lora.alpha was 6.0, is 7.0" in said
     (folder / "base").rename(folder / "elsewhere")
     changes = changes | {"student.path": f"{folder}/elsewhere"}
-    assert ranks2.run(engine_cases.run_saying, settings(tiny, "lora", **changes))[0][0] == 0
+    assert ranks2.run(run_cases.run_saying, settings(tiny, "lora", **changes))[0][0] == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -202,7 +203,7 @@ def test_frozen_weights_have_no_master_copy_no_state_and_no_gradient(tiny, ranks
     )  # fmt: skip
     alone = None
     for ranks, world in ((ranks1, 1), (ranks2, 2)):
-        found = ranks.run(engine_cases.held_after_a_step, overrides)
+        found = ranks.run(lora_cases.held_after_a_step, overrides)
         for held in found:
             assert held["dtypes"] == {torch.bfloat16} and held["master_dtypes"] == {torch.float32}
             assert held["frozen_with_gradient"] == [] and held["frozen"] > 20 * held["trained"] / world
@@ -244,7 +245,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny, ranks2, start, tmp_path, cha
         file = tmp_path / "adapter" / "adapter_config.json"
         file.unlink() if other is None else file.write_text(json.dumps(json.loads(file.read_text()) | other))
     overrides = tiny_overrides(tiny, name="lora refused", **{**LORA, **changes})
-    for rank, (code, said) in enumerate(ranks2.run(engine_cases.run_expecting_exit, overrides)):
+    for rank, (code, said) in enumerate(ranks2.run(run_cases.run_expecting_exit, overrides)):
         assert code == 2 and (message in said or rank == 1), said
 
 

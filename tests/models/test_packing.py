@@ -20,8 +20,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from tests import engine_cases
 from tests.families import KEEPS_TEXTS_APART, LEAKS, made
+from tests.run import run_cases
 from tests.tiny import make_tokenizer, tiny_overrides
 from toolkit.batch import Example, make_window
 from toolkit.models import Vocabulary, check_packing, whole_student
@@ -212,7 +212,7 @@ def test_a_model_that_does_not_keep_texts_apart_is_refused(tiny, ranks1, tmp_pat
         {"text.source": f"{tiny}/rows.jsonl", "text.field": "response", "text.max_length": 32},
     ):
         code, said = ranks1.run(
-            engine_cases.run_expecting_exit,
+            run_cases.run_expecting_exit,
             tiny_overrides(tiny, student__path=f"{tmp_path}/bloom", output_dir=f"{tmp_path}", **settings),
         )[0]
         assert code == 2 and "the student, a bloom model, does not keep several texts in one row apart" in said

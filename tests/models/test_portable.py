@@ -233,6 +233,7 @@ def test_other_users_may_read_what_the_umask_lets_them(written):
     assert any(file.name == "adapter_model.safetensors" for folder in written for file in folder.rglob("*"))
 
 
+@pytest.mark.multiprocess
 @pytest.mark.other_versions
 def test_an_older_transformers_reads_the_same_models(written, tmp_path):
     """Logits, ends and tokens of every folder. The older version goes beside the packages of this environment."""

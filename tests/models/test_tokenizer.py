@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import make_tokenizer, save_gguf, save_sentencepiece, tiny_overrides
 from toolkit.data.probe import PROBE
 from toolkit.data.store import tokenizer_sha256
@@ -182,7 +182,7 @@ def test_a_student_whose_tokenizer_would_come_back_as_another_is_refused(tiny, r
         tiny, student__path="", student__random_weights=True, student__tokenizer=str(tiny / "teacher"),
         output_dir=str(tmp_path), **changes,
     )  # fmt: skip
-    code, _, said = ranks1.run(engine_cases.run_saying, overrides)[0]
+    code, _, said = ranks1.run(run_cases.run_saying, overrides)[0]
     assert code == 2 and "the student could not be written" in said and "back as Qwen2Tokenizer" in said, said
     assert not list(tmp_path.rglob("metrics.jsonl"))  # it is told before the first step
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -33,6 +34,7 @@ def test_a_relative_path_is_not_another_folder_of_that_name(tmp_path, monkeypatc
     assert made[0] != made[1]
 
 
+@pytest.mark.multiprocess
 def test_two_processes_make_it_at_once(tmp_path):
     save_llama(tmp_path / "model", make_tokenizer(), seed=5, layers=4)
     code = (

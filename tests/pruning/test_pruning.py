@@ -31,7 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import make_tokenizer, tiny_overrides
 from toolkit.cli import app
 from toolkit.data import DataConfig
@@ -629,7 +629,7 @@ def test_a_run_begins_with_a_pruned_student(tiny, tmp_path, ranks2):
         tiny, name="pruned", student__path=f"{tiny}/teacher", student__init={"hidden": 24, "mlp": 40, "row_tokens": 32},
         output_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), train__steps=1,
     )  # fmt: skip
-    summary, other = ranks2.run(engine_cases.run_tiny, settings)
+    summary, other = ranks2.run(run_cases.run_tiny, settings)
     assert summary["validation"] == other["validation"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned" / "student")
     assert (model.config.hidden_size, model.config.intermediate_size) == (24, 40)

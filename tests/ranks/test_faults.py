@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import engine_cases
+from tests.ranks import fault_cases
+from tests.run import run_cases
 from tests.tiny import save_rows, tiny_overrides
 from toolkit.ranks.memory import Halving, is_out_of_memory
 from toolkit.ranks.signals import EXIT_LATER
@@ -33,7 +34,7 @@ def records(tiny, name):
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tiny, ranks2, precision, ds_config, poison):
     name = f"{poison} {precision} {ds_config}"
     overrides = settings(tiny, name, precision=precision, student__ds_config=f"ds_configs/{ds_config}.json")
-    for code, out, _, digests in ranks2.run(engine_cases.run_poisoned, overrides, poison, steps=(3, 4)):
+    for code, out, _, digests in ranks2.run(fault_cases.run_poisoned, overrides, poison, steps=(3, 4)):
         assert code == 0
         assert digests[1] == digests[2] == digests[3]  # nothing was taken
         assert len({digests[0], digests[1], digests[4], digests[5]}) == 4  # everything else was
@@ -50,11 +51,11 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tiny, ranks2, p
 @pytest.mark.multiprocess
 def test_too_many_in_a_row_end_the_run_with_the_last_good_checkpoint(tiny, ranks2):
     overrides = settings(tiny, "diverged", checkpoint__every_steps=2, faults__max_skipped_steps=2)
-    found = ranks2.run(engine_cases.run_poisoned, overrides, "gradient", steps=(3, 4, 5))
+    found = ranks2.run(fault_cases.run_poisoned, overrides, "gradient", steps=(3, 4, 5))
     code, _, said, digests = found[0]
     assert code == found[1][0] == 2 and len(digests) == 4
     assert "2 in a row" in said and str(tiny / "runs" / "diverged" / "checkpoints") in said
-    code, out, _ = ranks2.run(engine_cases.run_saying, [*overrides, "resume=auto"])[0]
+    code, out, _ = ranks2.run(run_cases.run_saying, [*overrides, "resume=auto"])[0]
     assert code == 0 and "step-00000002" in out  # without the fault it goes on from there
 
 
@@ -63,7 +64,7 @@ def test_a_spike_is_skipped_where_that_is_asked_for(tiny, ranks2):
     guarded = {"faults.spike_factor": 5, "faults.spike_window": 3}
     for name, changes, skipped in (("guarded", guarded, 1), ("unguarded", {}, 0)):
         digests = ranks2.run(
-            engine_cases.run_poisoned, settings(tiny, name, **changes), "spike", steps=(5,), ranks=(0, 1)
+            fault_cases.run_poisoned, settings(tiny, name, **changes), "spike", steps=(5,), ranks=(0, 1)
         )[0][3]
         assert (digests[3] == digests[4]) == bool(skipped)
         assert records(tiny, name)[-1]["skipped_steps"] == skipped
@@ -72,10 +73,10 @@ def test_a_spike_is_skipped_where_that_is_asked_for(tiny, ranks2):
 @pytest.mark.multiprocess
 def test_what_was_skipped_is_known_after_a_resume(tiny, ranks2):
     overrides = settings(tiny, "skipped resume", resume="auto")
-    ranks2.run(engine_cases.run_poisoned, settings(tiny, "skipped whole"), "loss", steps=(2, 3))
-    for code, *_ in ranks2.run(engine_cases.run_poisoned_until, overrides, "loss", (2, 3), 3, signal.SIGUSR1):
+    ranks2.run(fault_cases.run_poisoned, settings(tiny, "skipped whole"), "loss", steps=(2, 3))
+    for code, *_ in ranks2.run(fault_cases.run_poisoned_until, overrides, "loss", (2, 3), 3, signal.SIGUSR1):
         assert code == EXIT_LATER
-    assert ranks2.run(engine_cases.run_saying, overrides)[0][0] == 0
+    assert ranks2.run(run_cases.run_saying, overrides)[0][0] == 0
     weights = [(tiny / "runs" / f"skipped {how}" / "student" / "model.safetensors").read_bytes() for how in
                ("resume", "whole")]  # fmt: skip
     assert weights[0] == weights[1] and records(tiny, "skipped resume")[-1]["skipped_steps"] == 2
@@ -132,7 +133,7 @@ def roomy(tiny, ranks2):
             rollout__train_on_fresh=True, rollout__max_new_tokens=48, loss__memory_budget_mib=8, validation__rows=2,
         )  # fmt: skip
 
-    found = ranks2.run(engine_cases.run_short_of_memory, roomy_settings("roomy"), {})
+    found = ranks2.run(fault_cases.run_short_of_memory, roomy_settings("roomy"), {})
     assert [code for code, *_ in found] == [0, 0] and "out of memory" not in found[0][1] + found[1][1]
     return roomy_settings, tiny / "runs" / "roomy", found[1][2]
 
@@ -149,7 +150,7 @@ def roomy(tiny, ranks2):
 def test_a_rank_that_is_short_of_memory_halves_its_part_and_the_run_ends_the_same(tiny, ranks2, roomy, part, said):
     roomy_settings, whole, most_bytes = roomy
     limits = {part: 0.75 * most_bytes[part]}
-    (*zero, _), (*one, _) = ranks2.run(engine_cases.run_short_on_last_rank, roomy_settings(f"short {part}"), limits)
+    (*zero, _), (*one, _) = ranks2.run(fault_cases.run_short_on_last_rank, roomy_settings(f"short {part}"), limits)
     assert zero == [0, ""]
     assert one[0] == 0 and one[1].count("out of memory") == 1 and f"rank 1: out of memory in {said}" in one[1]
     folder = tiny / "runs" / f"short {part}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import tiny_overrides
 from toolkit.ranks import collectives
 from toolkit.ranks.collectives import started_as
@@ -188,13 +188,14 @@ def test_ranks_that_cannot_end_their_step_end_by_signal_and_go_on_later(start, t
     for rank, process in enumerate(ranks):
         said = process.communicate(timeout=120)[1]
         assert process.returncode == EXIT_LATER and message.format(rank=rank) in said, said
-    code, out, _ = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, train__steps=6, **changes))[0]
+    code, out, _ = ranks2.run(run_cases.run_saying, tiny_overrides(tiny, train__steps=6, **changes))[0]
     assert code == 0 and "step-00000002, written by 2 ranks" in out
 
 
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"  # minutes of C code: no handler of Python runs
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("grace_s", "sent_s", "code", "message"),
     [
@@ -217,6 +218,7 @@ def test_what_follows_a_signal_does_not_need_the_main_thread(grace_s, sent_s, co
     assert done.returncode == code and message in done.stderr
 
 
+@pytest.mark.multiprocess
 def test_a_run_that_has_saved_nothing_is_not_to_be_repeated():
     script = (
         "import os, signal, threading\nfrom toolkit.ranks.signals import StopSignals\n"
@@ -229,6 +231,7 @@ def test_a_run_that_has_saved_nothing_is_not_to_be_repeated():
     assert done.returncode == 2 and "nothing was saved since the start" in done.stderr
 
 
+@pytest.mark.multiprocess
 def test_a_job_that_is_too_short_for_its_start_is_not_repeated_for_ever(tmp_path):
     """One start may be ended early, by a preemption; the second in a row shows that the time does not do."""
     script = (
@@ -265,6 +268,7 @@ def test_a_rank_that_srun_started_knows_its_place_before_it_joins(monkeypatch):
     assert told and "rank 2 of 4 found no other rank" in told[0]
 
 
+@pytest.mark.multiprocess
 def test_a_forked_child_has_its_signals_to_itself():
     """Pools of workers end theirs by SIGTERM."""
     script = (

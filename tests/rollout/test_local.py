@@ -6,7 +6,7 @@ import torch
 from deepspeed.runtime.rollout import RolloutEngine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests import engine_cases
+from tests.rollout import local_cases
 from toolkit.ranks.memory import cgroup_free_bytes
 from toolkit.rollout.local import GatheredRollout, SeededSampling, choose_tokens
 
@@ -22,7 +22,7 @@ PROMPTS = [
 
 @pytest.mark.multiprocess
 def test_greedy_text_is_that_of_transformers(tiny, ranks2):
-    found = ranks2.run(engine_cases.sampled_texts, tiny, PROMPTS, 2, max_new_tokens=15, temperature=0.0)[0]
+    found = ranks2.run(local_cases.sampled_texts, tiny, PROMPTS, 2, max_new_tokens=15, temperature=0.0)[0]
     model = AutoModelForCausalLM.from_pretrained(tiny / "student")
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     for prompt, ids in zip(PROMPTS, found, strict=True):
@@ -36,25 +36,25 @@ def test_greedy_text_is_that_of_transformers(tiny, ranks2):
 @pytest.mark.multiprocess
 def test_sampled_text_does_not_depend_on_ranks_or_batches(tiny, ranks1, ranks2):
     settings = dict(max_new_tokens=15, temperature=0.9, top_p=0.95, top_k=50)
-    one = ranks1.run(engine_cases.sampled_texts, tiny, PROMPTS, None, **settings)[0]
-    two, other = ranks2.run(engine_cases.sampled_texts, tiny, PROMPTS, 2, **settings)
+    one = ranks1.run(local_cases.sampled_texts, tiny, PROMPTS, None, **settings)[0]
+    two, other = ranks2.run(local_cases.sampled_texts, tiny, PROMPTS, 2, **settings)
     assert one == two == other
     assert len({tuple(ids) for ids in one}) > 1
-    greedy = ranks1.run(engine_cases.sampled_texts, tiny, PROMPTS, None, max_new_tokens=15, temperature=0.0)[0]
+    greedy = ranks1.run(local_cases.sampled_texts, tiny, PROMPTS, None, max_new_tokens=15, temperature=0.0)[0]
     assert greedy != one
 
 
 @pytest.mark.multiprocess
 def test_rank_without_prompts_does_not_hang(tiny, ranks2):
-    assert len(ranks2.run(engine_cases.sampled_texts, tiny, PROMPTS[:1], None, max_new_tokens=9)[0]) == 1
+    assert len(ranks2.run(local_cases.sampled_texts, tiny, PROMPTS[:1], None, max_new_tokens=9)[0]) == 1
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])  # ragged ends, and a rank without a prompt
 def test_sharded_text_is_gathered_text(tiny, ranks2, prompts):
     settings = dict(max_new_tokens=15, temperature=0.9)
-    gathered = ranks2.run(engine_cases.sampled_texts_and_mode, tiny, prompts, "always", **settings)[0]
-    sharded = ranks2.run(engine_cases.sampled_texts_and_mode, tiny, prompts, "never", **settings)[0]
+    gathered = ranks2.run(local_cases.sampled_texts_and_mode, tiny, prompts, "always", **settings)[0]
+    sharded = ranks2.run(local_cases.sampled_texts_and_mode, tiny, prompts, "never", **settings)[0]
     assert gathered == (sharded[0], "gathered") and sharded[1] == "sharded"
 
 
@@ -66,14 +66,14 @@ def test_sharded_text_is_gathered_text(tiny, ranks2, prompts):
 )  # fmt: skip
 def test_a_rank_that_fails_ends_generation_on_all(tiny, ranks2, gather, name, call):
     """After a pass, before the first one, and where the others make one; and the next call knows nothing of it."""
-    for said, texts, wanted in ranks2.run(engine_cases.texts_around_a_failure, tiny, PROMPTS, gather, name, call, (1,)):
+    for said, texts, wanted in ranks2.run(local_cases.texts_around_a_failure, tiny, PROMPTS, gather, name, call, (1,)):
         assert said == f"generation failed on rank 1: MemoryError: made to fail in {name}"
         assert texts == wanted
 
 
 @pytest.mark.multiprocess
 def test_an_unknown_id_is_told_on_all_ranks(tiny, ranks2):
-    for said in ranks2.run(engine_cases.error_of_unknown_ids, tiny):
+    for said in ranks2.run(local_cases.error_of_unknown_ids, tiny):
         assert "prompt 0 of 1 holds the ids 5 to 1000000, the vocabulary ends at" in said
 
 
@@ -81,7 +81,7 @@ def test_an_unknown_id_is_told_on_all_ranks(tiny, ranks2):
 def test_one_rank_without_memory_makes_all_ranks_generate_sharded(tiny, ranks2):
     for free_bytes, mode in (([2**30, 2**30], "gathered"), ([2**30, 2**12], "sharded")):
         for found in ranks2.run(
-            engine_cases.sampled_texts_and_mode, tiny, PROMPTS, "auto", free_bytes, max_new_tokens=4
+            local_cases.sampled_texts_and_mode, tiny, PROMPTS, "auto", free_bytes, max_new_tokens=4
         ):
             assert found[1] == mode
 
@@ -89,8 +89,8 @@ def test_one_rank_without_memory_makes_all_ranks_generate_sharded(tiny, ranks2):
 @pytest.mark.multiprocess
 def test_a_batch_that_exceeds_the_cache_budget_is_split(tiny, ranks1):
     settings = dict(max_new_tokens=60, temperature=0.9)
-    whole, free = ranks1.run(engine_cases.texts_within_budget, tiny, PROMPTS * 12, None, **settings)[0]
-    split, bound = ranks1.run(engine_cases.texts_within_budget, tiny, PROMPTS * 12, 1, **settings)[0]
+    whole, free = ranks1.run(local_cases.texts_within_budget, tiny, PROMPTS * 12, None, **settings)[0]
+    split, bound = ranks1.run(local_cases.texts_within_budget, tiny, PROMPTS * 12, 1, **settings)[0]
     assert split == whole
     assert free.peak_rows == 72 > bound.peak_rows and free.cache_mib > 1 >= bound.cache_mib
     assert bound.tokens == sum(len(text) for text in split) and bound.texts == 72
@@ -100,7 +100,7 @@ def test_a_batch_that_exceeds_the_cache_budget_is_split(tiny, ranks1):
 def test_eos_ends_a_text_and_is_learned_though_it_is_the_pad_token(tiny, ranks1):
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    texts = ranks1.run(engine_cases.sampled_texts, tiny, PROMPTS * 12, None, max_new_tokens=60, temperature=1.5)[0]
+    texts = ranks1.run(local_cases.sampled_texts, tiny, PROMPTS * 12, None, max_new_tokens=60, temperature=1.5)[0]
     eos = tokenizer.eos_token_id
     ended = [ids for ids in texts if eos in ids]
     assert ended and len(ended) < len(texts)  # both kinds are there

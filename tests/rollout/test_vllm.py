@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, OPTConfig
 
-from tests import engine_cases
+from tests.rollout import vllm_cases
 from tests.rollout.stand_in_vllm import StandIn
+from tests.run import run_cases
 from tests.tiny import make_tokenizer, tiny_overrides
 from toolkit.rollout.vllm import NoAnswer, Server
 
@@ -34,7 +35,7 @@ def run(tiny, ranks, name, **changes):
         "student__path": f"{tiny}/{STUDENT}", "schedule__policy": "on_policy", "rollout__temperature": 0,
         "rollout__capacity": 8, "train__steps": 6, "validation__rows": 2,
     }  # fmt: skip
-    ranks.run(engine_cases.run_tiny, tiny_overrides(tiny, name=name, **settings | changes))
+    ranks.run(run_cases.run_tiny, tiny_overrides(tiny, name=name, **settings | changes))
     records = [json.loads(line) for line in (tiny / "runs" / name / "metrics.jsonl").open()]
     return load_file(tiny / "runs" / name / "student" / "model.safetensors"), records
 
@@ -82,7 +83,7 @@ def test_texts_end_at_eos_and_depend_on_their_seed_alone(tiny, ranks2, server):
     prompts = ["Return the number", "a", "What is a file?"] * 8
     server.own_ends |= set(range(0, 300, 5))  # generation_config.json may list more ends than the tokenizer has
     ours, theirs = ranks2.run(
-        engine_cases.server_texts, tiny, server.settings, prompts, max_new_tokens=40, temperature=1.3
+        vllm_cases.server_texts, tiny, server.settings, prompts, max_new_tokens=40, temperature=1.3
     )
     assert ours[0] == theirs[0]  # every text, asked for by the one rank and by the other
     eos = AutoTokenizer.from_pretrained(tiny / STUDENT).eos_token_id
@@ -113,7 +114,7 @@ def test_faults_of_a_server_are_told_on_every_rank(tiny, ranks2, server):
         ("was started with elsewhere/start, and not with the folder", {"root": "elsewhere/start"}),
         ("a reload that fails ends vLLM's engine", {"sees_other_files": True}),
     )
-    for found in ranks2.run(engine_cases.server_errors, tiny, server.settings, [fault for _, fault in faults]):
+    for found in ranks2.run(vllm_cases.server_errors, tiny, server.settings, [fault for _, fault in faults]):
         for (wanted, _), said in zip(faults, found, strict=True):
             assert wanted in said
 
@@ -122,7 +123,7 @@ def test_faults_of_a_server_are_told_on_every_rank(tiny, ranks2, server):
 def test_a_server_of_another_model_is_refused_before_it_reloads(tiny, ranks2, server):
     """A reload of weights that do not fit would end its engine."""
     other = StandIn(tiny / "teacher")
-    for (said,) in ranks2.run(engine_cases.server_errors, tiny, server.settings | {"rollout__server": other.url}, [{}]):
+    for (said,) in ranks2.run(vllm_cases.server_errors, tiny, server.settings | {"rollout__server": other.url}, [{}]):
         assert f"was started with {tiny}/teacher, and not with the folder" in said and str(server.folder) in said
     assert other.reloads == [] and not other.is_down
     other.close()
@@ -132,7 +133,7 @@ def test_a_server_of_another_model_is_refused_before_it_reloads(tiny, ranks2, se
 def test_a_server_that_keeps_a_part_of_its_weights_is_noticed_at_the_start(tiny, ranks2, server):
     parts = ["lm_head.weight", "embed_tokens", "layers.1.self_attn", "layers.0.mlp", "model.norm", ""]
     faults = [{}, *({"starts_again": True, "keeps": part} for part in parts)]
-    for fine, *found in ranks2.run(engine_cases.server_errors, tiny, server.settings, faults):
+    for fine, *found in ranks2.run(vllm_cases.server_errors, tiny, server.settings, faults):
         assert fine == "None"
         for part, said in zip(parts, found, strict=True):
             assert "speaks by other weights than those in" in said and "hand-over" in said, part
@@ -144,7 +145,7 @@ def test_a_server_that_goes_on_with_old_weights_is_noticed_at_the_next_push(tiny
     """At a small rate the student's change is far below what bf16 would round away."""
     server.fault = {"keeps": "", "keeps_after": 2}  # the hand-over, and the push of step 0
     settings = {"schedule__policy": "on_policy", "optimizer__name": "adamw", "optimizer__lr": learning_rate}
-    for code, said in ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(
+    for code, said in ranks2.run(run_cases.run_expecting_exit, tiny_overrides(
         tiny, name="kept", train__steps=40, **settings | server.settings)):  # fmt: skip
         assert code == 2
         if said:
@@ -164,7 +165,7 @@ def test_a_tied_head_is_written_as_a_tensor_of_its_own_for_a_server(tiny, ranks1
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     ((own, read),) = ranks1.run(
-        engine_cases.exported_logits, tiny, torch.arange(20)[None], name=family.model_type, student__path=str(folder)
+        vllm_cases.exported_logits, tiny, torch.arange(20)[None], name=family.model_type, student__path=str(folder)
     )
     assert (own - read).abs().max() < 1e-5
     written = tiny / "runs" / family.model_type / "untied"
@@ -177,7 +178,7 @@ def test_a_server_that_is_not_there_ends_all_ranks(tiny, ranks2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for code, said in ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(
+    for code, said in ranks2.run(run_cases.run_expecting_exit, tiny_overrides(
         tiny, name="down", schedule__policy="on_policy", rollout__engine="vllm", rollout__server=f"http://127.0.0.1:{port}",
         rollout__server_timeout_s=2)):  # fmt: skip
         assert code == 2
@@ -199,3 +200,8 @@ def test_answers_that_are_not_vllms_are_told(tiny):
     server.close()
     with pytest.raises(NoAnswer, match="no vLLM server answers at"):
         Server(server.url).ask("GET", "/v1/models", time.monotonic() + 1)
+
+
+def test_an_address_that_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match=r"rollout\.server = 'http://localhost:port' is no address \(.*port"):
+        Server("http://localhost:port")

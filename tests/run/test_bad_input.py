@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import RwkvConfig, RwkvForCausalLM
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import make_tokenizer, save_llama, tiny_overrides
 
 pytestmark = pytest.mark.multiprocess
@@ -20,7 +20,7 @@ def refused(tiny, ranks2):
     """Checks that a run with these changed settings is refused on both ranks, and that rank 0 alone says why."""
 
     def check(message, **changes):
-        (code, said), other = ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(tiny, **changes))
+        (code, said), other = ranks2.run(run_cases.run_expecting_exit, tiny_overrides(tiny, **changes))
         assert code == 2 and other[0] == 2
         errors = [line for line in (said + other[1]).splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0], said
@@ -70,7 +70,7 @@ def test_data(refused, tmp_path, text, message, changes):
 def test_broken_rows_are_skipped_and_counted_where_that_is_asked_for(tiny, ranks2, tmp_path):
     rows = (tiny / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text("{broken\n" + rows + '{"prompt": "only"}\n')
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name="skipped", data__source=f"{tmp_path}/rows.jsonl", data__on_bad_row="skip",
         train__steps=1))[0]  # fmt: skip
     assert summary["data"]["train_skipped_bad"] == 2 and summary["data"]["train_rows"] == 40
@@ -120,7 +120,7 @@ def test_weights_that_are_cut_off_are_refused_without_a_hang(refused, tiny, tmp_
 
 
 def test_a_refused_run_leaves_an_older_one_alone(refused, tiny, ranks2):
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="older", train__steps=1))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="older", train__steps=1))
     before = (tiny / "runs" / "older" / "metrics.jsonl").read_text()
     refused("rows.jsonl", name="older", data__source=f"{tiny}/no/rows.jsonl")
     assert (tiny / "runs" / "older" / "metrics.jsonl").read_text() == before
@@ -149,7 +149,7 @@ def test_rows_that_are_not_the_same_on_all_nodes_are_refused(tiny, ranks2, tmp_p
         lines = (tiny / "rows.jsonl").read_text().splitlines()
         file.write_text("\n".join(lines[rank:] + lines[:rank]) + "\n")
         overrides.append(tiny_overrides(tiny, name="two lists", data__source=str(file)))
-    (code, said), other = ranks2.run(engine_cases.run_with_own, overrides)
+    (code, said), other = ranks2.run(run_cases.run_with_own, overrides)
     assert code == other[0] == 2 and "what has this name is not the same everywhere" in said and other[1] == ""
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests import engine_cases
+from tests.run import loop_cases, run_cases
 from tests.tiny import tiny_overrides
 from toolkit.batch import Example, TokenBatch
 from toolkit.data import DataConfig, PromptDataset, load_data
@@ -43,7 +43,7 @@ def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
             if micro_rows
             else {"train.tokens_per_micro_batch": 128, "train.rows_per_micro_batch": 5}
         )
-        ranks.run(engine_cases.run_tiny, tiny_overrides(
+        ranks.run(run_cases.run_tiny, tiny_overrides(
             tiny, name=f"{student} {name}", student__path=f"{tiny}/{student}", loss__cross_entropy_weight=0.3, **own,
         ))  # fmt: skip
     start = load_file(tiny / student / "model.safetensors")
@@ -61,7 +61,7 @@ def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
 def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, divergence):
     config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
     name = f"dense {stage} {divergence}"
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name=name, student__ds_config=config, train__steps=4, train__rows_per_micro_batch=2,
         loss__divergence=divergence))  # fmt: skip
     assert_close(weights(tiny, name), dense_reference(tiny, steps=4, divergence=divergence), 1e-5)
@@ -75,8 +75,8 @@ def test_fine_tuning_needs_no_teacher_and_follows_the_reference(tiny, ranks2):
             loss__divergence="none", loss__cross_entropy_weight=1, validation__scored_rows=2, validation__samples=1,
         ) for teacher in (False, True)
     )  # fmt: skip
-    summary = ranks2.run(engine_cases.run_tiny, alone)[0]
-    against = ranks2.run(engine_cases.run_tiny, measured)[0]
+    summary = ranks2.run(run_cases.run_tiny, alone)[0]
+    against = ranks2.run(run_cases.run_tiny, measured)[0]
     reference = dense_reference(tiny, steps=4, divergence="none")
     for teacher in (False, True):
         assert_close(weights(tiny, f"fine-tuning {teacher}"), reference, 1e-5)
@@ -109,7 +109,7 @@ def test_students_do_not_learn_their_own_text_as_if_it_were_data(tiny, ranks2):
 def first_step(tiny, ranks2, policy, **loss):
     """The metrics of a run's only step."""
     name = " ".join(["first", policy, *map(str, loss.values())])
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name=name, schedule__policy=policy, train__steps=1, validation__scored_rows=0, validation__samples=0,
         **{f"loss__{setting}": value for setting, value in loss.items()}))  # fmt: skip
     return json.loads((tiny / "runs" / name / "metrics.jsonl").read_text())
@@ -191,7 +191,7 @@ def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, 
     name = f"text {stage} {next(iter(micro))}"
     config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
     ranks2.run(
-        engine_cases.run_tiny,
+        run_cases.run_tiny,
         tiny_overrides(
             tiny,
             name=name,
@@ -225,11 +225,11 @@ def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, 
 
 def test_packing_does_not_change_the_weights(tiny, ranks1, ranks2):
     """Its micro-batches have other numbers of rows on other ranks, and the teacher still makes as many passes."""
-    ranks1.run(engine_cases.run_tiny, tiny_overrides(tiny, name="not packed", train__rows_per_micro_batch=8))
+    ranks1.run(run_cases.run_tiny, tiny_overrides(tiny, name="not packed", train__rows_per_micro_batch=8))
     layouts = ("1x8", ranks1, 8, None), ("2 ranks", ranks2, 4, None), ("2 ranks, 4 passes", ranks2, 1, 1)
     for name, ranks, micro_rows, rows_per_pass in (*layouts, ("2 ranks, tokens", ranks2, None, 1)):
         micro = {"train.rows_per_micro_batch": micro_rows} if micro_rows else {"train.tokens_per_micro_batch": 104}
-        ranks.run(engine_cases.run_tiny, tiny_overrides(
+        ranks.run(run_cases.run_tiny, tiny_overrides(
             tiny, name=f"packed {name}", data__packing=True, teacher__rows_per_pass=rows_per_pass, **micro,
         ))  # fmt: skip
         assert_close(weights(tiny, f"packed {name}"), weights(tiny, "not packed"), 1e-5)
@@ -238,7 +238,7 @@ def test_packing_does_not_change_the_weights(tiny, ranks1, ranks2):
 def test_distillation_on_plain_text(tiny, ranks2):
     """Every token counts; perplexity on documents held out is measured, shown and falls."""
 
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name="plain text", data__kind="text", data__source=f"{tiny}/rows.jsonl", data__text_field="response",
         data__validation_source=None, data__validation_fraction=0.3, data__max_length=24, train__steps=12,
         loss__cross_entropy_weight=1))[0]  # fmt: skip
@@ -249,7 +249,7 @@ def test_distillation_on_plain_text(tiny, ranks2):
     assert records[-1]["validation"]["perplexity"] == validation["final"]["perplexity"]
     # all tokens but the first of each text: full blocks of 24
     assert all(0.75 * r["tokens"] < r["response_tokens"] < r["tokens"] for r in records)
-    code, said = ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(
+    code, said = ranks2.run(run_cases.run_expecting_exit, tiny_overrides(
         tiny, data__kind="text", schedule__policy="adaptive"))[0]  # fmt: skip
     assert code == 2 and "schedule.policy = 'adaptive' asks for generated answers, but data.kind" in said
 
@@ -257,7 +257,7 @@ def test_distillation_on_plain_text(tiny, ranks2):
 def test_no_logits_of_a_batch_and_no_gather_within_the_tiles(tiny, ranks2):
     """Nothing as large as targets x vocabulary is ever made, and each head is gathered as often for many tiles as for
     one: the teacher's once, the student's for forward and for backward."""
-    for one, many in zip(*(ranks2.run(engine_cases.loss_step, tiny, budget) for budget in (64, 1)), strict=True):
+    for one, many in zip(*(ranks2.run(loop_cases.loss_step, tiny, budget) for budget in (64, 1)), strict=True):
         assert one[2] == 1 and many[2] > 2
         assert one[3] == many[3] and many[3]["teacher"] == 1 and many[3]["student"] <= 2
         assert 0 < many[0] < many[1]
@@ -265,7 +265,7 @@ def test_no_logits_of_a_batch_and_no_gather_within_the_tiles(tiny, ranks2):
 
 @pytest.mark.parametrize("divergence", ["fkl", "rkl", "symmetric_kl", "jsd", "tvd", "skl", "srkl", "akl"])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny, ranks2, divergence):
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name=f"same {divergence}", student__path=f"{tiny}/teacher", loss__divergence=divergence,
         train__steps=2))[0]  # fmt: skip
     records = [json.loads(line) for line in (tiny / "runs" / f"same {divergence}" / "metrics.jsonl").open()]
@@ -276,14 +276,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny, ranks2, diverg
 
 
 def test_ranks_take_the_same_source_and_their_own_rows(tiny, ranks2):
-    seen = ranks2.run(engine_cases.run_recording_sources, tiny_overrides(
+    seen = ranks2.run(loop_cases.run_recording_sources, tiny_overrides(
         tiny, name="sources", schedule__policy="adaptive", schedule__phi_initial=0.7, train__steps=12,
         rollout__max_new_tokens=20))  # fmt: skip
     sources = [[source for source, _ in rank] for rank in seen]
     assert sources[0] == sources[1]
     assert set(sources[0]) == {"dataset", "replay", "generate"}
     assert all(mine != theirs for (_, mine), (_, theirs) in zip(*seen, strict=True))
-    again = ranks2.run(engine_cases.run_recording_sources, tiny_overrides(
+    again = ranks2.run(loop_cases.run_recording_sources, tiny_overrides(
         tiny, name="sources again", schedule__policy="adaptive", schedule__phi_initial=0.7, train__steps=12,
         rollout__max_new_tokens=20))  # fmt: skip
     assert again == seen
@@ -292,9 +292,9 @@ def test_ranks_take_the_same_source_and_their_own_rows(tiny, ranks2):
 def test_one_gather_makes_the_text_of_several_windows(tiny, ranks2):
     """The same prompts in a third of the calls, every text with a seed of its own, and the steps between replay."""
     changes = {"schedule__policy": "on_policy", "train__steps": 6}
-    one = ranks2.run(engine_cases.run_recording_texts, tiny_overrides(tiny, name="window", **changes))
+    one = ranks2.run(loop_cases.run_recording_texts, tiny_overrides(tiny, name="window", **changes))
     many = ranks2.run(
-        engine_cases.run_recording_texts, tiny_overrides(tiny, name="windows", rollout__windows=3, **changes)
+        loop_cases.run_recording_texts, tiny_overrides(tiny, name="windows", rollout__windows=3, **changes)
     )
     for (apart, _), (joined, _) in zip(one, many, strict=True):
         assert [len(prompts) for prompts, *_ in apart] == [4] * 6
@@ -316,7 +316,7 @@ def test_every_text_is_learned_once_where_each_step_asks_for_its_own(tiny, ranks
         tiny, name=f"fresh {windows}", schedule__policy="on_policy", rollout__train_on_fresh=True, train__steps=7,
         rollout__windows=windows,
     )  # fmt: skip
-    for calls, learned in ranks2.run(engine_cases.run_recording_texts, overrides):
+    for calls, learned in ranks2.run(loop_cases.run_recording_texts, overrides):
         made = [text for *_, texts in calls for text in texts]
         assert [text for step in learned for text in step] == made[: 7 * 4]
     records = [json.loads(line) for line in (tiny / "runs" / f"fresh {windows}" / "metrics.jsonl").open()]
@@ -325,20 +325,20 @@ def test_every_text_is_learned_once_where_each_step_asks_for_its_own(tiny, ranks
 
 
 def test_training_is_exact_after_sharded_generation(tiny, ranks2):
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="untouched"))
-    ranks2.run(engine_cases.run_generating_aside, tiny_overrides(tiny, name="sharded", rollout__gather="never"))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="untouched"))
+    ranks2.run(loop_cases.run_generating_aside, tiny_overrides(tiny, name="sharded", rollout__gather="never"))
     assert_close(weights(tiny, "sharded"), weights(tiny, "untouched"), 0.0)
 
 
 @pytest.mark.parametrize("fail", [False, True])
 def test_training_is_exact_after_generation(tiny, ranks2, fail):
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="untouched"))
-    ranks2.run(engine_cases.run_generating_aside, tiny_overrides(tiny, name=f"aside {fail}"), fail=fail)
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="untouched"))
+    ranks2.run(loop_cases.run_generating_aside, tiny_overrides(tiny, name=f"aside {fail}"), fail=fail)
     assert_close(weights(tiny, f"aside {fail}"), weights(tiny, "untouched"), 0.0)
 
 
 def test_run_folder_holds_what_it_should(tiny, ranks2):
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name="folder", schedule__policy="on_policy", validation__scored_rows=3, validation__samples=1,
         train__steps=4, validation__every_steps=2))[0]  # fmt: skip
     folder = tiny / "runs" / "folder"
@@ -379,7 +379,7 @@ def test_run_folder_holds_what_it_should(tiny, ranks2):
 
 def test_validation_agrees_with_full_logits(tiny, ranks2):
     """Measured on two ranks with ragged shares: the mean over tokens, not over batches or ranks."""
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name="validation", train__steps=1, validation__rows=5, validation__rows_per_pass=1))[0]  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(tiny / "student")
     data = load_tiny(tiny, tokenizer)
@@ -398,7 +398,7 @@ def test_validation_agrees_with_full_logits(tiny, ranks2):
 
 
 def test_bf16_adamw_learns(tiny, ranks2):
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name="bf16", precision="bf16", optimizer__name="adamw", optimizer__lr=0.01, train__steps=15,
         optimizer__max_grad_norm=1.0, teacher__rows_per_pass=2, student__gradient_checkpointing=True,
         data__packing=True))[0]  # fmt: skip
@@ -409,9 +409,9 @@ def test_bf16_adamw_learns(tiny, ranks2):
 
 def test_a_run_may_go_on_from_the_student_in_its_own_folder(tiny, ranks2):
     overrides = tiny_overrides(tiny, name="own", train__steps=1)
-    first = ranks2.run(engine_cases.run_tiny, overrides)[0]["validation"]
+    first = ranks2.run(run_cases.run_tiny, overrides)[0]["validation"]
     again = [*overrides, f"student.path={tiny}/runs/own/student"]
-    second = ranks2.run(engine_cases.run_tiny, again)[0]["validation"]
+    second = ranks2.run(run_cases.run_tiny, again)[0]["validation"]
     assert second["initial"]["kl_nats"] == pytest.approx(first["final"]["kl_nats"], abs=1e-5)
     assert second["final"] != second["initial"]
 
@@ -421,7 +421,7 @@ def test_weight_decay_is_for_matrices(tiny, ranks2, stage):
     """The student is its teacher: there is nothing else to learn."""
     config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
     name = f"decay {stage}"
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(
+    ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name=name, student__path=f"{tiny}/teacher", student__ds_config=config, train__steps=1,
         optimizer__weight_decay=0.1))  # fmt: skip
     before, after = load_file(tiny / "teacher" / "model.safetensors"), weights(tiny, name)
@@ -444,7 +444,7 @@ def test_an_exported_student_ends_where_it_was_taught_to(tiny, ranks2, tmp_path)
     overrides = tiny_overrides(
         tiny, name="ends", student__path=str(folder), train__steps=1, validation__every_steps=1, validation__best="ce"
     )
-    code, said, error = ranks2.run(engine_cases.run_saying, overrides)[0]
+    code, said, error = ranks2.run(run_cases.run_saying, overrides)[0]
     assert code == 0, error
     told = [line for line in said.splitlines() if "generation settings of the student" in line]
     assert len(told) == 1 and "pad_token_id = -1 becomes 1" in told[0] and "early_stopping = True" in told[0]
@@ -459,7 +459,7 @@ def test_an_exported_student_ends_where_it_was_taught_to(tiny, ranks2, tmp_path)
 def test_what_cannot_be_exported_is_refused_before_the_first_step(tiny, ranks2):
     overrides = tiny_overrides(tiny, name="unwritable")
     (code, said, error), (other_code, _, other_error) = ranks2.run(
-        engine_cases.run_with_a_tokenizer_that_cannot_be_saved, overrides
+        loop_cases.run_with_a_tokenizer_that_cannot_be_saved, overrides
     )
     assert code == other_code == 2 and "step 1" not in said and "could not be written" not in other_error
     assert "the student could not be written to" in error and "not JSON serializable" in error

@@ -19,6 +19,7 @@ def lines(run_dir):
     return (run_dir / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.multiprocess
 def test_lines_that_found_no_room_come_later_and_none_is_torn(tmp_path):
     """A real limit on the file's size, as a full disk: longer than any buffer, in the middle of a line."""
     script = (
@@ -261,6 +262,7 @@ def test_peak_rss_is_a_high_mark_in_gib():
     assert peak_device_gib() >= 0.0
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is inherited on Linux")
 def test_peak_rss_of_a_small_child_is_not_its_parent_s():
     block = bytearray(b"x" * 2**30)

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load, load_file
 
-from tests import engine_cases
+from tests.run import loop_cases, resume_cases, run_cases
 from tests.settings.test_former_names import under_former_names
 from tests.tiny import tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
@@ -74,37 +74,37 @@ def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precisio
     folder = tiny if ds_config == "zero1" else "ds_configs"
     changes = {"precision": precision, "student.ds_config": f"{folder}/{ds_config}.json"}
     name = f"whole {precision} {ds_config}"
-    ranks2.run(engine_cases.run_tiny, settings(tiny, name, **changes))
+    ranks2.run(run_cases.run_tiny, settings(tiny, name, **changes))
     records = outcome(tiny, name)[1]
     assert {record["source"] for record in records} == {"dataset", "replay", "generate"}
     stopped = settings(tiny, name + " stopped", **changes)
     for stop_after, number in ((5, signal.SIGUSR1), (6, signal.SIGINT)):
-        for code, *_ in ranks2.run(engine_cases.run_until, stopped, stop_after, number, ranks=(1,)):
+        for code, *_ in ranks2.run(run_cases.run_until, stopped, stop_after, number, ranks=(1,)):
             assert code == EXIT_LATER
-    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert "goes on from" in ranks2.run(run_cases.run_saying, stopped)[0][1]
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
 
 
 def test_a_stopped_run_with_a_token_budget_ends_bitwise_like_one_that_was_not(tiny, ranks2):
     changes = {"train.tokens_per_micro_batch": 104, "data.packing": True}
-    ranks2.run(engine_cases.run_tiny, settings(tiny, "budget", **changes))
+    ranks2.run(run_cases.run_tiny, settings(tiny, "budget", **changes))
     assert len({record["micro_batches"] for record in outcome(tiny, "budget")[1]}) > 1
     stopped = settings(tiny, "budget stopped", **changes)
-    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
+    for code, *_ in ranks2.run(run_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
         assert code == EXIT_LATER
-    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert "goes on from" in ranks2.run(run_cases.run_saying, stopped)[0][1]
     assert_equal(outcome(tiny, "budget stopped"), outcome(tiny, "budget"))
 
 
 def test_a_run_stopped_between_two_windows_of_text_knows_how_many_are_left(tiny, ranks2):
     changes = {"rollout.windows": 2, "schedule.phi_initial": 0.9}
-    ranks2.run(engine_cases.run_tiny, settings(tiny, "windows whole", **changes))
+    ranks2.run(run_cases.run_tiny, settings(tiny, "windows whole", **changes))
     sources = [record["source"] for record in outcome(tiny, "windows whole")[1]]
     stop_after = sources.index("generate") + 1
     stopped = settings(tiny, "windows stopped", **changes)
-    for code, *_ in ranks2.run(engine_cases.run_until, stopped, stop_after, signal.SIGUSR1):
+    for code, *_ in ranks2.run(run_cases.run_until, stopped, stop_after, signal.SIGUSR1):
         assert code == EXIT_LATER
-    ranks2.run(engine_cases.run_saying, stopped)
+    ranks2.run(run_cases.run_saying, stopped)
     assert_equal(outcome(tiny, "windows stopped"), outcome(tiny, "windows whole"))
 
 
@@ -120,14 +120,14 @@ def test_a_stopped_run_with_plain_text_ends_bitwise_like_one_that_was_not(tiny, 
             "data.text_field": "prompt", "data.validation_source": None, "data.validation_fraction": 0.2,
         }  # fmt: skip
     name = f"text {streaming}"
-    ranks2.run(engine_cases.run_tiny, settings(tiny, name, **changes))
+    ranks2.run(run_cases.run_tiny, settings(tiny, name, **changes))
     stopped = settings(tiny, name + " stopped", **changes)
-    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
+    for code, *_ in ranks2.run(run_cases.run_until, stopped, 5, signal.SIGUSR1, ranks=(1,)):
         assert code == EXIT_LATER
     if streaming:
-        code, _, said = ranks1.run(engine_cases.run_saying, [*stopped, "train.rows_per_micro_batch=4"])[0]
+        code, _, said = ranks1.run(run_cases.run_saying, [*stopped, "train.rows_per_micro_batch=4"])[0]
         assert code == 2 and "the checkpoint is of 2 ranks, this run of 1" in said
-    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert "goes on from" in ranks2.run(run_cases.run_saying, stopped)[0][1]
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
 
 
@@ -139,15 +139,15 @@ def test_another_number_of_ranks_and_another_stage_follow(tiny, ranks1, ranks2, 
     changes = {
         "schedule.policy": "mixed", "rollout.train_on_fresh": True, "rollout.capacity": 100, "optimizer.lr": 1e-3,
     }  # fmt: skip
-    ranks2.run(engine_cases.run_tiny, settings(tiny, "at once", **changes))
+    ranks2.run(run_cases.run_tiny, settings(tiny, "at once", **changes))
     name = f"from {first} to {then}"
     for code, *_ in pools[first].run(
-        engine_cases.run_until, settings(tiny, name, **changes), 5, signal.SIGUSR1, ranks=(0,)
+        run_cases.run_until, settings(tiny, name, **changes), 5, signal.SIGUSR1, ranks=(0,)
     ):
         assert code == EXIT_LATER
     before = replayed(tiny, name)
     other = settings(tiny, name, **changes, **{"student.ds_config": "ds_configs/student_zero2.json"})
-    said = pools[then].run(engine_cases.run_saying, other)[0]
+    said = pools[then].run(run_cases.run_saying, other)[0]
     assert said[0] == 0 and "changed since then: student.ds_config" in said[1], said
     found, wanted = outcome(tiny, name), outcome(tiny, "at once")
     assert_close(load(found[0]), load(wanted[0]), 1e-5)
@@ -179,7 +179,7 @@ def stopped(tiny, ranks2, tmp_path):
     """A folder with two checkpoints, of steps 2 and 4, and the settings of its run."""
     changes = {"output_dir": str(tmp_path), "train.steps": 6}
     overrides = settings(tiny, "stopped", **changes)
-    assert ranks2.run(engine_cases.run_until, overrides, 4, signal.SIGTERM)[0][0] == EXIT_LATER
+    assert ranks2.run(run_cases.run_until, overrides, 4, signal.SIGTERM)[0][0] == EXIT_LATER
     folder = tmp_path / "stopped" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000004"]
     return folder, overrides
@@ -215,7 +215,7 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_named_and_passed_over(stopped, ranks2, damage):
     folder, overrides = stopped
     DAMAGES[damage](folder / "step-00000004")
-    code, out, _ = ranks2.run(engine_cases.run_saying, overrides)[0]
+    code, out, _ = ranks2.run(run_cases.run_saying, overrides)[0]
     assert code == 0 and "an older checkpoint is used" in out and "goes on from" in out
     assert "step-00000004" in out.split("an older checkpoint is used")[0]
     assert not (folder / "was run").exists()
@@ -245,7 +245,7 @@ def test_ranks_that_see_different_folders_agree_on_one_checkpoint(stopped, ranks
     shutil.copytree(stopped[0], behind)
     shutil.rmtree(behind / "step-00000004")
     for folders in ((stopped[0], behind), (behind, stopped[0])):
-        assert ranks2.run(engine_cases.newest_checkpoint, folders) == ["step-00000002"] * 2
+        assert ranks2.run(resume_cases.newest_checkpoint, folders) == ["step-00000002"] * 2
 
 
 def test_an_older_checkpoint_learned_student_text_with_the_data_s_weight():
@@ -300,7 +300,7 @@ def test_a_run_waits_for_a_job_that_is_ending(tiny, ranks2, other_job, tmp_path)
     job, told = other_job("waits"), tmp_path / "told"
     with ends_once_it_is_waited_for(job, told):
         overrides = settings(tiny, "waits", output_dir=str(tmp_path), train__steps=1)
-        assert ranks2.run(engine_cases.run_telling, overrides, told) == [0, 0]
+        assert ranks2.run(resume_cases.run_telling, overrides, told) == [0, 0]
     assert "waiting for its end" in told.read_text()
 
 
@@ -328,9 +328,9 @@ def test_where_every_checkpoint_is_damaged_nothing_is_started_over(stopped, rank
     folder, overrides = stopped
     for name in ("step-00000002", "step-00000004"):
         flip(folder / name / "state.json")
-    code, _, said = ranks2.run(engine_cases.run_saying, overrides)[0]
+    code, _, said = ranks2.run(run_cases.run_saying, overrides)[0]
     assert code == 2 and "resume=never" in said and "step-00000002" in said and "step-00000004" in said
-    assert ranks2.run(engine_cases.run_saying, [*overrides, "resume=never"])[0][0] == 0
+    assert ranks2.run(run_cases.run_saying, [*overrides, "resume=never"])[0][0] == 0
 
 
 def test_a_checkpoint_that_fits_its_manifest_runs_no_code(stopped, ranks2):
@@ -344,7 +344,7 @@ def test_a_checkpoint_that_fits_its_manifest_runs_no_code(stopped, ranks2):
             "bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()
         }  # fmt: skip
         (folder / name / "manifest.json").write_text(json.dumps(manifest))
-    code, _, said = ranks2.run(engine_cases.run_saying, overrides)[0]
+    code, _, said = ranks2.run(run_cases.run_saying, overrides)[0]
     assert code == 2 and "is not a safetensors file" in said
     assert not (folder / "was run").exists()
 
@@ -356,7 +356,7 @@ def test_a_checkpoint_that_fits_its_manifest_runs_no_code(stopped, ranks2):
     ("data.max_rows=20", "data.max_rows was None, is 20"),
 ])  # fmt: skip
 def test_a_change_that_makes_another_run_is_refused_and_shown(stopped, ranks2, change, message):
-    code, _, said = ranks2.run(engine_cases.run_saying, [*stopped[1], change])[0]
+    code, _, said = ranks2.run(run_cases.run_saying, [*stopped[1], change])[0]
     assert code == 2 and message in said and "resume=never" in said
 
 
@@ -377,10 +377,10 @@ def test_a_buffer_that_was_dealt_out_again_is_drawn_from(tiny, ranks1, ranks2, f
     pools = {1: ranks1, 2: ranks2}
     name = f"drawn from {first} to {then}"
     overrides = settings(tiny, name, schedule__phi_initial=1.0, train__steps=10, validation__every_steps=10)
-    for code, *_ in pools[first].run(engine_cases.run_until, overrides, 5, signal.SIGUSR1, ranks=(0,)):
+    for code, *_ in pools[first].run(run_cases.run_until, overrides, 5, signal.SIGUSR1, ranks=(0,)):
         assert code == EXIT_LATER
     before = set(replayed(tiny, name))
-    found = pools[then].run(engine_cases.run_recording_sources, overrides)
+    found = pools[then].run(loop_cases.run_recording_sources, overrides)
     assert len(before) == 20  # full: capacity
     for seen in found:
         assert len(seen) == 5 and "replay" in {source for source, _ in seen}
@@ -394,11 +394,11 @@ def test_other_data_or_another_teacher_behind_the_same_name_is_refused(stopped, 
     shutil.copytree(tiny / "teacher", tmp_path / "teacher")
     same = [*stopped[1], f"teacher.path={tmp_path}/teacher"]
     flip(tmp_path / "teacher" / "model.safetensors")
-    code, _, said = ranks2.run(engine_cases.run_saying, same)[0]
+    code, _, said = ranks2.run(run_cases.run_saying, same)[0]
     assert code == 2 and "the teacher's model.safetensors had SHA-256" in said
     rows = (tiny / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(rows.replace("What", "Which", 1))
-    code, _, said = ranks2.run(engine_cases.run_saying, [*stopped[1], f"data.source={tmp_path}/rows.jsonl"])[0]
+    code, _, said = ranks2.run(run_cases.run_saying, [*stopped[1], f"data.source={tmp_path}/rows.jsonl"])[0]
     assert code == 2 and "the tokens of" in said
 
 
@@ -413,23 +413,23 @@ def test_what_may_change_is_shown_and_a_finished_run_stays_under_former_names_to
         manifest["files"]["state.json"] = {"bytes": state_file.stat().st_size, "sha256": digest}
         state_file.with_name("manifest.json").write_text(json.dumps(manifest))
     given = [*overrides, "train.rows_per_micro_batch=1", "checkpoint.keep=1"]
-    code, out, _ = ranks2.run(engine_cases.run_saying, given)[0]
+    code, out, _ = ranks2.run(run_cases.run_saying, given)[0]
     assert code == 0 and "changed since then: train.rows_per_micro_batch was 4, is 1" in out
     config = folder.parent / "config.yaml"
     config.write_text(yaml.safe_dump(under_former_names(yaml.safe_load(config.read_text()))))
     shutil.rmtree(folder)
-    code, out, _ = ranks2.run(engine_cases.run_saying, overrides)[0]
+    code, out, _ = ranks2.run(run_cases.run_saying, overrides)[0]
     assert code == 0 and "this run is finished" in out and "step 6/6" not in out
 
 
 def test_a_full_disk_fails_the_save_and_not_the_run(tiny, ranks2, tmp_path):
     overrides = settings(tiny, "full", output_dir=str(tmp_path))
-    code, out, _ = ranks2.run(engine_cases.run_with_failing_writes, overrides, steps=(4, 6, 8, 9))[0]
+    code, out, _ = ranks2.run(resume_cases.run_with_failing_writes, overrides, steps=(4, 6, 8, 9))[0]
     assert code == 0 and "no checkpoint of step 4" in out and "File too large" in out
     folder = tmp_path / "full" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]  # whole, and nothing half-written beside it
     overrides = [*overrides, "resume=never", "checkpoint.on_failure=stop"]
-    for code, *_ in ranks2.run(engine_cases.run_with_failing_writes, overrides, steps=(4,)):
+    for code, *_ in ranks2.run(resume_cases.run_with_failing_writes, overrides, steps=(4,)):
         assert code == 2
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
 
@@ -439,31 +439,31 @@ def test_a_stop_of_which_nothing_is_kept_is_not_to_be_repeated(tiny, ranks2, tmp
     """Exit code 75 has SLURM requeue a job. One that can save nothing would be requeued for ever."""
     stop, every = (4, 0) if code == 2 else (6, 2)  # no save but that of the stop, or a good one before it
     overrides = settings(tiny, "kept", output_dir=str(tmp_path), checkpoint__every_steps=every)
-    found = ranks2.run(engine_cases.run_until_with_failing_writes, overrides, stop, signal.SIGUSR1, failing)
+    found = ranks2.run(resume_cases.run_until_with_failing_writes, overrides, stop, signal.SIGUSR1, failing)
     assert [ended for ended, *_ in found] == [code, code]
     folder = tmp_path / "kept" / "checkpoints"
     assert [path.name for path in folder.glob("*")] == ([] if code == 2 else ["step-00000002"])
     if code == 2:
         assert "what was done since the start is lost" in found[0][2] and "File too large" in found[0][2]
     else:
-        assert "goes on from" in ranks2.run(engine_cases.run_saying, overrides)[0][1]
+        assert "goes on from" in ranks2.run(run_cases.run_saying, overrides)[0][1]
 
 
 def test_a_full_disk_fails_the_best_export_and_not_the_run(tiny, ranks2, tmp_path):
     changes = {"output_dir": str(tmp_path), "validation.best": "ce", "train.steps": 3}
-    code, out, _ = ranks2.run(engine_cases.run_with_failing_exports, settings(tiny, "best", **changes), ["best"])[0]
+    code, out, _ = ranks2.run(resume_cases.run_with_failing_exports, settings(tiny, "best", **changes), ["best"])[0]
     assert code == 0 and "the student could not be written to" in out and "File too large" in out
     assert not list((tmp_path / "best").glob("best*")) and (tmp_path / "best" / "student").is_dir()
     assert json.loads((tmp_path / "best" / "summary.json").read_text())["best"] is None
     stops = settings(tiny, "best", **changes | {"checkpoint.on_failure": "stop", "resume": "never"})
-    for code, *_ in ranks2.run(engine_cases.run_with_failing_exports, stops, ["best"]):
+    for code, *_ in ranks2.run(resume_cases.run_with_failing_exports, stops, ["best"]):
         assert code == 2
 
 
 def test_a_folder_that_takes_no_files_fails_the_save_and_not_the_run(tiny, ranks2, tmp_path):
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "checkpoints").write_text("")  # permissions do not stop root, a file in the way does
-    code, out, _ = ranks2.run(engine_cases.run_saying, settings(tiny, "blocked", output_dir=str(tmp_path)))[0]
+    code, out, _ = ranks2.run(run_cases.run_saying, settings(tiny, "blocked", output_dir=str(tmp_path)))[0]
     assert code == 0 and "no checkpoint of step 2" in out
 
 
@@ -471,7 +471,7 @@ def test_a_folder_that_takes_no_files_fails_the_save_and_not_the_run(tiny, ranks
 def test_a_data_file_that_is_a_pickle_runs_no_code(tiny, ranks2, tmp_path, suffix):
     file = tmp_path / f"rows.{suffix}"
     file.write_bytes(pickle.dumps(Evil(tmp_path / "was run")))
-    code, *_ = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, data__source=str(file)))[0]
+    code, *_ = ranks2.run(run_cases.run_saying, tiny_overrides(tiny, data__source=str(file)))[0]
     assert code == 2 and not (tmp_path / "was run").exists()
 
 
@@ -479,7 +479,7 @@ def test_pickled_weights_that_run_code_do_not(tiny, ranks2, tmp_path):
     shutil.copytree(tiny / "teacher", tmp_path / "evil")
     (tmp_path / "evil" / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Evil(tmp_path / "was run")}, tmp_path / "evil" / "pytorch_model.bin")
-    code, *_ = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, teacher__path=f"{tmp_path}/evil"))[0]
+    code, *_ = ranks2.run(run_cases.run_saying, tiny_overrides(tiny, teacher__path=f"{tmp_path}/evil"))[0]
     assert code == 2 and not (tmp_path / "was run").exists()
 
 
@@ -488,7 +488,7 @@ def test_data_under_a_name_that_is_no_data_runs_no_code(tiny, ranks2, tmp_path, 
     file = tmp_path / f"rows.{suffix}"
     torch.save(Evil(tmp_path / "was run"), file)
     for kind in ("instructions", "text"):
-        code, _, said = ranks2.run(engine_cases.run_saying, tiny_overrides(
+        code, _, said = ranks2.run(run_cases.run_saying, tiny_overrides(
             tiny, data__source=str(file), data__kind=kind))[0]  # fmt: skip
         assert code == 2 and str(file) in said and not (tmp_path / "was run").exists()
 
@@ -496,7 +496,7 @@ def test_data_under_a_name_that_is_no_data_runs_no_code(tiny, ranks2, tmp_path, 
 def test_weights_that_are_a_pickle_by_another_name_run_no_code(tiny, ranks2, tmp_path):
     shutil.copytree(tiny / "student", tmp_path / "evil")
     torch.save(Evil(tmp_path / "was run"), tmp_path / "evil" / "model.safetensors")
-    code, _, said = ranks2.run(engine_cases.run_saying, tiny_overrides(tiny, student__path=f"{tmp_path}/evil"))[0]
+    code, _, said = ranks2.run(run_cases.run_saying, tiny_overrides(tiny, student__path=f"{tmp_path}/evil"))[0]
     assert code == 2 and "model.safetensors is damaged" in said and not (tmp_path / "was run").exists()
 
 
@@ -504,7 +504,7 @@ def test_settings_that_are_yaml_made_to_run_code_do_not(tiny, ranks2, tmp_path):
     """Every setting is read as YAML, and an object of Python's is something that YAML can ask for."""
     evil = f'!!python/object/apply:os.mkdir ["{tmp_path}/was run"]'
     for setting in (f"name={evil}", f"data={{source: {evil}}}", f"student.shape={evil}"):
-        code, _, said = ranks2.run(engine_cases.run_saying, [*tiny_overrides(tiny), setting])[0]
+        code, _, said = ranks2.run(run_cases.run_saying, [*tiny_overrides(tiny), setting])[0]
         assert code == 2 and "is not valid YAML" in said and not (tmp_path / "was run").exists()
     with pytest.raises(FileNotFoundError):  # what it asks for does happen where YAML is not read safely
         yaml.unsafe_load(f'!!python/object/apply:os.mkdir ["{tmp_path}/no/was run"]')
@@ -526,9 +526,9 @@ def test_code_that_comes_with_a_model_is_run_only_where_it_is_trusted(tiny, rank
         config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (folder / name).write_text(json.dumps(config))
     overrides = tiny_overrides(tiny, student__path=str(folder))
-    code, _, said = ranks2.run(engine_cases.run_saying, overrides)[0]
+    code, _, said = ranks2.run(run_cases.run_saying, overrides)[0]
     assert code == 2 and str(folder) in said and not (tmp_path / "was run").exists(), said
-    code, _, said = ranks2.run(engine_cases.run_saying, [*overrides, "student.trust_remote_code=true"])[0]
+    code, _, said = ranks2.run(run_cases.run_saying, [*overrides, "student.trust_remote_code=true"])[0]
     assert code == 2 and (tmp_path / "was run").exists()
 
 

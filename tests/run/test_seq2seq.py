@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig
 
-from tests import engine_cases
+from tests.rollout import local_cases
+from tests.run import loop_cases, run_cases
 from tests.run.test_loop import assert_close
 from tests.run.test_resume import FULL, assert_equal, outcome
 from tests.tiny import make_tokenizer, save_rows, save_t5, tiny_overrides
@@ -46,7 +47,7 @@ def exported(t5, name):
 def test_two_ranks_follow_a_dense_float64_reference(t5, ranks2, student, divergence):
     """Tied and scaled (T5 1.0), and a head of its own, which ZeRO-3 loads sharded (1.1, mT5); the export as well."""
     name = f"dense {student}"
-    ranks2.run(engine_cases.run_tiny, overrides(
+    ranks2.run(run_cases.run_tiny, overrides(
         t5, name=name, student__path=f"{t5}/{student}", train__steps=3, train__rows_per_micro_batch=2,
         loss__divergence=divergence))  # fmt: skip
     reference, example = dense_reference(t5, student, steps=3, divergence=divergence)
@@ -105,7 +106,7 @@ def test_neither_layout_nor_checkpointing_nor_stage_changes_the_weights(t5, rank
         "2 ranks ZeRO-2": (ranks2, {"student.ds_config": "ds_configs/student_zero2.json", "teacher.rows_per_pass": 2}),
     }
     for name, (ranks, changes) in layouts.items():
-        ranks.run(engine_cases.run_tiny, overrides(t5, name=name, **changes))
+        ranks.run(run_cases.run_tiny, overrides(t5, name=name, **changes))
     for name in layouts:
         assert_close(exported(t5, name), exported(t5, "1x8"), 1e-5)
 
@@ -113,18 +114,18 @@ def test_neither_layout_nor_checkpointing_nor_stage_changes_the_weights(t5, rank
 def test_text_does_not_depend_on_ranks_batches_or_gathering(t5, ranks1, ranks2):
     prompts = ["Return the number", "a file " * 9, "a", "Copy a file to a folder", "missing", "What is it", "the"]
     settings = dict(max_new_tokens=15, temperature=0.9)
-    one = ranks1.run(engine_cases.sampled_texts, t5, prompts, None, **settings)[0]
+    one = ranks1.run(local_cases.sampled_texts, t5, prompts, None, **settings)[0]
     assert len({tuple(ids) for ids in one}) > 3
-    assert ranks2.run(engine_cases.sampled_texts, t5, prompts, 2, **settings) == [one, one]
+    assert ranks2.run(local_cases.sampled_texts, t5, prompts, 2, **settings) == [one, one]
     for some in (prompts, prompts[:1]):  # ranks that end at different steps, and one without a prompt
-        for texts, mode in ranks2.run(engine_cases.sampled_texts_and_mode, t5, some, "never", **settings):
+        for texts, mode in ranks2.run(local_cases.sampled_texts_and_mode, t5, some, "never", **settings):
             assert mode == "sharded" and texts == one[: len(some)]
 
 
 def test_training_is_exact_after_sharded_generation(t5, ranks2):
-    ranks2.run(engine_cases.run_tiny, overrides(t5, name="untouched", train__steps=2))
+    ranks2.run(run_cases.run_tiny, overrides(t5, name="untouched", train__steps=2))
     for gather in ("never", "always"):
-        ranks2.run(engine_cases.run_generating_aside, overrides(
+        ranks2.run(loop_cases.run_generating_aside, overrides(
             t5, name=gather, train__steps=2, rollout__gather=gather))  # fmt: skip
         assert_close(exported(t5, gather), exported(t5, "untouched"), 0.0)
 
@@ -132,27 +133,27 @@ def test_training_is_exact_after_sharded_generation(t5, ranks2):
 def test_a_stopped_run_with_dropout_ends_bitwise_like_one_that_was_not(t5, ranks2):
     """Every source of text, a replay buffer, validation and ROUGE-L on the way; the validation loss falls."""
     changes = FULL | {"student.path": f"{t5}/dropout", "train.steps": 6}
-    ranks2.run(engine_cases.run_tiny, overrides(t5, name="whole", **changes))
+    ranks2.run(run_cases.run_tiny, overrides(t5, name="whole", **changes))
     records = outcome(t5, "whole")[1]
     assert {record["source"] for record in records} == {"dataset", "replay", "generate"}
     stopped = overrides(t5, name="stopped", **changes)
-    for code, *_ in ranks2.run(engine_cases.run_until, stopped, 4, signal.SIGUSR1, ranks=(1,)):
+    for code, *_ in ranks2.run(run_cases.run_until, stopped, 4, signal.SIGUSR1, ranks=(1,)):
         assert code == EXIT_LATER
-    assert "goes on from" in ranks2.run(engine_cases.run_saying, stopped)[0][1]
+    assert "goes on from" in ranks2.run(run_cases.run_saying, stopped)[0][1]
     assert_equal(outcome(t5, "stopped"), outcome(t5, "whole"))
     validation = outcome(t5, "whole")[2]["validation"]
     assert validation["final"]["kl_nats"] < validation["initial"]["kl_nats"]
 
 
 def test_no_logits_of_a_batch_and_no_gather_within_the_tiles(t5, ranks2):
-    for one, many in zip(*(ranks2.run(engine_cases.loss_step, t5, budget) for budget in (64, 1)), strict=True):
+    for one, many in zip(*(ranks2.run(loop_cases.loss_step, t5, budget) for budget in (64, 1)), strict=True):
         assert one[2] == 1 and many[2] > 2
         assert one[3] == many[3] and many[3]["teacher"] == 1
         assert 0 < many[0] < many[1]
 
 
 def test_bf16_adamw_learns(t5, ranks2):
-    summary = ranks2.run(engine_cases.run_tiny, overrides(
+    summary = ranks2.run(run_cases.run_tiny, overrides(
         t5, name="bf16", precision="bf16", student__path=f"{t5}/dropout", optimizer__name="adamw", optimizer__lr=0.01,
         optimizer__max_grad_norm=1.0, train__steps=15, student__gradient_checkpointing=True))[0]  # fmt: skip
     assert summary["precision"] == "bfloat16"
@@ -167,7 +168,7 @@ def test_models_of_different_make_are_refused(t5, tiny, tmp_path, ranks2):
         ({"student.path": str(tmp_path), "student.random_weights": True, "student.tokenizer": f"{t5}/student"},
          "model_type = 'bart' is not one of t5, mt5"),
     ):  # fmt: skip
-        found = ranks2.run(engine_cases.run_expecting_exit, overrides(t5, name="refused", **changes))
+        found = ranks2.run(run_cases.run_expecting_exit, overrides(t5, name="refused", **changes))
         assert [code for code, _ in found] == [2, 2] and message in found[0][1]
 
 
@@ -197,7 +198,7 @@ def test_recipes_take_two_steps_on_text_of_their_own(t5, ranks2, tmp_path, recip
             "path": "", "random_weights": True, "tokenizer": f"{t5}/student",
             "ds_config": f"ds_configs/{role}_cpu.json"}.items()
     }  # fmt: skip
-    summary = ranks2.run(engine_cases.run_recipe, recipe, [f"{k}={json.dumps(v)}" for k, v in settings.items()])[0]
+    summary = ranks2.run(run_cases.run_recipe, recipe, [f"{k}={json.dumps(v)}" for k, v in settings.items()])[0]
     assert summary["source_counts"] == {"dataset": 0, "replay": summary["steps"] - summary["source_counts"]["generate"],
                                         "generate": summary["source_counts"]["generate"]}  # fmt: skip
     assert summary["source_counts"]["generate"] >= 1 and summary["rouge_l"]["rows"] == 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
 from toolkit.run.stages import Stages
@@ -48,11 +48,11 @@ def run_staged(arguments, recipe=None):
         return found
 
     with mock.patch.object(staged, "run", counted):
-        return *engine_cases.run_saying(arguments, recipe or RECIPE), alive
+        return *run_cases.run_saying(arguments, recipe or RECIPE), alive
 
 
 def run_staged_until(arguments, stop_after, number):
-    return engine_cases.run_until(arguments, stop_after, number, recipe=RECIPE)
+    return run_cases.run_until(arguments, stop_after, number, recipe=RECIPE)
 
 
 def summary(folder):
@@ -176,7 +176,7 @@ def run_staged_with_a_signal_in_the_export(arguments):
 
     original = build.export_student
     with mock.patch.object(build, "export_student", export):
-        return engine_cases.run_saying(arguments, RECIPE)
+        return run_cases.run_saying(arguments, RECIPE)
 
 
 @pytest.mark.multiprocess
@@ -221,6 +221,7 @@ def test_a_random_teacher_is_one_and_the_same_in_all_stages(tiny, ranks2):
     assert made["num_hidden_layers"] == 3
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("given", "said"),
     [

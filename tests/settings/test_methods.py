@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests import engine_cases
+from tests.run import run_cases
 from tests.tiny import tiny_overrides
 from toolkit.run.recipe import chosen, main
 from toolkit.settings import DataConfig, RunConfig, ScheduleConfig
@@ -99,7 +99,7 @@ def test_rows_are_those_of_the_released_scripts(family, run, lr, rows, epochs, c
 def test_two_steps(tiny, ranks2, family, run):
     config = tiny_run(tiny, family, run)
     said = [f"{key}={json.dumps(value)}" for key, value in flat(config.to_dict()).items()]
-    summary = ranks2.run(engine_cases.run_tiny, said)[0]
+    summary = ranks2.run(run_cases.run_tiny, said)[0]
     records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").open()]
     assert summary["steps"] == len(records) == 2
     assert all(0 < record["grad_norm"] < float("inf") for record in records)

@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 import toolkit.teachers.own_text as teacher_text_module
-from tests import engine_cases
+from tests.run import loop_cases, run_cases
+from tests.teachers import own_text_cases
 from tests.tiny import tiny_overrides
 
 pytestmark = pytest.mark.multiprocess
@@ -29,40 +30,40 @@ def seqkd(tiny, name, **changes):
 
 def test_the_text_is_the_teachers_and_the_same_on_one_rank_and_on_two(tiny, ranks1, ranks2):
     for ranks, name in ((ranks1, "seqkd 1"), (ranks2, "seqkd 2")):
-        ranks.run(engine_cases.run_tiny, seqkd(tiny, name))
+        ranks.run(run_cases.run_tiny, seqkd(tiny, name))
     one, two = (responses(tiny / f"cache seqkd {n}") for n in (1, 2))
     assert len(one) > 20 and len({text.tobytes() for text in one}) > 10
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     # What the teacher itself says to the same prompts under the same seeds
-    said = ranks2.run(engine_cases.teacher_answers, seqkd(tiny, "seqkd 2"), len(one))[0]
+    said = ranks2.run(own_text_cases.teacher_answers, seqkd(tiny, "seqkd 2"), len(one))[0]
     assert all(np.array_equal(a, b) for a, b in zip(two, said, strict=True))
 
 
 def test_it_is_made_once_trained_on_and_a_damaged_file_is_named(tiny, ranks2):
     settings = seqkd(tiny, "seqkd again")
-    seen = ranks2.run(engine_cases.run_recording_sources, settings)[0]
+    seen = ranks2.run(loop_cases.run_recording_sources, settings)[0]
     (file,) = files(tiny / "cache seqkd again")
     made, weights = file.stat().st_mtime_ns, load_file(tiny / "runs/seqkd again/student/model.safetensors")
-    assert ranks2.run(engine_cases.run_recording_sources, settings)[0] == seen
+    assert ranks2.run(loop_cases.run_recording_sources, settings)[0] == seen
     assert file.stat().st_mtime_ns == made
     again = load_file(tiny / "runs/seqkd again/student/model.safetensors")
     assert all((again[name] == tensor).all() for name, tensor in weights.items())
-    plain = ranks2.run(engine_cases.run_recording_sources, tiny_overrides(tiny, name="not seqkd"))[0]
+    plain = ranks2.run(loop_cases.run_recording_sources, tiny_overrides(tiny, name="not seqkd"))[0]
     assert [digest for _, digest in plain] != [digest for _, digest in seen]  # other text, same prompts
     file.write_bytes(file.read_bytes()[:-40])
-    code, said = ranks2.run(engine_cases.run_expecting_exit, settings)[0]
+    code, said = ranks2.run(run_cases.run_expecting_exit, settings)[0]
     assert code == 2 and str(file) in said and "delete it" in said
 
 
 def test_without_a_teacher_it_is_refused(tiny, ranks1):
-    code, said = ranks1.run(engine_cases.run_expecting_exit, tiny_overrides(
+    code, said = ranks1.run(run_cases.run_expecting_exit, tiny_overrides(
         tiny, name="no teacher", data__responses="teacher", teacher__path="", loss__divergence="none",
         loss__cross_entropy_weight=1))[0]  # fmt: skip
     assert code == 2 and "teacher.path is empty" in said
 
 
 def test_epochs_count_the_rows(tiny, ranks2):
-    summary = ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="epochs", train__epochs=0.5))[0]
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="epochs", train__epochs=0.5))[0]
     rows = summary["data"]["train_rows"]
     assert summary["steps"] == round(0.5 * rows / 8) != 3
     saved = json.loads((tiny / "runs/epochs/summary.json").read_text())
@@ -86,5 +87,5 @@ def test_two_jobs_that_write_the_same_text_do_not_disturb_each_other(tmp_path, m
 
 def test_a_long_generation_is_progress(tiny, ranks2):
     """The watchdog hears of each file, and of each pass of the model in between."""
-    for files, calls in ranks2.run(engine_cases.run_watching_teacher_text, seqkd(tiny, "seqkd watched"), 16):
+    for files, calls in ranks2.run(own_text_cases.run_watching_teacher_text, seqkd(tiny, "seqkd watched"), 16):
         assert files == 3 and len(calls) >= 3 and all(calls)

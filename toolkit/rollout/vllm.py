@@ -7,10 +7,10 @@ after each export `/collective_rpc` with `reload_weights` and `/reset_prefix_cac
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
 import shutil
+import ssl
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -277,6 +278,14 @@ class Server:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
+        # A connection serves one request, so that no request meets one that the server has closed meanwhile.
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        try:
+            self.client = httpx2.Client(
+                base_url=self.url, limits=limits, trust_env=False, verify=ssl.create_default_context()
+            )
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"rollout.server = {url!r} is no address ({error})") from None
 
     def ask(
         self, method: str, path: str, deadline_s: float, body: dict[str, Any] | None = None, retries: int = RETRIES
@@ -285,45 +294,36 @@ class Server:
         time.monotonic at the latest. Raises ValueError, with what the server said."""
         pause_s = 0.5
         while True:
+            failure: ValueError
             try:
-                status, text = self._once(method, path, deadline_s, body)
-                failure = None if status == 200 else ValueError(self._told(method, path, status, text))
-                again = status in (429, 503)
-            except TimeoutError:
-                failure, again = (
-                    ValueError(f"{self.url}{path} did not answer in time (rollout.server_timeout_s)"),
-                    False,
-                )
-            except (OSError, http.client.HTTPException) as error:
+                answer = self._once(method, path, deadline_s, body)
+                if answer.status_code == 200:
+                    break
+                failure = ValueError(self._told(method, path, answer.status_code, answer.text))
+                again = answer.status_code in (429, 503)
+            except (TimeoutError, httpx2.TimeoutException):
+                failure = ValueError(f"{self.url}{path} did not answer in time (rollout.server_timeout_s)")
+                again = False
+            except httpx2.RequestError as error:
                 reason = str(error) or type(error).__name__
                 failure, again = NoAnswer(f"no vLLM server answers at {self.url}{path} ({reason})"), True
-            if failure is None:
-                break
             if not again or retries == 0 or time.monotonic() + pause_s > deadline_s:
                 raise failure
             time.sleep(pause_s)
             pause_s, retries = 2 * pause_s, retries - 1
+        text = answer.text
         try:
             return json.loads(text) if text.strip() else None
         except ValueError:
             raise ValueError(f"{self.url}{path} answers {text[:200]!r}, which is not JSON; is it vLLM?") from None
 
-    def _once(self, method: str, path: str, deadline_s: float, body: dict[str, Any] | None) -> tuple[int, str]:
+    def _once(self, method: str, path: str, deadline_s: float, body: dict[str, Any] | None) -> httpx2.Response:
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port, timeout=left_s)
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        try:
-            connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode("utf-8", "replace")
-        finally:
-            connection.close()
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return self.client.request(method, path, json=body, headers=headers, timeout=left_s)
 
     def _told(self, method: str, path: str, status: int, text: str) -> str:
         with contextlib.suppress(ValueError, KeyError, TypeError):

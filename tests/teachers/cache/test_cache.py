@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests import cache_cases, engine_cases
-from tests.evaluation_cases import command
+from tests.evaluation.evaluation_cases import command
+from tests.run import run_cases
+from tests.teachers.cache import cache_cases
 from tests.tiny import make_tokenizer, save_llama, tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
 
@@ -176,7 +177,7 @@ def test_a_cached_run_equals_the_live_one_and_loads_no_teacher(tiny, ranks1, ran
 
 def test_generated_text_asks_the_live_teacher_in_the_same_run(tiny, ranks2, whole):
     common = {"schedule.policy": "adaptive", "schedule.phi_initial": 0.6, "train.steps": 8}
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="mixed live", **common))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="mixed live", **common))
     cached = tiny_overrides(tiny, name="mixed cached", teacher__cache=str(whole), **common)
     assert ranks2.run(cache_cases.run_counting_teachers, cached) == [1, 1]
     found = records(tiny, "mixed cached")
@@ -189,8 +190,8 @@ def test_generated_text_asks_the_live_teacher_in_the_same_run(tiny, ranks2, whol
 def test_temperature_and_validation_at_one(tiny, ranks1, ranks2):
     common = {"loss.temperature": 2.0, "loss.divergence": "fkl"}
     cache = made(tiny, ranks1, "cache warm", ["--top-k", str(len(make_tokenizer()))], **common)
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="warm live", **common))
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="warm cached", teacher__cache=str(cache), **common))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="warm live", **common))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="warm cached", teacher__cache=str(cache), **common))
     assert distance(tiny, "warm cached", "warm live") < 1e-4
     live, cached = (records(tiny, f"warm {kind}")[-1]["validation"]["kl_nats"] for kind in ("live", "cached"))
     assert cached == pytest.approx(live, abs=1e-4)
@@ -205,8 +206,8 @@ def test_plain_text_is_found_document_by_document(tiny, ranks1, ranks2):
     }  # fmt: skip
     cache = made(tiny, ranks1, "cache text", ["--top-k", str(len(make_tokenizer()))], **common)
     assert json.loads((cache / "manifest.json").read_text())["texts"] < len(lines)  # each once
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="text live", **common))
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="text cached", teacher__cache=str(cache), **common))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="text live", **common))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="text cached", teacher__cache=str(cache), **common))
     assert distance(tiny, "text cached", "text live") < 1e-4
 
 
@@ -214,20 +215,20 @@ def test_without_the_teachers_files_and_on_after_a_stop(tiny, ranks2, draws):
     """Draws train; the run begins with the teacher's folder named and goes on without."""
     common = {"loss.divergence": "fkl", "teacher.cache": str(draws), "train.steps": 5, "resume": "auto"}
     named = tiny_overrides(tiny, name="named", **common)
-    whole_run = ranks2.run(engine_cases.run_tiny, named)[0]
+    whole_run = ranks2.run(run_cases.run_tiny, named)[0]
     assert whole_run["validation"]["final"]["kl_nats"] < whole_run["validation"]["initial"]["kl_nats"]
     stopped = tiny_overrides(tiny, name="unnamed", **common)
-    assert ranks2.run(engine_cases.run_until, stopped, 3, signal.SIGTERM)[0][0] == EXIT_LATER
-    code, said, err = ranks2.run(engine_cases.run_saying, [*stopped, "teacher.path="])[0]
+    assert ranks2.run(run_cases.run_until, stopped, 3, signal.SIGTERM)[0][0] == EXIT_LATER
+    code, said, err = ranks2.run(run_cases.run_saying, [*stopped, "teacher.path="])[0]
     assert code == 0 and "goes on from" in said and "no teacher is loaded" in said, err
     assert distance(tiny, "unnamed", "named") == 0
     weightless = shutil.copytree(tiny / "teacher", tiny / "no weights", ignore=lambda *_: ["model.safetensors"])
-    ranks2.run(engine_cases.run_tiny, tiny_overrides(tiny, name="no weights", teacher__path=str(weightless), **common))
+    ranks2.run(run_cases.run_tiny, tiny_overrides(tiny, name="no weights", teacher__path=str(weightless), **common))
     assert distance(tiny, "no weights", "named") == 0
     other = tiny_overrides(tiny, name="other cache", **common)
-    assert ranks2.run(engine_cases.run_until, other, 3, signal.SIGTERM)[0][0] == EXIT_LATER
+    assert ranks2.run(run_cases.run_until, other, 3, signal.SIGTERM)[0][0] == EXIT_LATER
     cache = made(tiny, ranks2, "cache 19 draws", ["--draws", "19"])
-    code, said, err = ranks2.run(engine_cases.run_saying, [*other, f"teacher.cache={cache}"])[0]
+    code, said, err = ranks2.run(run_cases.run_saying, [*other, f"teacher.cache={cache}"])[0]
     assert code == 2 and "the teacher cache had SHA-256" in err
 
 
@@ -235,16 +236,16 @@ def test_a_finished_run_does_not_read_its_cache_and_does_not_miss_it(tiny, ranks
     cache = Path(damaged(draws, tmp_path / "cache", lambda folder: None))
     changes = {"teacher.cache": str(cache), "loss.divergence": "fkl", "resume": "auto"}
     given = tiny_overrides(tiny, name="needs no cache", **changes)
-    assert ranks2.run(engine_cases.run_saying, given)[0][0] == 0
+    assert ranks2.run(run_cases.run_saying, given)[0][0] == 0
     for change in (flip, shutil.rmtree):
         change(cache)
-        code, said, err = ranks2.run(engine_cases.run_saying, given)[0]
+        code, said, err = ranks2.run(run_cases.run_saying, given)[0]
         assert code == 0 and "this run is finished" in said, err
     foreign = save_llama(tmp_path / "foreign", make_tokenizer(), seed=11, hidden=48, extra_rows=5)
-    code, _, err = ranks2.run(engine_cases.run_saying, [*given, f"teacher.path={foreign}"])[0]
+    code, _, err = ranks2.run(run_cases.run_saying, [*given, f"teacher.path={foreign}"])[0]
     assert code == 2 and "the teacher's model.safetensors had SHA-256" in err
     (tiny / "runs" / "needs no cache" / "student" / "config.json").unlink()  # now there is something left to do
-    code, _, err = ranks2.run(engine_cases.run_saying, given)[0]
+    code, _, err = ranks2.run(run_cases.run_saying, given)[0]
     assert code == 2 and f"no finished teacher cache in {cache}" in err
 
 
@@ -308,7 +309,7 @@ def test_what_does_not_belong_or_is_damaged_is_refused(tiny, ranks2, draws, tmp_
         given[name] = damaged(draws, tmp_path / "damaged", value) if callable(value) else value
         if isinstance(value, str):
             given[name] = value.format(tiny=tiny)
-    (code, said), other = ranks2.run(engine_cases.run_expecting_exit, tiny_overrides(tiny, name="refused", **given))
+    (code, said), other = ranks2.run(run_cases.run_expecting_exit, tiny_overrides(tiny, name="refused", **given))
     assert (code, *other) == (2, 2, "") and said.startswith("error: ") and message in said
     if message.startswith(("data_sha256: ", "temperature: ", "the teacher's model")):
         assert "is another run's:" in said and " in the cache, " in said and " in the run" in said

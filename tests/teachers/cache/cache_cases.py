@@ -9,7 +9,7 @@ from unittest import mock
 
 def run_counting_teachers(overrides):
     """How many teachers a whole run has put behind an engine on this rank."""
-    from tests.engine_cases import run_tiny
+    from tests.run.run_cases import run_tiny
     from toolkit.run import build as building
     from toolkit.teachers.live import Teacher
 
@@ -29,7 +29,7 @@ def stopped_command(arguments, after_rounds):
     """A command of which rank 1 gets a real SIGTERM once so many rounds of shards are written."""
     import importlib
 
-    from tests.evaluation_cases import command
+    from tests.evaluation.evaluation_cases import command
     from toolkit.ranks import collectives
 
     build = importlib.import_module("toolkit.teachers.cache.build")
@@ -50,7 +50,7 @@ def command_that_cannot_rename(arguments, target):
     """A command that cannot give a folder its last name, as where somebody made another folder of that name."""
     from pathlib import Path
 
-    from tests.evaluation_cases import command
+    from tests.evaluation.evaluation_cases import command
 
     rename = Path.rename
 
@@ -78,7 +78,7 @@ def error_of_build(folders):
 
 def command_of_a_late_node(arguments, folder):
     """A command of which rank 1 sees nothing in `folder`, as over NFS for a while after another node made it."""
-    from tests.evaluation_cases import command
+    from tests.evaluation.evaluation_cases import command
     from toolkit.ranks import collectives
 
     is_file = Path.is_file
