@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,10 @@ class _GradientsInForward(torch.autograd.Function):
     """Does the whole work in forward and keeps the gradients, which backward scales."""
 
     @staticmethod
-    def forward(ctx, hidden_NS, weight_VS, bias_V, work: Callable[[], tuple[FusedLoss, Gradients]]):
+    def forward(
+        ctx: Any, hidden_NS: Tensor, weight_VS: Tensor, bias_V: Tensor | None,
+        work: Callable[[], tuple[FusedLoss, Gradients]],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         result, gradients = work()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[1:])
@@ -138,14 +142,11 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return None, None, None, None
-        scaled = (
-            None if total is None else _scaled(total, grad_loss, dtype)
-            for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )  # fmt: skip
-        return *scaled, None
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if total is None else _scaled(total, grad_loss, dtype) for total, dtype in pairs), None
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -221,7 +222,7 @@ def _plain(spec: Divergence) -> Divergence:
 
 def _alpha_per_sequence(
     objective: Objective, student: Hidden, teacher: Hidden | TopKTeacher | None, targets_N: Tensor | None,
-    lengths_B: Tensor | None, **options,
+    lengths_B: Tensor | None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """alpha_N by `sequence_alpha`; `options` are those of `fused_linear_cross_entropy`."""
     assert objective.divergence is not None
@@ -236,9 +237,7 @@ def _alpha_per_sequence(
             f"sequence_lengths_B add up to {int(lengths_B.sum())}, but there are {len(targets_N)} tokens: give the "
             "number of tokens of each sequence"
         )
-    log_q_B, log_p_B = (
-        mean_log_probs(hidden, targets_N, lengths_B, **options) for hidden in (student, teacher)
-    )  # fmt: skip
+    log_q_B, log_p_B = (mean_log_probs(hidden, targets_N, lengths_B, **options) for hidden in (student, teacher))
     return sequence_alpha(objective.divergence, log_p_B, log_q_B).repeat_interleave(lengths_B)
 
 
@@ -247,7 +246,7 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 @torch.no_grad()
-def mean_log_probs(hidden: Hidden, targets_N: Tensor, lengths_B: Tensor, **options) -> Tensor:
+def mean_log_probs(hidden: Hidden, targets_N: Tensor, lengths_B: Tensor, **options: Any) -> Tensor:
     """[B] mean log-probability in nats that a model gives to the targets of each sequence, of `lengths_B` tokens each.
     `options` are those of `fused_linear_cross_entropy`."""
     nats_N = fused_linear_cross_entropy(student=hidden, targets_N=targets_N, **options).cross_entropy_N

@@ -41,7 +41,7 @@ class Divergence:
     beta: float = 0.5
     head_mass: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in KNOWN:
             nearest = difflib.get_close_matches(str(self.name), KNOWN, n=1, cutoff=0.0)
             raise ValueError(
@@ -99,7 +99,7 @@ class Objective:
     temperature: float = 1.0
     alpha_per_sequence: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_temperature(self.temperature)
         name = None if self.divergence is None else self.divergence.name
         if self.alpha_per_sequence and name not in WITH_SEQUENCE_ALPHA:

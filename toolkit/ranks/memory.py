@@ -61,8 +61,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_bytes() -> int:
     """Free memory where this rank's parameters are; on a CPU, its share of what the node and its cgroup have."""
     if torch.cuda.is_available() and collectives.device().type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     free = min(psutil.virtual_memory().available, cgroup_free_bytes())
     return int(free // int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world())))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -11,14 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
 from toolkit.ranks import collectives
 from toolkit.ranks.output import last_words, say
 
-Result = TypeVar("Result")
 #: Exit code of a run that saved itself and wants to be started again with the same command (sysexits' EX_TEMPFAIL).
 EXIT_LATER = 75
 #: Exit code of a run that was stopped before it had saved anything, as of other errors: a repetition would do the same.
@@ -31,6 +31,8 @@ END_OF_WATCH = 0  # no signal has this number
 SAME_REQUEST_S = 2.0
 #: seconds between two looks at the launcher
 LAUNCHER_LOOK_S = 1.0
+
+
 class GoOnLater(Exception):
     """The run was asked to stop, and what it needs to go on is saved; `main` exits with EXIT_LATER."""
 
@@ -110,7 +112,7 @@ class StopSignals:
         self.received = True
 
     def _watch(self, told: int, launchers: list[psutil.Process]) -> None:
-        asked_s, poll = None, select.poll()
+        asked_s, poll = math.inf, select.poll()
         poll.register(told, select.POLLIN)
         while True:
             numbers = os.read(told, 256) if poll.poll(1000 * LAUNCHER_LOOK_S) else b""
@@ -120,7 +122,7 @@ class StopSignals:
             if any(map(_is_gone, launchers)):
                 reasons, launchers = [*reasons, "the deepspeed command was ended"], []
             now_s = time.monotonic()
-            if reasons and asked_s is None:
+            if reasons and asked_s == math.inf:
                 self.received, asked_s = True, now_s
                 if collectives.rank() == 0:
                     say(
@@ -129,7 +131,7 @@ class StopSignals:
                     )
             elif reasons and now_s - asked_s > SAME_REQUEST_S:
                 last_words(f"{reasons[0]} again: rank {collectives.rank()} exits at once", EXIT_LATER)
-            if asked_s is not None and now_s - asked_s > self.grace_s:
+            if now_s - asked_s > self.grace_s:
                 late = f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
                 late += f"{collectives.rank()} exits; "
                 if self.in_vain:

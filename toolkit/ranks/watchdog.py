@@ -7,18 +7,21 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed import TCPStore
 
 from toolkit.ranks import collectives, heartbeat
-
-#: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
 from toolkit.ranks.output import last_words, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
 EXIT_STUCK = 70
@@ -52,9 +55,10 @@ class Watchdog:
     def __init__(self, limit_s: float, end: Callable[[str, int], None] = last_words):
         self.limit_s, self.look_s = limit_s, min(LOOK_EVERY_S, limit_s / 4)
         self.end, self.sign = end, Sign()
-        self._store, self._rank, self._world = None, 0, 1
+        self._store: TCPStore | None = None
+        self._rank, self._world = 0, 1
         self._over = threading.Event()
-        self._main = threading.main_thread().ident
+        self._main = threading.main_thread().ident or 0
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> Watchdog:
@@ -76,10 +80,9 @@ class Watchdog:
         self.sign.step = self.sign.step if step is None else step
         heartbeat.beat()
 
-    def count_passes(self, model: torch.nn.Module) -> None:
+    def count_passes(self, model: PreTrainedModel) -> None:
         """Each pass of `model` is progress as well: generation and evaluation make many in one phase. Every pass enters
         its input embeddings. It is no new phase: ranks make as many passes as their texts are long."""
-
         model.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
 
     def _watch(self) -> None:
@@ -92,7 +95,7 @@ class Watchdog:
         if self._over.wait(self.look_s):
             return False
         # A collective in C++ that never lets Python run again stops this thread too; this switch needs no Python.
-        faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__ or 2)
         self._rank, self._world = collectives.started_as()
         if self._store is None and self._world > 1 and torch.distributed.is_initialized():
             self._store = _own_store(self.look_s)
@@ -140,8 +143,11 @@ class Watchdog:
         self.end(text, EXIT_STUCK)
 
     def _read(self) -> dict[int, Sign]:
-        found = {}
-        for rank in range(self._world if self._store is not None else 0):
+        """What each rank told last, as far as the store can be reached."""
+        found: dict[int, Sign] = {}
+        if self._store is None:
+            return found
+        for rank in range(self._world):
             try:
                 if self._store.check([f"watchdog/{rank}"]):
                     found[rank] = Sign(**json.loads(self._store.get(f"watchdog/{rank}")))
@@ -176,11 +182,11 @@ def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
     return "\n".join(lines)
 
 
-def _listed(ranks: Any) -> str:
+def _listed(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
 
 
-def _where(thread: int | None) -> tuple[str, bool]:
+def _where(thread: int) -> tuple[str, bool]:
     """(the innermost line of this package that a thread is in, and where that has led; whether it is a collective)"""
     frame = sys._current_frames().get(thread)
     package, inner, waits, line = str(Path(__file__).resolve().parents[1]), "", False, ""
@@ -198,15 +204,11 @@ def _where(thread: int | None) -> tuple[str, bool]:
     return (f"{line}, in {inner}" if line and not line.endswith(inner) else line or f"at {inner}"), waits
 
 
-def _own_store(timeout_s: float) -> Any:
+def _own_store(timeout_s: float) -> TCPStore | None:
     """A connection of its own to the process group's store: the main thread may hold the other one for minutes."""
-    from datetime import timedelta
-
+    host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), max(1.0, timeout_s)
     try:
-        return torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=timedelta(seconds=max(1.0, timeout_s)),
-        )  # fmt: skip
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
     except Exception as error:
         say(f"watchdog: rank {collectives.rank()} cannot reach the others ({error})", sys.stderr)
         return None

@@ -124,7 +124,7 @@ def build(
             config.rollout.capacity, collectives.rank(), collectives.world(), config.seed, config.rollout.max_age_steps
         ),
         validator=Validator(
-            inputs.data.validation[: config.validation.rows], config.validation.rows_per_pass, vocabulary.pad_id,
+            list(inputs.data.validation[: config.validation.rows]), config.validation.rows_per_pass, vocabulary.pad_id,
             validates, scores if by in SCORES else None, vocabulary.layout,
         ),
         held_out=held_out,

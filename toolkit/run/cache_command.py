@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import runpy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,12 +113,10 @@ def _recipe(name: str) -> Any:
     if path is None:
         known = sorted(file.stem for file in (ROOT / "recipes").glob("[!_]*.py"))
         raise ValueError(f"no recipe {name!r}; give its file, or one of {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    found = runpy.run_path(str(path), run_name=f"recipe_{path.stem}")
     for constant in ("RECIPE", "RECIPES"):
-        if hasattr(module, constant):
-            return getattr(module, constant)
+        if constant in found:
+            return found[constant]
     raise ValueError(f"{path} has neither RECIPE nor RECIPES; a recipe names its RunConfig so")
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from toolkit.models import (
     shared_vocabulary,
 )
 from toolkit.models.files import source_folder
+from toolkit.models.identity import RunIdentity
 from toolkit.models.load import resolve
 from toolkit.pruning.made import materialize
 from toolkit.ranks import collectives
@@ -54,7 +55,7 @@ class RunInputs(Inputs):
     """What a run reads beside that."""
 
     text: Sequence[Example] | TextStream | None  # plain text that is learned beside the distillation
-    identity: dict[str, Any]  # what makes the run this one, beside its settings: see `identity` in checkpoint.py
+    identity: RunIdentity  # what makes the run this one, beside its settings
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -123,9 +124,8 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
     has_own = bool(config.student.tokenizer or student_path)
     asks_teacher = config.has_teacher or (config.teacher.cache and not has_own)
     teacher = load_tokenizer(config.teacher, teacher_path) if asks_teacher else None
-    has_own = has_own or teacher is None
-    student = load_tokenizer(config.student, student_path) if has_own else teacher
-    for tokenizer in filter(None, (teacher, student)):
+    student = load_tokenizer(config.student, student_path) if has_own or teacher is None else teacher
+    for tokenizer in (teacher or student, student):
         end_with_turns(tokenizer, config.data.template if config.data.kind == "instructions" else "")
     layout = row_layout(config.student, student_path)
     theirs = row_layout(config.teacher, teacher_path) if config.has_teacher else layout
@@ -180,8 +180,8 @@ def load_plain_text(
 
 
 def cache_identity(
-    config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
-) -> dict[str, Any]:
+    config: RunConfig, parts: RunIdentity, data: Data, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> RunIdentity:
     """What the cache makes of the run's identity `parts`. It is checked to be this run's, by its manifest alone; one
     that was deleted after the run was finished is what the run's summary says. Collective."""
     folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / "summary.json"
@@ -206,7 +206,7 @@ def cache_identity(
     else:
         found = collectives.together(known)
     names = ["teacher_cache"] if config.has_teacher else ["teacher_cache", "teacher_path", "teacher_sha256"]
-    return parts | {name: found[name] for name in names}
+    return cast(RunIdentity, parts | {name: found[name] for name in names})
 
 
 def open_cache(config: RunConfig) -> TeacherCache:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.data import PromptDataset, TextStream
 from toolkit.evaluation import Best, Validation
 from toolkit.models import objective_of, zero
+from toolkit.models.identity import RunIdentity
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import peak_device_gib
 from toolkit.ranks.signals import GoOnLater, StopSignals
@@ -37,7 +39,7 @@ class DistillationLoop:
     text: PromptDataset | TextStream | None  # plain text that is learned beside the distillation
     signals: StopSignals
     checkpoints: Checkpoints
-    identity: dict[str, Any]  # kept in each checkpoint, see `identity` in checkpoint.py
+    identity: RunIdentity  # kept in each checkpoint
     started_s: float  # when this start of the run began, by time.monotonic
     asked_to_stop: bool = False  # a signal has reached a rank
     has_saved: bool = False  # this start has written a checkpoint
@@ -295,7 +297,7 @@ class DistillationLoop:
                     f"{name} is streamed, each rank reads its own documents, and the checkpoint is of {len(states)} "
                     f"ranks, this run of {collectives.world()}; use as many ranks, or start over with resume=never"
                 )
-            collectives.together(lambda rows=rows, states=states: rows.load_state_dict(states, collectives.rank()))
+            collectives.together(partial(rows.load_state_dict, states, collectives.rank()))
         checkpoint.load_student(parts.student.engine)
         collectives.together(lambda: checkpoint.load_replay(parts.replay))
         collectives.together(lambda: checkpoint.load_rng(parts.config.seed, self.state.done))

@@ -22,6 +22,8 @@ from toolkit.models.ds_config import MONITOR_SECTIONS
 from toolkit.ranks.output import say
 
 METRICS_FILE = "metrics.jsonl"
+
+
 class Monitor:
     """Writes one record per optimizer step on rank 0; on other ranks every method does nothing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from toolkit.data import Data
@@ -26,10 +26,11 @@ def samples(data: Data, answers: Mapping[str, Answers]) -> list[Sample]:
     """The greedy answers of the models beside each other. answers: by "initial", "final", and "teacher" where one was
     asked."""
     before, after = answers["initial"].greedy, answers["final"].greedy
-    theirs = answers["teacher"].greedy if "teacher" in answers else [None] * len(after)
+    theirs: Sequence[str | None] = answers["teacher"].greedy if "teacher" in answers else [None] * len(after)
+    rows = data.validation_rows[: len(after)]
     return [
         Sample(row["prompt"], row["response"], *said)
-        for row, *said in zip(data.validation_rows[: len(after)], theirs, before, after, strict=True)
+        for row, said in zip(rows, zip(theirs, before, after, strict=True), strict=True)
     ]
 
 

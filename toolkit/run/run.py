@@ -91,6 +91,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> Summary
 
         # Ask the models the same questions again, and write the student. A signal may still come in between.
         unexported = "after the last step, before the student was exported"
+        assert start.state.before is not None, "the student is asked before its first step"
         with timer.phase("evaluation"):
             answers = {"initial": start.state.before, "final": held_out.ask(parts.student_rollout)}
             loop.stop_if_asked(unexported)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
+from toolkit.models.identity import RunIdentity
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
 from toolkit.run.checkpoint import Checkpoint, Checkpoints, compare
@@ -28,7 +28,7 @@ class Start(NamedTuple):
     notes: list[str]  # what the user should know of this choice
 
 
-def find_start(config: RunConfig, checkpoints: Checkpoints, identity: Mapping[str, Any]) -> Start:
+def find_start(config: RunConfig, checkpoints: Checkpoints, identity: RunIdentity) -> Start:
     """The newest whole checkpoint, unless resume is "never". Collective.
 
     identity: of the run as it would be now. Raises ValueError where it would be another one than that of the
@@ -47,7 +47,7 @@ def find_start(config: RunConfig, checkpoints: Checkpoints, identity: Mapping[st
     return Start(LoopState.from_json(found.state), found, notes)
 
 
-def finished(config: RunConfig, start: Start, identity: Mapping[str, Any]) -> Summary | None:
+def finished(config: RunConfig, start: Start, identity: RunIdentity) -> Summary | None:
     """The summary of a run that has nothing left to do; None for any other. Collective.
 
     A finished run does not need its checkpoints: without them its summary says which run it was. Raises ValueError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from toolkit.data import Data
+from toolkit.models.identity import RunIdentity
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import peak_rss_gib
 from toolkit.run.held_out import Answers, HeldOutPrompts
@@ -37,13 +38,13 @@ class Summary(TypedDict):
     phi_final: float
     phi_history: list[tuple[int, float, float]]  # (step, validation loss in nats, phi after it)
     data: dict[str, int]  # rows read, skipped and cut: Data.counts
-    identity: dict[str, Any]  # what the run was made of: see `identity` in checkpoint.py
+    identity: RunIdentity
     student: str  # folder of the trained student
 
 
 def summarize(
     config: RunConfig, state: LoopState, data: Data, held_out: HeldOutPrompts, answers: dict[str, Answers],
-    identity: dict[str, Any], wall_time_s: float,
+    identity: RunIdentity, wall_time_s: float,
 ) -> Summary:  # fmt: skip
     """The summary of a run that has taken its steps. answers: of "initial", "final" and perhaps "teacher". Collective.
 

@@ -5,6 +5,8 @@ in blocks of columns; running numbers are kept per lane and reduced once, at the
 """
 
 # ruff: noqa: SIM102, SIM109 - the compiler knows neither `in` nor a condition that is partly a constant
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# The compiler reads annotations as its own types, so a kernel's arguments have none but `constexpr`.
 
 from __future__ import annotations
 
@@ -204,6 +206,7 @@ def rows_kernel(
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """All passes over row `program_id`: the arguments are those of `launch_arguments`, in its order."""
     row = tl.program_id(0)
     student_ptr += row.to(tl.int64) * student_stride
     teacher_ptr += row.to(tl.int64) * teacher_stride
