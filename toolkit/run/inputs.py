@@ -63,9 +63,12 @@ def load_inputs(config: RunConfig) -> Inputs:
 
     Raises ValueError on every rank for a model, a tokenizer or data that cannot be used.
     """
+    # The cache folder has to be one for all ranks, or each node makes all of it for itself, every rank at once.
     cache_dir = default_cache_dir(config.cache_dir)
     collectives.together(lambda: cache_dir.mkdir(parents=True, exist_ok=True) if collectives.rank() == 0 else None)
-    collectives.check_shared(cache_dir)  # or each node makes all of it for itself, every rank of it at once
+    collectives.check_shared(cache_dir)
+
+    # The models' folders, made where they have to be; then what is read with their tokenizers.
     teacher_path = ""
     if config.has_teacher:
         teacher_path = collectives.main_rank_first(lambda: materialize(config.teacher, cache_dir))
@@ -88,10 +91,12 @@ def load_run_inputs(config: RunConfig) -> tuple[RunConfig, RunInputs]:
     data, train = inputs.data, inputs.data.train
     rows = None if isinstance(train, TextStream) else len(train)
     config = collectives.together(lambda: config.for_rows(rows))
+    # Plain text that is learned beside it; all ranks have to have read the same.
     text, text_sha256 = collectives.main_rank_first(lambda: load_plain_text(config, inputs.tokenizer, inputs.cache_dir))
     collectives.check_alike(f"tokens of {config.data.source}", data.sha256)
     collectives.check_alike(f"tokens of {config.text.source}", text_sha256)
 
+    # What the run is made of, by which another start knows it.
     base_path = "" if config.student.random_weights else inputs.student_path
     parts = identity(inputs.teacher_path, f"{data.sha256} {text_sha256}".strip(), inputs.dtype, base_path)
     if config.teacher.cache:
@@ -121,12 +126,15 @@ def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
 
 def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
     """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
+    # A teacher whose answers are stored is asked for its tokenizer only where the student has none.
     has_own = bool(config.student.tokenizer or student_path)
     asks_teacher = config.has_teacher or (config.teacher.cache and not has_own)
     teacher = load_tokenizer(config.teacher, teacher_path) if asks_teacher else None
     student = load_tokenizer(config.student, student_path) if has_own or teacher is None else teacher
     for tokenizer in (teacher or student, student):
         end_with_turns(tokenizer, config.data.template if config.data.kind == "instructions" else "")
+
+    # Rows are laid out alike for both models, and their vocabularies are one.
     layout = row_layout(config.student, student_path)
     theirs = row_layout(config.teacher, teacher_path) if config.has_teacher else layout
     layout.check_use(packing=config.packs)
@@ -149,13 +157,16 @@ def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary
 
 def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_path: str) -> None:
     """Of the longest text that a run can meet: of the data, generated, or plain."""
+    # Rows of the data and of plain text; a stream's rows are as long as they may be.
     parts = [part for part in (data.train, data.validation) if not isinstance(part, TextStream)]
     rows, prompts = (max(lengths) for lengths in zip(*map(longest, parts), strict=True))
     if len(parts) < 2:
         rows = config.data.max_length
     if config.text.source:
         rows = max(rows, config.text.max_length)
-    padded = -(-rows // 8) * 8  # as batches are
+
+    # Batches are padded to a multiple of 8, and generated text comes after the longest prompt.
+    padded = -(-rows // 8) * 8
     if config.generates:
         padded = max(padded, prompts + config.max_new_tokens)
     if config.has_teacher:
@@ -197,6 +208,7 @@ def cache_identity(
                 cache.form.check_divergence(Divergence(loss.divergence, alpha=alpha))
         return cache.identity | {"teacher_cache": cache.sha256}
 
+    # A finished run goes by its summary where the cache is gone.
     found: dict[str, Any] = {}
     if config.resume != "never" and not collectives.anywhere(TeacherCache.is_in(folder)):
         saved = collectives.together(lambda: json.loads(summary.read_text()) if summary.is_file() else {})

@@ -70,6 +70,7 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
     names = stages.names
     with sole_use(stages.folder):
         collectives.check_shared(stages.folder)
+        # The first stage cuts the student out of its teacher.
         if stages.is_cut:
             watchdog.progress(INIT)
             if all(config.resume == "never" for config in runs.values()):
@@ -78,6 +79,8 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
                 found = summaries[INIT] = _cut(stages, any(config.has_teacher for config in runs.values()))
                 signals.stop_if_asked("after the student was cut")
             tell(f"stage 1 of {len(names)}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
+
+        # Each of the others is a run of its own.
         for name, config in ({} if only_cut else runs).items():
             tell(f"stage {names.index(name) + 1} of {len(names)}: {name}")
             summaries[name] = run(config, watchdog, is_last=name == names[-1])
@@ -120,6 +123,7 @@ def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
     """Prints what the recipe says of itself, its runs, and its settings with their meanings: of several runs, those of
     the one that is named, else of the first; of stages, those of the first and what is different in the others. Raises
     ValueError where a run is named that is not there."""
+    # What the recipe's file says of itself, then its settings.
     parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
     parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
     how = "to be changed with section.key=value"
@@ -127,13 +131,13 @@ def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
         parts += [f"Settings, {how}:", help_page(recipe)]
     elif isinstance(recipe, Stages):
         first, *others = recipe.runs
+        beside = f"; in brackets those of {', '.join(others)} where they differ" if others else ""
         parts += [
             f"Stages, one after another: {', '.join(recipe.names)}. The name of one before the settings runs it alone. "
             "\nsection.key=value is for all of them, STAGE.section.key=value for one.",
             "Settings of init, to be changed with init.key=value:",
             help_page(recipe.init, prefix="init."),
-            f"Settings of {first}, {how}"
-            + (f"; in brackets those of {', '.join(others)} where they differ:" if others else ":"),
+            f"Settings of {first}, {how}{beside}:",
             help_page(recipe.runs[first], {name: recipe.runs[name] for name in others}),
         ]
     else:

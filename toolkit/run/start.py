@@ -58,6 +58,7 @@ def finished(config: RunConfig, start: Start, identity: RunIdentity) -> Summary 
     if config.resume == "never" or not collectives.everywhere(all(file.is_file() for file in files)):
         return None
     summary = collectives.together(lambda: json.loads(files[0].read_text()))
+    # Without a checkpoint the summary itself says which run was finished, by the settings beside it.
     if start.checkpoint is None:
         if "identity" not in summary:
             return None
@@ -76,6 +77,8 @@ def prepare_folder(config: RunConfig, start: Start) -> None:
     run_dir, models = config.run_dir, (config.teacher, config.student)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / SUMMARY).unlink(missing_ok=True)
+
+    # A new run begins with nothing of an older one, but for what it reads itself.
     if start.checkpoint is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(run_dir / "skipped", ignore_errors=True)
