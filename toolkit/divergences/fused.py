@@ -69,10 +69,8 @@ def fused_linear_divergence(
     # What was given has to fit together.
     n_tokens, v = _checked_sizes(objective, student, teacher, valid_vocab)
     targets_N = _targets(targets_N, n_tokens, v)
-    if objective.cross_entropy_weight and targets_N is None:
-        raise ValueError(
-            f"cross_entropy_weight is {objective.cross_entropy_weight}, but targets_N is None: pass the target ids"
-        )
+    if (weight := objective.cross_entropy_weight) and targets_N is None:
+        raise ValueError(f"cross_entropy_weight is {weight}, but targets_N is None: pass the target ids")
     if weights_N is not None and weights_N.shape != (n_tokens,):
         raise ValueError(f"weights_N is {tuple(weights_N.shape)}, but there are {n_tokens} tokens: give one each")
 
@@ -156,7 +154,7 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     scaled = total.new_empty(total.shape, dtype=dtype)
     rows = len(total)
     if total.device.type == "cpu":  # where the product is whole in the wider dtype before it is rounded
-        rows = max(1, SCALED_BYTES // (max(1, total[:1].numel()) * total.itemsize))
+        rows = SCALED_BYTES // (max(1, total[:1].numel()) * total.itemsize)
     for wide, narrow in zip(total.split(max(1, rows)), scaled.split(max(1, rows)), strict=True):
         torch.mul(wide, factor, out=narrow)
     return scaled
@@ -166,6 +164,7 @@ def _checked_sizes(
     objective: Objective, student: Hidden, teacher: Hidden | TopKTeacher | None, valid_vocab: int | None
 ) -> tuple[int, int]:
     """(tokens, vocabulary entries that count) of models that fit each other and the objective."""
+    # There is a teacher exactly where there is a divergence.
     student.check("student")
     n_tokens, heads = len(student.states_NH), [len(student.head.weight_VH)]
     if (objective.divergence is None) != (teacher is None):
@@ -175,19 +174,23 @@ def _checked_sizes(
             f"the objective has {asked}, but {given} given: pass teacher=Hidden(states, head) or a TopKTeacher exactly "
             "where there is a divergence"
         )
+
+    # A teacher that is asked now has said something of the same tokens, over the same vocabulary.
     if isinstance(teacher, Hidden):
         teacher.check("teacher")
         heads.append(len(teacher.head.weight_VH))
         if len(teacher.states_NH) != n_tokens:
             raise ValueError(
-                f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher.states_NH)}: "
-                "pass the same response positions to both"
+                f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher.states_NH)}: pass the same "
+                "response positions to both"
             )
         if valid_vocab is None and heads[0] != heads[1]:
             raise ValueError(
                 f"the student's head has {heads[0]} rows, the teacher's {heads[1]}: pass valid_vocab, "
                 "the size of the tokenizer's real vocabulary, so that padding is cut on both sides"
             )
+
+    # Head rows from there on are padding.
     v = min(heads) if valid_vocab is None else valid_vocab
     if not 1 <= v <= min(heads):
         raise ValueError(

@@ -174,4 +174,3 @@ def _is_gone(process: psutil.Process) -> bool:
         return True
     except psutil.Error:
         return False
-

@@ -89,7 +89,7 @@ class Monitor:
             return
         step = record.get("step")
         if type(step) is not int:
-            raise ValueError(f"a metrics record needs an integer 'step', it has {step!r}; its keys: {list(record)}")
+            raise ValueError(f"a record needs an integer 'step', this one has {step!r}; its keys: {list(record)}")
 
         # The file; a line that finds no room goes with a later one.
         self._unwritten += json.dumps(_to_json(record, "record"), allow_nan=False).encode() + b"\n"
@@ -247,7 +247,7 @@ def _to_json(value: Any, where: str) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold; pass a number (tensor.item())")
+    raise ValueError(f"{where} is of type {type(value).__name__}, which JSON cannot hold; pass a number")
 
 
 def _from_json(value: Any) -> Any:
