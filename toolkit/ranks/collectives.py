@@ -109,6 +109,8 @@ def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
     matters, the first thing written there fails. Collective."""
     if world() == 1:
         return
+
+    # Rank 0 leaves a mark, which each rank has to see; network file systems take their time.
     mark, is_made = folder / f".seen-{gather_objects(secrets.token_hex(8))[0]}", True
     try:
         if rank() == 0:
@@ -118,16 +120,16 @@ def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
     if not everywhere(is_made):
         return
     until_s = time.monotonic() + within_s
-    while not (is_seen := mark.exists()) and time.monotonic() < until_s:  # network file systems take their time
+    while not (is_seen := mark.exists()) and time.monotonic() < until_s:
         time.sleep(0.2)
+
+    # Whoever does not is named.
     blind = [text for text in gather_objects("" if is_seen else f"{rank()} on {socket.gethostname()}") if text]
     if rank() == 0:
         mark.unlink()
     if blind:
-        raise Told(
-            f"{folder} of rank 0 is not there for rank {', '.join(blind)} after {within_s:g} s: it has to lie on a "
-            "disk of all nodes"
-        )
+        after = f"after {within_s:g} s"
+        raise Told(f"{folder} of rank 0 is not there for rank {', '.join(blind)} {after}: use a disk of all nodes")
 
 
 def check_alike(what: str, value: object) -> None:

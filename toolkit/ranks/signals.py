@@ -61,6 +61,8 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
+
+        # Numbers of signals go through a pipe to a thread; one of its own ends it.
         told, tell = os.pipe()
         os.set_blocking(tell, False)
         thread = threading.Thread(target=self._watch, args=(told, _launchers()), daemon=True, name="stop signals")
@@ -115,31 +117,33 @@ class StopSignals:
         asked_s, poll = math.inf, select.poll()
         poll.register(told, select.POLLIN)
         while True:
+            # Why to stop, if there is a reason since the last look.
             numbers = os.read(told, 256) if poll.poll(1000 * LAUNCHER_LOOK_S) else b""
             if END_OF_WATCH in numbers:
                 return
             reasons = [signal.Signals(number).name for number in numbers if number in STOP_SIGNALS]
             if any(map(_is_gone, launchers)):
                 reasons, launchers = [*reasons, "the deepspeed command was ended"], []
+
+            # The first one is a request, a later one ends this process.
             now_s = time.monotonic()
             if reasons and asked_s == math.inf:
                 self.received, asked_s = True, now_s
                 if collectives.rank() == 0:
-                    say(
-                        f"{reasons[0]}: the run saves and stops where its step ends; a second signal exits at once",
-                        sys.stderr,
-                    )
+                    how = "the run saves and stops where its step ends; a second signal exits at once"
+                    say(f"{reasons[0]}: {how}", sys.stderr)
             elif reasons and now_s - asked_s > SAME_REQUEST_S:
                 last_words(f"{reasons[0]} again: rank {collectives.rank()} exits at once", EXIT_LATER)
+
+            # So does the time that a step may take after the first; to start again helps only where something is saved.
             if now_s - asked_s > self.grace_s:
                 late = f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
                 late += f"{collectives.rank()} exits; "
                 if self.in_vain:
-                    late += "nothing was saved since the start: set checkpoint.every_steps"
-                    last_words(late, EXIT_IN_VAIN)
+                    last_words(f"{late}nothing was saved since the start: set checkpoint.every_steps", EXIT_IN_VAIN)
                 if self.vain_starts >= MOST_VAIN_STARTS:
-                    late += f"{self.vain_starts} starts in a row have saved nothing: give the job more time"
-                    last_words(late, EXIT_IN_VAIN)
+                    starts = f"{self.vain_starts} starts in a row have saved nothing: give the job more time"
+                    last_words(late + starts, EXIT_IN_VAIN)
                 last_words(f"{late}the newest checkpoint stands", EXIT_LATER)
 
 

@@ -99,9 +99,13 @@ class Watchdog:
         self._rank, self._world = collectives.started_as()
         if self._store is None and self._world > 1 and torch.distributed.is_initialized():
             self._store = _own_store(self.look_s)
+
+        # What this rank does.
         self.sign.beat += 1
         self.sign.idle_s = heartbeat.idle_s()
         self.sign.where, self.sign.waits = _where(self._main)
+
+        # Tell it to the others, and hear whether one of them has ended the job.
         if self._store is not None:
             is_told = False
             with suppress(Exception):  # its keeper, rank 0, is gone: what is known of the others is all there is
@@ -112,26 +116,28 @@ class Watchdog:
         return True
 
     def _conclude(self) -> None:
+        """This rank has stood still for too long: end the job unless another one works."""
         rank, world = self._rank, self._world
         if self._store is None and world > 1:
-            self.end(
-                f"watchdog: rank {rank} of {world} found no other rank within {self.limit_s:g} s (faults.hang_s), "
-                f"{self.sign.where}",
-                EXIT_STUCK,
-            )
+            limit = f"within {self.limit_s:g} s (faults.hang_s), {self.sign.where}"
+            self.end(f"watchdog: rank {rank} of {world} found no other rank {limit}", EXIT_STUCK)
             return
+
+        # Two looks, between which a living rank is heard. Whoever has not told anything new is silent.
         first = self._read()
-        if not (self._look() and self._look()):  # time for a living rank to be heard
+        if not (self._look() and self._look()):
             return
         signs = self._read()
         if heartbeat.idle_s() <= self.limit_s:
             return  # it went on meanwhile
         beats = [{r: sign.beat for r, sign in part.items()} for part in (first, signs)]
         silent = {r for r in range(world) if r != rank and (r not in signs or beats[0].get(r) == beats[1][r])}
+
+        # The lowest of the others speaks for all, unless one of them works, for which this one waits.
         if any(sign.idle_s <= self.limit_s for r, sign in signs.items() if r not in silent | {rank}):
-            return  # another one works, and this one waits for it
+            return
         if rank != min(set(range(world)) - silent):
-            return  # one speaks for all
+            return
         text = verdict(signs | {rank: self.sign}, silent, self.limit_s)
         if self._store is not None:
             say(text, sys.stderr)
@@ -158,11 +164,14 @@ class Watchdog:
 
 def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
     """Which rank the others wait for, and what each does."""
+    # Which ranks are behind: in an earlier phase, or else in no collective while others wait in one.
     heard = {rank: sign for rank, sign in signs.items() if rank not in silent}
     last = min((sign.step, sign.changes) for sign in heard.values())
     behind = [rank for rank, sign in heard.items() if (sign.step, sign.changes) == last]
     if len(behind) == len(heard):  # all in the same phase: whoever is in no collective holds the others up
         behind = [rank for rank in behind if not heard[rank].waits] or behind
+
+    # The verdict, then a line for each rank.
     lines = [f"watchdog: no progress for {limit_s:g} s (faults.hang_s), the job is ended."]
     if silent:
         lines.append(f"rank {_listed(silent)} does not answer: its process is dead or stopped.")
@@ -175,10 +184,8 @@ def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
         lines.append("All ranks stand in the same place: network, file system, or a phase longer than the limit.")
     for rank, sign in sorted(signs.items()):
         heard_of = "last heard of " if rank in silent else ""
-        lines.append(
-            f"  rank {rank}: {heard_of}in phase {sign.phase} of step {sign.step}"
-            f"{', waiting for other ranks' if sign.waits else ''}, {sign.where}"
-        )
+        waiting = ", waiting for other ranks" if sign.waits else ""
+        lines.append(f"  rank {rank}: {heard_of}in phase {sign.phase} of step {sign.step}{waiting}, {sign.where}")
     return "\n".join(lines)
 
 

@@ -28,19 +28,10 @@ from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.run.random_state import load_rng_state, rng_state
 from toolkit.seeds import philox
 from toolkit.settings import RunConfig, free_settings
+from toolkit.storage import manifest
 from toolkit.storage.appear import DELETING, UNFINISHED, emptied, give_name, remove, unfinished_name
 from toolkit.storage.differences import HASHES, differences, refuse
-from toolkit.storage.manifest import (
-    MANIFEST,
-    Entry,
-    check_files,
-    entries,
-    entry_of,
-    read_json,
-    read_manifest,
-    write_checked,
-    write_json,
-)
+from toolkit.storage.manifest import MANIFEST, Entry, read_manifest
 from toolkit.storage.tensors import mapped
 
 FORMAT = 1
@@ -72,7 +63,7 @@ class Checkpoints:
             tensors = [(piece.key, piece.tensor) for piece in pieces(engine)]
             tensors += [(REPLAY + name, torch.from_numpy(array)) for name, array in replay.state_dict().items()]
             tensors += [(RNG + name, value) for name, value in rng_state().items()]
-            entry = collectives.together(lambda: write_checked(unfinished / own, tensors))
+            entry = collectives.together(lambda: manifest.write_checked(unfinished / own, tensors))
 
             # Rank 0 adds what is alike on all ranks and gives the folder its name.
             files = dict(collectives.gather_objects((own, entry)))
@@ -137,24 +128,24 @@ class Checkpoint:
     def check(self, share: int = 0, shares: int = 1) -> None:
         """Raises ValueError, naming file and both values, unless the files are those of the manifest. Sizes are
         compared for all files, hashes for every `shares`-th from `share` on. No communication."""
-        manifest = read_manifest(self.folder, FORMAT)
+        listed = read_manifest(self.folder, FORMAT)
         try:
-            files = entries(manifest)
+            files = manifest.entries(listed)
             if not files.keys() >= {STATE, rank_file(0)}:
                 raise KeyError(STATE)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder / MANIFEST} lists no files, bytes and hashes: it is damaged") from error
-        check_files(self.folder, files, share, shares)
+        manifest.check_files(self.folder, files, share, shares)
 
     @property
     def state(self) -> dict[str, Any]:
         """What `save` was given, with what the optimizer knows beside its tensors. Raises ValueError if unreadable."""
-        return read_json(self.folder / STATE)
+        return manifest.read_json(self.folder / STATE)
 
     @property
     def world(self) -> int:
         """Ranks of the run that wrote it."""
-        return sum(name.startswith("rank-") for name in read_json(self.folder / MANIFEST)["files"])
+        return sum(name.startswith("rank-") for name in manifest.read_json(self.folder / MANIFEST)["files"])
 
     def load_student(self, engine: Any) -> None:
         """Weights and optimizer states, whatever the ranks and the ZeRO stage were. Collective.
@@ -316,9 +307,9 @@ def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Entry], s
 
     An older folder of that name goes: it is the damaged one that this run was resumed before.
     """
-    write_json(unfinished / STATE, state, durable=False)  # the folder as a whole goes to disk below
-    listed = {**files, STATE: entry_of(unfinished / STATE)}
-    write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": listed}, durable=False)
+    manifest.write_json(unfinished / STATE, state, durable=False)  # the folder as a whole goes to disk below
+    listed = {**files, STATE: manifest.entry_of(unfinished / STATE)}
+    manifest.write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": listed}, durable=False)
     give_name(unfinished, final, durable=True)
 
 

@@ -12,21 +12,12 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import models
 from toolkit.batch import Example
 from toolkit.data import Data, TextStream, end_with_turns, load_data, load_text
 from toolkit.data.store import longest
 from toolkit.divergences import Divergence
-from toolkit.models import (
-    Vocabulary,
-    check_positions,
-    choose_dtype,
-    default_cache_dir,
-    generation_ends,
-    load_tokenizer,
-    row_layout,
-    shared_layout,
-    shared_vocabulary,
-)
+from toolkit.models import Vocabulary, load_tokenizer
 from toolkit.models.files import source_folder
 from toolkit.models.identity import RunIdentity
 from toolkit.models.load import resolve
@@ -64,7 +55,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     Raises ValueError on every rank for a model, a tokenizer or data that cannot be used.
     """
     # The cache folder has to be one for all ranks, or each node makes all of it for itself, every rank at once.
-    cache_dir = default_cache_dir(config.cache_dir)
+    cache_dir = models.default_cache_dir(config.cache_dir)
     collectives.together(lambda: cache_dir.mkdir(parents=True, exist_ok=True) if collectives.rank() == 0 else None)
     collectives.check_shared(cache_dir)
 
@@ -78,7 +69,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     tokenizer, vocabulary = collectives.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = collectives.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
     collectives.together(lambda: _check_positions(config, data, teacher_path, student_path))
-    dtype = choose_dtype(config.precision, collectives.device())
+    dtype = models.choose_dtype(config.precision, collectives.device())
     return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
 
 
@@ -135,12 +126,12 @@ def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple
         end_with_turns(tokenizer, config.data.template if config.data.kind == "instructions" else "")
 
     # Rows are laid out alike for both models, and their vocabularies are one.
-    layout = row_layout(config.student, student_path)
-    theirs = row_layout(config.teacher, teacher_path) if config.has_teacher else layout
+    layout = models.row_layout(config.student, student_path)
+    theirs = models.row_layout(config.teacher, teacher_path) if config.has_teacher else layout
     layout.check_use(packing=config.packs)
-    ends = [end for path in {teacher_path, student_path} for end in generation_ends(path)]
-    vocabulary = shared_vocabulary(teacher or student, student, ends)
-    return student, vocabulary._replace(layout=shared_layout(theirs, layout))
+    ends = [end for path in {teacher_path, student_path} for end in models.generation_ends(path)]
+    vocabulary = models.shared_vocabulary(teacher or student, student, ends)
+    return student, vocabulary._replace(layout=models.shared_layout(theirs, layout))
 
 
 def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, cache_dir: Path) -> Data:
@@ -170,8 +161,8 @@ def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_p
     if config.generates:
         padded = max(padded, prompts + config.max_new_tokens)
     if config.has_teacher:
-        check_positions("teacher", config.teacher, teacher_path, padded)
-    check_positions("student", config.student, student_path, padded)
+        models.check_positions("teacher", config.teacher, teacher_path, padded)
+    models.check_positions("student", config.student, student_path, padded)
 
 
 def load_plain_text(

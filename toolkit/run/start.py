@@ -12,6 +12,7 @@ import yaml
 from toolkit.models.identity import RunIdentity
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
+from toolkit.rollout.schedule import ScheduleState
 from toolkit.run.checkpoint import Checkpoint, Checkpoints, compare
 from toolkit.run.state import LoopState
 from toolkit.run.summary import BEST, STUDENT, SUMMARY, Summary
@@ -34,7 +35,7 @@ def find_start(config: RunConfig, checkpoints: Checkpoints, identity: RunIdentit
     identity: of the run as it would be now. Raises ValueError where it would be another one than that of the
     checkpoint, and where there are checkpoints and none is whole.
     """
-    fresh = LoopState.new(config)
+    fresh = LoopState(ScheduleState(config.schedule.phi_initial))
     if config.resume == "never":
         return Start(fresh, None, [])
     found, passed_over = checkpoints.newest()
