@@ -47,15 +47,11 @@ def divergence(
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of `fused_linear_divergence`. Raises ValueError unless there is one teacher."""
     if (teacher_top_k is None) == (teacher_hidden_NT is None or teacher_head_VT is None):
-        raise ValueError(
-            "the teacher must be given once: either teacher_hidden_NT and teacher_head_VT, or teacher_top_k"
-        )
+        raise ValueError("the teacher must be given once: by teacher_hidden_NT and teacher_head_VT, or teacher_top_k")
     student = _hidden(student_hidden_NS, student_head_VS, student_bias_V, student_logit_scale, student_soft_cap)
-    teacher = teacher_top_k or _hidden(
-        teacher_hidden_NT, teacher_head_VT, teacher_bias_V, teacher_logit_scale, teacher_soft_cap
-    )
+    live = _hidden(teacher_hidden_NT, teacher_head_VT, teacher_bias_V, teacher_logit_scale, teacher_soft_cap)
     objective = Objective(spec, cross_entropy_weight=cross_entropy_weight, temperature=temperature)
-    return {"objective": objective, "student": student, "teacher": teacher, **others}
+    return {"objective": objective, "student": student, "teacher": teacher_top_k or live, **others}
 
 
 def cross_entropy(

@@ -39,8 +39,7 @@ def token_divergence(
     check_temperature(temperature)
     if student_logits_NV.shape != teacher_logits_NV.shape:
         raise ValueError(
-            f"student logits are {tuple(student_logits_NV.shape)}, "
-            f"teacher logits {tuple(teacher_logits_NV.shape)}: "
+            f"student logits are {tuple(student_logits_NV.shape)}, teacher logits {tuple(teacher_logits_NV.shape)}: "
             "cut both to the tokenizer's real vocabulary and to the same tokens"
         )
     dtype = compute_dtype(student_logits_NV, teacher_logits_NV)
@@ -189,9 +188,7 @@ def check_alpha(spec: Divergence, alpha_N: Tensor | None, n_tokens: int) -> floa
     if alpha_N is None:
         return spec.alpha
     if spec.name not in WITH_ALPHA:
-        raise ValueError(
-            f"alpha_N was given, but {spec.name!r} has no alpha per token; use one of {', '.join(WITH_ALPHA)}"
-        )
+        raise ValueError(f"alpha_N was given, but {spec.name!r} has no alpha per token: use {', '.join(WITH_ALPHA)}")
     if alpha_N.shape != (n_tokens,):
         raise ValueError(f"alpha_N has shape {tuple(alpha_N.shape)}, but there are {n_tokens} tokens: give one each")
     legal_N = (alpha_N > 0) & (alpha_N <= 1) if spec.name == "taid" else (alpha_N >= 0) & (alpha_N < 1)

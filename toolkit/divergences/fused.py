@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,8 @@ def fused_linear_divergence(
     # What was given has to fit together.
     n_tokens, v = _checked_sizes(objective, student, teacher, valid_vocab)
     targets_N = _targets(targets_N, n_tokens, v)
-    if objective.cross_entropy_weight and targets_N is None:
-        raise ValueError(
-            f"cross_entropy_weight is {objective.cross_entropy_weight}, but targets_N is None: pass the target ids"
-        )
+    if (weight := objective.cross_entropy_weight) and targets_N is None:
+        raise ValueError(f"cross_entropy_weight is {weight}, but targets_N is None: pass the target ids")
     if weights_N is not None and weights_N.shape != (n_tokens,):
         raise ValueError(f"weights_N is {tuple(weights_N.shape)}, but there are {n_tokens} tokens: give one each")
 
@@ -128,7 +127,10 @@ class _GradientsInForward(torch.autograd.Function):
     """Does the whole work in forward and keeps the gradients, which backward scales."""
 
     @staticmethod
-    def forward(ctx, hidden_NS, weight_VS, bias_V, work: Callable[[], tuple[FusedLoss, Gradients]]):
+    def forward(
+        ctx: Any, hidden_NS: Tensor, weight_VS: Tensor, bias_V: Tensor | None,
+        work: Callable[[], tuple[FusedLoss, Gradients]],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         result, gradients = work()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*result[1:])
@@ -138,14 +140,11 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return None, None, None, None
-        scaled = (
-            None if total is None else _scaled(total, grad_loss, dtype)
-            for total, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )  # fmt: skip
-        return *scaled, None
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if total is None else _scaled(total, grad_loss, dtype) for total, dtype in pairs), None
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,7 +154,7 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     scaled = total.new_empty(total.shape, dtype=dtype)
     rows = len(total)
     if total.device.type == "cpu":  # where the product is whole in the wider dtype before it is rounded
-        rows = max(1, SCALED_BYTES // (max(1, total[:1].numel()) * total.itemsize))
+        rows = SCALED_BYTES // (max(1, total[:1].numel()) * total.itemsize)
     for wide, narrow in zip(total.split(max(1, rows)), scaled.split(max(1, rows)), strict=True):
         torch.mul(wide, factor, out=narrow)
     return scaled
@@ -165,6 +164,7 @@ def _checked_sizes(
     objective: Objective, student: Hidden, teacher: Hidden | TopKTeacher | None, valid_vocab: int | None
 ) -> tuple[int, int]:
     """(tokens, vocabulary entries that count) of models that fit each other and the objective."""
+    # There is a teacher exactly where there is a divergence.
     student.check("student")
     n_tokens, heads = len(student.states_NH), [len(student.head.weight_VH)]
     if (objective.divergence is None) != (teacher is None):
@@ -174,19 +174,23 @@ def _checked_sizes(
             f"the objective has {asked}, but {given} given: pass teacher=Hidden(states, head) or a TopKTeacher exactly "
             "where there is a divergence"
         )
+
+    # A teacher that is asked now has said something of the same tokens, over the same vocabulary.
     if isinstance(teacher, Hidden):
         teacher.check("teacher")
         heads.append(len(teacher.head.weight_VH))
         if len(teacher.states_NH) != n_tokens:
             raise ValueError(
-                f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher.states_NH)}: "
-                "pass the same response positions to both"
+                f"student hidden states hold {n_tokens} tokens, the teacher's {len(teacher.states_NH)}: pass the same "
+                "response positions to both"
             )
         if valid_vocab is None and heads[0] != heads[1]:
             raise ValueError(
                 f"the student's head has {heads[0]} rows, the teacher's {heads[1]}: pass valid_vocab, "
                 "the size of the tokenizer's real vocabulary, so that padding is cut on both sides"
             )
+
+    # Head rows from there on are padding.
     v = min(heads) if valid_vocab is None else valid_vocab
     if not 1 <= v <= min(heads):
         raise ValueError(
@@ -221,7 +225,7 @@ def _plain(spec: Divergence) -> Divergence:
 
 def _alpha_per_sequence(
     objective: Objective, student: Hidden, teacher: Hidden | TopKTeacher | None, targets_N: Tensor | None,
-    lengths_B: Tensor | None, **options,
+    lengths_B: Tensor | None, **options: Any,
 ) -> Tensor:  # fmt: skip
     """alpha_N by `sequence_alpha`; `options` are those of `fused_linear_cross_entropy`."""
     assert objective.divergence is not None
@@ -236,9 +240,7 @@ def _alpha_per_sequence(
             f"sequence_lengths_B add up to {int(lengths_B.sum())}, but there are {len(targets_N)} tokens: give the "
             "number of tokens of each sequence"
         )
-    log_q_B, log_p_B = (
-        mean_log_probs(hidden, targets_N, lengths_B, **options) for hidden in (student, teacher)
-    )  # fmt: skip
+    log_q_B, log_p_B = (mean_log_probs(hidden, targets_N, lengths_B, **options) for hidden in (student, teacher))
     return sequence_alpha(objective.divergence, log_p_B, log_q_B).repeat_interleave(lengths_B)
 
 
@@ -247,7 +249,7 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 @torch.no_grad()
-def mean_log_probs(hidden: Hidden, targets_N: Tensor, lengths_B: Tensor, **options) -> Tensor:
+def mean_log_probs(hidden: Hidden, targets_N: Tensor, lengths_B: Tensor, **options: Any) -> Tensor:
     """[B] mean log-probability in nats that a model gives to the targets of each sequence, of `lengths_B` tokens each.
     `options` are those of `fused_linear_cross_entropy`."""
     nats_N = fused_linear_cross_entropy(student=hidden, targets_N=targets_N, **options).cross_entropy_N

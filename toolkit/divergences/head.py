@@ -77,6 +77,4 @@ class Hidden:
                 "tokens with small weights underflow; use bf16 or fp32"
             )
         if bias is not None and bias.shape != (len(weight),):
-            raise ValueError(
-                f"the {name}'s bias is {tuple(bias.shape)}, but its head has {len(weight)} rows: give one each"
-            )
+            raise ValueError(f"the {name}'s bias is {tuple(bias.shape)}, its head {len(weight)} rows: give one each")

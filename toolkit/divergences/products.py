@@ -59,10 +59,9 @@ class Projection:
         for part, weight_bH in self._blocks(columns):
             _add_product(total_nH, gradient_nB[:, part], weight_bH)
 
-    def add_to_head(
-        self, total_VH: Tensor, gradient_nB: Tensor, *, tokens: slice, columns: range, first: bool
-    ) -> None:
+    def add_to_head(self, total_VH: Tensor, gradient_nB: Tensor, *, tokens: slice, columns: range, first: bool) -> None:
         """total[columns] += gradient.T @ hidden[tokens], or = where it is the first, in the total's dtype."""
+        # One product for all columns; or some at a time, where each needs a buffer of its own.
         hidden_nH = self.states_NH[tokens].to(self.operand)
         rows = len(columns)
         if adds_by_parts(self.operand, total_VH.dtype, total_VH.device):
@@ -91,9 +90,7 @@ class Projection:
             yield slice(rows.start - columns.start, rows.stop - columns.start), self.wide_bH[: len(rows)]
 
 
-def operand_dtypes(
-    weight_VH: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype
-) -> tuple[torch.dtype, torch.dtype]:
+def operand_dtypes(weight_VH: Tensor, hidden_dtype: torch.dtype, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """(of the products' operands, of the logits). `dtype` is that of the computation."""
     if hidden_dtype != weight_VH.dtype or hidden_dtype != torch.bfloat16 or dtype != torch.float32:
         return dtype, dtype

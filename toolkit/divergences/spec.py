@@ -41,33 +41,31 @@ class Divergence:
     beta: float = 0.5
     head_mass: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in KNOWN:
             nearest = difflib.get_close_matches(str(self.name), KNOWN, n=1, cutoff=0.0)
-            raise ValueError(
-                f"unknown divergence {self.name!r}; known: {', '.join(KNOWN)}; did you mean {nearest[0]!r}?"
-            )
+            raise ValueError(f"unknown divergence {self.name!r}; did you mean {nearest[0]!r}? All: {', '.join(KNOWN)}")
         if self.name == "abkd":
             if not (self.alpha > 0.0 and self.beta > 0.0):
                 raise ValueError(
                     f"abkd has alpha {self.alpha} and beta {self.beta}, but both must be above 0: the paper's choice "
-                    "for instructions is alpha=0.2, beta=0.7. For the limits use 'fkl' (1, 0) or 'rkl' (0, 1)"
+                    "for instructions is alpha=0.2, beta=0.7; for the limits use 'fkl' (1, 0) or 'rkl' (0, 1)"
                 )
         elif self.name == "taid":
             if not 0.0 < self.alpha <= 1.0:
                 raise ValueError(
-                    f"alpha is {self.alpha}, but taid needs it in (0, 1]: it is the teacher's share of the target; at "
-                    "0 nothing is learned. Start at about 0.4 and let it rise to 1"
+                    f"alpha is {self.alpha}, but taid needs it in (0, 1]: it is the teacher's share of the target, and "
+                    "at 0 nothing is learned; let it rise from about 0.4 to 1"
                 )
         elif not 0.0 <= self.alpha < 1.0:
             raise ValueError(
-                f"alpha is {self.alpha}, but must lie in [0, 1): at 1 the mixture is its own target "
-                "and nothing is learned. Use alpha=0.1 (the paper's choice), or alpha=0 for the plain KL"
+                f"alpha is {self.alpha}, but must lie in [0, 1): at 1 the mixture is its own target and nothing is "
+                "learned; use alpha=0.1 (the paper's choice), or alpha=0 for the plain KL"
             )
         if self.name == "jsd" and not 0.0 < self.beta < 1.0:
             raise ValueError(
-                f"beta is {self.beta}, but jsd needs it in (0, 1): at 0 and 1 it is zero everywhere. "
-                "Use beta=0.5, or name 'fkl' or 'rkl' for the limits"
+                f"beta is {self.beta}, but jsd needs it in (0, 1), at whose ends it is zero everywhere: use beta=0.5, "
+                "or 'fkl' or 'rkl' for the limits"
             )
         if self.name == "akl" and not 0.0 < self.head_mass < 1.0:
             raise ValueError(f"head_mass is {self.head_mass}, but akl needs it in (0, 1); the paper's is 0.5")
@@ -76,9 +74,7 @@ class Divergence:
 def check_temperature(temperature: float) -> None:
     """Raises ValueError unless it is positive and finite."""
     if not 0.0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature is {temperature}, but must be positive and finite; 1.0 leaves logits as they are"
-        )
+        raise ValueError(f"temperature is {temperature}, but must be positive and finite: 1.0 leaves logits unchanged")
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class Objective:
     temperature: float = 1.0
     alpha_per_sequence: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_temperature(self.temperature)
         name = None if self.divergence is None else self.divergence.name
         if self.alpha_per_sequence and name not in WITH_SEQUENCE_ALPHA:

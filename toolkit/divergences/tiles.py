@@ -102,6 +102,7 @@ class Tiles:
         )  # fmt: skip
 
     def _make_plan(self, backend: str, budget_mib: float | None) -> Plan:
+        """How large a tile is, by what its tiles and buffers take."""
         models = [self.student] if self.teacher is None else [self.student, self.teacher]
         operand = self.student.operand
         element_bytes = sum(model.logits_dtype.itemsize for model in models)
@@ -124,13 +125,16 @@ class Tiles:
         for model in (student, self.teacher):
             if model is not None:
                 model.allocate(rows=plan.tile_rows, columns=plan.tile_columns, block_bytes=plan.block_bytes)
+
+        # The gradient's tile, and the gradients that tiles add to. The first tile's share of the head's is written, not
+        # added, and what is padding stays 0.
         self.gradient_tile = student.tile
         if self._has_gradient_tile():
             self.gradient_tile = new_tile(plan.tile_rows, plan.tile_columns, student.operand, self.device)
         hidden_NS = head_VS = bias_V = None
         if self.wanted.hidden:
             hidden_NS = torch.zeros_like(student.states_NH, memory_format=torch.contiguous_format)
-        if self.wanted.head:  # the first tile's product is written, not added; padding stays 0
+        if self.wanted.head:
             is_single = plan.tile_rows == self.n_tokens and not student.widens
             head_dtype = weight_VS.dtype if is_single else self.dtype
             head_VS = torch.empty(weight_VS.shape, dtype=head_dtype, device=self.device)
@@ -141,6 +145,7 @@ class Tiles:
 
     def run(self) -> tuple[FusedLoss, Gradients]:
         """The loss with its values per token, all detached, and the gradients of the loss."""
+        # Each tile in turn gives the values of its tokens, and adds to the gradients.
         objective, task = self.objective, self.task
         divergence_N, cross_entropy_N = torch.zeros(2, self.n_tokens, dtype=self.dtype, device=self.device)
         agreement_N = torch.zeros(self.n_tokens, dtype=torch.bool, device=self.device)
@@ -153,6 +158,8 @@ class Tiles:
             if task.targets_n is not None:
                 values_n = rows.cross_entropy_values(state) if stored is None else stored.cross_entropy_n
                 cross_entropy_N[tokens] = values_n
+
+        # The loss is their weighted sum.
         value_N = divergence_N + objective.cross_entropy_weight * cross_entropy_N
         loss = (value_N if task.weights_n is None else value_N * task.weights_n).sum()
         return FusedLoss(loss, divergence_N, cross_entropy_N, agreement_N), self.gradients
@@ -229,9 +236,7 @@ class Tiles:
         student_nB = self.student.project(tokens, columns)
         return student_nB, None if self.teacher is None else self.teacher.project(tokens, columns)
 
-    def _use_gradient(
-        self, gradient_nB: Tensor, total_nS: Tensor | None, *, tokens: slice, columns: range
-    ) -> None:
+    def _use_gradient(self, gradient_nB: Tensor, total_nS: Tensor | None, *, tokens: slice, columns: range) -> None:
         """Adds a tile's share to the gradients; that of the hidden states to `total_nS`."""
         _, head_VS, bias_V = self.gradients
         if total_nS is not None:

@@ -59,9 +59,7 @@ class TopKTeacher:
                 raise ValueError(f"{field} is {tuple(given.shape)}, but there are {n_tokens} tokens: give one each")
         if ids_NK.numel() and (ids_NK.min() < 0 or ids_NK.max() >= v):
             low, high = ids_NK.min().item(), ids_NK.max().item()
-            raise ValueError(
-                f"top-k ids span [{low}, {high}], but the vocabulary is 0 to {v - 1}: was it stored by another?"
-            )
+            raise ValueError(f"top-k ids span [{low}, {high}], the vocabulary is 0 to {v - 1}: stored by another?")
         if objective.cross_entropy_weight and objective.temperature != 1.0:
             raise ValueError(
                 f"a stored teacher at temperature {objective.temperature} with cross_entropy_weight "
@@ -127,6 +125,7 @@ class TopKTile:
         # The kernel's q is the student's distribution within the tail.
         state[Row.SUM_1] = -temperature * (g[:, -1] + weight * q[:, -1])
 
+        # Metrics, and the gradients at the ids: those of the divergence and the cross entropy, weighted.
         first_n1 = teacher.log_probs_NK.argmax(-1, keepdim=True)
         chosen_n = s_nK.gather(-1, first_n1).squeeze(-1)
         self.agreement_n = (chosen_n == s_nK.amax(-1)) & (chosen_n >= state[Row.STUDENT_MAX])
@@ -146,6 +145,7 @@ class TopKTile:
     ) -> None:  # fmt: skip
         """The cross entropy, and its share of the gradient. at_target_n: the logit where it is none of the ids;
         lse_n: log of the sum of exponentials of all logits over max_n."""
+        # The target's logit is among the ids', or the one that STATISTICS found.
         weight = task.objective.cross_entropy_weight
         is_target_nK = self.ids_nK == targets_n.unsqueeze(-1)
         stored_n = is_target_nK.any(-1)
@@ -154,6 +154,8 @@ class TopKTile:
         self.cross_entropy_n = lse_n - (at_target_n - max_n)
         if not weight:
             return
+
+        # A target among the ids gets its gradient with them, another one by itself.
         self.gradient_nK = self.gradient_nK + weight * (q[:, :-1] - is_target_nK.to(q.dtype))
         slope_n = task.student.slope(at_target_n)
         target_gradient_n = torch.where(stored_n, torch.zeros_like(at_target_n), -weight * slope_n)

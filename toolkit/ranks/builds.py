@@ -23,7 +23,7 @@ def outlive_killed_builds() -> None:
 
     PyTorch's own lock is a file that stays where its process was killed, and every later one waits for it without end.
     """
-    # DeepSpeed 0.19.8: every operator that is not there yet is compiled in OpBuilder.jit_load, by torch's extension
+    # DeepSpeed 0.19.8 compiles every operator that is not there yet in OpBuilder.jit_load, by torch's extension
     # builder, in the folder that torch has for the operator's name.
     from deepspeed.ops.op_builder.builder import OpBuilder
 
@@ -41,6 +41,7 @@ def outlive_killed_builds() -> None:
 
 @contextmanager
 def _sole_builder(folder: Path) -> Iterator[None]:
+    """Inside the `with` block no other process builds in this folder. Its file holds MARK while a build lasts."""
     with (folder / "distil.lock").open("a+b") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX)

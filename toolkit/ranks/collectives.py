@@ -33,14 +33,17 @@ def started_as() -> tuple[int, int]:
 
 
 def rank() -> int:
+    """Of this process among all of them; 0 where it is alone."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def world() -> int:
+    """How many ranks there are; 1 for a process that is alone."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def device() -> torch.device:
+    """Where this rank's models and batches are."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
@@ -76,7 +79,7 @@ def gather_objects(value: Result) -> list[Result]:
     """Every rank's value, in rank order, on every rank."""
     if world() == 1:
         return [value]
-    values: list = [None] * world()
+    values = [value] * world()
     torch.distributed.all_gather_object(values, value)
     return values
 
@@ -84,7 +87,7 @@ def gather_objects(value: Result) -> list[Result]:
 def together(work: Callable[[], Result]) -> Result:
     """Run `work`, which may not communicate, on every rank; if it fails on any, every rank raises `Told` with the
     first error. No kind of error may leave alone the ranks that wait here for the one that has it."""
-    result, error = None, None
+    error = None
     try:
         result = work()
     except Exception as failure:
@@ -98,7 +101,7 @@ def together(work: Callable[[], Result]) -> Result:
 
 def from_main_rank(work: Callable[[], Result]) -> Result:
     """Rank 0 does `work`, which may not communicate; every rank gets what came out, or the error of `together`."""
-    return gather_objects(together(lambda: work() if rank() == 0 else None))[0]
+    return gather_objects(together(lambda: [work()] if rank() == 0 else []))[0][0]
 
 
 def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
@@ -106,6 +109,8 @@ def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
     matters, the first thing written there fails. Collective."""
     if world() == 1:
         return
+
+    # Rank 0 leaves a mark, which each rank has to see; network file systems take their time.
     mark, is_made = folder / f".seen-{gather_objects(secrets.token_hex(8))[0]}", True
     try:
         if rank() == 0:
@@ -115,16 +120,16 @@ def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
     if not everywhere(is_made):
         return
     until_s = time.monotonic() + within_s
-    while not (is_seen := mark.exists()) and time.monotonic() < until_s:  # network file systems take their time
+    while not (is_seen := mark.exists()) and time.monotonic() < until_s:
         time.sleep(0.2)
+
+    # Whoever does not is named.
     blind = [text for text in gather_objects("" if is_seen else f"{rank()} on {socket.gethostname()}") if text]
     if rank() == 0:
         mark.unlink()
     if blind:
-        raise Told(
-            f"{folder} of rank 0 is not there for rank {', '.join(blind)} after {within_s:g} s: it has to lie on a "
-            "disk of all nodes"
-        )
+        after = f"after {within_s:g} s"
+        raise Told(f"{folder} of rank 0 is not there for rank {', '.join(blind)} {after}: use a disk of all nodes")
 
 
 def check_alike(what: str, value: object) -> None:
@@ -175,5 +180,5 @@ def on_main_rank(work: Callable[[], Result]) -> Result | None:
 
 def main_rank_first(work: Callable[[], Result]) -> Result:
     """Rank 0 does `work` alone, the others after it: for results kept in files, which the others then only read."""
-    result = on_main_rank(work)
-    return at_own_pace(lambda: result if rank() == 0 else work())
+    own = at_own_pace(lambda: [work()] if rank() == 0 else [])
+    return at_own_pace(lambda: own[0] if own else work())

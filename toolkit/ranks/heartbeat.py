@@ -1,4 +1,4 @@
-"""When this process last made progress. Long work on one rank says so here, and the watchdog (faults.py) reads it."""
+"""When this process last made progress. Long work on one rank says so here, and the watchdog reads it."""
 
 from __future__ import annotations
 

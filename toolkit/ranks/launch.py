@@ -21,8 +21,6 @@ from toolkit.ranks.signals import EXIT_LATER, GoOnLater
 #: what a launcher says to each of its ranks; of a process that none has started, `start` says it
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MAIN_RANK_TELLS_S = 3.0  # other ranks keep an error to themselves where rank 0 has one within this time
-
-
 _entered = itertools.count()
 
 
@@ -37,9 +35,13 @@ def start(hang_s: float = 1800.0) -> None:
 
     if torch.distributed.is_initialized():
         return
-    if "RANK" not in os.environ:  # deepspeed would ask for mpi4py
+
+    # Who this rank is. Without these variables deepspeed would ask for mpi4py.
+    if "RANK" not in os.environ:
         os.environ.update(slurm.launcher_variables() or _alone())
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # or the first messages of all ranks use GPU 0
+
+    # Its device is set before the first message, or all ranks would send theirs from GPU 0.
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if local_size := os.environ.get("LOCAL_SIZE"):  # the deepspeed launcher's name for it
         os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
     builds.outlive_killed_builds()
@@ -67,6 +69,7 @@ def joined(hang_s: float) -> Iterator[None]:
 
 
 def _alone() -> dict[str, str]:
+    """The launcher's variables of a group of one, on a port that is free; those that are set stay."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,6 +114,8 @@ def _is_told_here(error: ValueError, key: str) -> bool:
     if not torch.distributed.is_initialized():
         is_first_of_node = "RANK" not in os.environ and os.environ.get("SLURM_LOCALID") == "0"  # nodes may differ
         return is_first_of_node or started_as()[0] == 0
+
+    # All ranks have the same error, or only this one may: then rank 0 says through the store that it has told its own.
     if world() == 1 or isinstance(error, Told):
         return rank() == 0
     store = torch.distributed.distributed_c10d._get_default_store()

@@ -43,11 +43,8 @@ class Halving:
                 said = str(error).split("\n")[0][:200]
             # Outside the `except`: there, the error's traceback would keep the failed attempt's tensors alive.
             self.size = max(self.least, tried // 2)
-            say(
-                f"rank {collectives.rank()}: out of memory in {self.what}; {tried:g} {self.unit} become "
-                f"{self.size:g} ({said})",
-                sys.stderr,
-            )
+            change = f"{tried:g} {self.unit} become {self.size:g} ({said})"
+            say(f"rank {collectives.rank()}: out of memory in {self.what}; {change}", sys.stderr)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -61,8 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_bytes() -> int:
     """Free memory where this rank's parameters are; on a CPU, its share of what the node and its cgroup have."""
     if torch.cuda.is_available() and collectives.device().type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     free = min(psutil.virtual_memory().available, cgroup_free_bytes())
     return int(free // int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world())))
 
@@ -79,6 +75,7 @@ def cgroup_free_bytes(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/p
         return float("inf")
     found = [float("inf")]
     for line in lines:
+        # A line names the cgroup of a version: "0::/path", or "5:memory:/path".
         _, controllers, path = line.split(":", 2)
         if not controllers:
             root, names = mount, ("memory.max", "memory.current", "inactive_file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -11,14 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
 from toolkit.ranks import collectives
 from toolkit.ranks.output import last_words, say
 
-Result = TypeVar("Result")
 #: Exit code of a run that saved itself and wants to be started again with the same command (sysexits' EX_TEMPFAIL).
 EXIT_LATER = 75
 #: Exit code of a run that was stopped before it had saved anything, as of other errors: a repetition would do the same.
@@ -31,6 +31,8 @@ END_OF_WATCH = 0  # no signal has this number
 SAME_REQUEST_S = 2.0
 #: seconds between two looks at the launcher
 LAUNCHER_LOOK_S = 1.0
+
+
 class GoOnLater(Exception):
     """The run was asked to stop, and what it needs to go on is saved; `main` exits with EXIT_LATER."""
 
@@ -59,6 +61,8 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
+
+        # Numbers of signals go through a pipe to a thread; one of its own ends it.
         told, tell = os.pipe()
         os.set_blocking(tell, False)
         thread = threading.Thread(target=self._watch, args=(told, _launchers()), daemon=True, name="stop signals")
@@ -110,34 +114,36 @@ class StopSignals:
         self.received = True
 
     def _watch(self, told: int, launchers: list[psutil.Process]) -> None:
-        asked_s, poll = None, select.poll()
+        asked_s, poll = math.inf, select.poll()
         poll.register(told, select.POLLIN)
         while True:
+            # Why to stop, if there is a reason since the last look.
             numbers = os.read(told, 256) if poll.poll(1000 * LAUNCHER_LOOK_S) else b""
             if END_OF_WATCH in numbers:
                 return
             reasons = [signal.Signals(number).name for number in numbers if number in STOP_SIGNALS]
             if any(map(_is_gone, launchers)):
                 reasons, launchers = [*reasons, "the deepspeed command was ended"], []
+
+            # The first one is a request, a later one ends this process.
             now_s = time.monotonic()
-            if reasons and asked_s is None:
+            if reasons and asked_s == math.inf:
                 self.received, asked_s = True, now_s
                 if collectives.rank() == 0:
-                    say(
-                        f"{reasons[0]}: the run saves and stops where its step ends; a second signal exits at once",
-                        sys.stderr,
-                    )
+                    how = "the run saves and stops where its step ends; a second signal exits at once"
+                    say(f"{reasons[0]}: {how}", sys.stderr)
             elif reasons and now_s - asked_s > SAME_REQUEST_S:
                 last_words(f"{reasons[0]} again: rank {collectives.rank()} exits at once", EXIT_LATER)
-            if asked_s is not None and now_s - asked_s > self.grace_s:
+
+            # So does the time that a step may take after the first; to start again helps only where something is saved.
+            if now_s - asked_s > self.grace_s:
                 late = f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
                 late += f"{collectives.rank()} exits; "
                 if self.in_vain:
-                    late += "nothing was saved since the start: set checkpoint.every_steps"
-                    last_words(late, EXIT_IN_VAIN)
+                    last_words(f"{late}nothing was saved since the start: set checkpoint.every_steps", EXIT_IN_VAIN)
                 if self.vain_starts >= MOST_VAIN_STARTS:
-                    late += f"{self.vain_starts} starts in a row have saved nothing: give the job more time"
-                    last_words(late, EXIT_IN_VAIN)
+                    starts = f"{self.vain_starts} starts in a row have saved nothing: give the job more time"
+                    last_words(late + starts, EXIT_IN_VAIN)
                 last_words(f"{late}the newest checkpoint stands", EXIT_LATER)
 
 
@@ -172,4 +178,3 @@ def _is_gone(process: psutil.Process) -> bool:
         return True
     except psutil.Error:
         return False
-

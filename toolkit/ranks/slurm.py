@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ def launcher_variables() -> dict[str, str]:
     The step's variables count, not the job's: a batch script or a shell in an allocation is one process without srun,
     however many tasks the job asked for. Raises ValueError where tasks outnumber GPUs or rank 0's node has no address.
     """
+    # One task is a process without srun; else each has a rank, and rank 0's node an address.
     env = os.environ
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}
@@ -68,11 +70,10 @@ def _local_rank() -> int:
 
 
 def _address(node: str) -> str:
-    try:
+    """What other nodes reach this one by. Raises ValueError where nothing is known."""
+    with contextlib.suppress(OSError):  # a name that only SLURM knows
         socket.getaddrinfo(node, None)
         return node
-    except OSError:  # a name that only SLURM knows
-        pass
     try:
         shown = subprocess.run(["scontrol", "show", "node", node], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):

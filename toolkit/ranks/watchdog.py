@@ -7,18 +7,21 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed import TCPStore
 
 from toolkit.ranks import collectives, heartbeat
-
-#: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
 from toolkit.ranks.output import last_words, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Exit code of a run that its watchdog ended (sysexits' EX_SOFTWARE): starting it again may hang again.
 EXIT_STUCK = 70
@@ -52,9 +55,10 @@ class Watchdog:
     def __init__(self, limit_s: float, end: Callable[[str, int], None] = last_words):
         self.limit_s, self.look_s = limit_s, min(LOOK_EVERY_S, limit_s / 4)
         self.end, self.sign = end, Sign()
-        self._store, self._rank, self._world = None, 0, 1
+        self._store: TCPStore | None = None
+        self._rank, self._world = 0, 1
         self._over = threading.Event()
-        self._main = threading.main_thread().ident
+        self._main = threading.main_thread().ident or 0
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> Watchdog:
@@ -76,10 +80,9 @@ class Watchdog:
         self.sign.step = self.sign.step if step is None else step
         heartbeat.beat()
 
-    def count_passes(self, model: torch.nn.Module) -> None:
+    def count_passes(self, model: PreTrainedModel) -> None:
         """Each pass of `model` is progress as well: generation and evaluation make many in one phase. Every pass enters
         its input embeddings. It is no new phase: ranks make as many passes as their texts are long."""
-
         model.get_input_embeddings().register_forward_pre_hook(lambda *_: heartbeat.beat())
 
     def _watch(self) -> None:
@@ -92,13 +95,17 @@ class Watchdog:
         if self._over.wait(self.look_s):
             return False
         # A collective in C++ that never lets Python run again stops this thread too; this switch needs no Python.
-        faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.limit_s + 4 * self.look_s, exit=True, file=sys.__stderr__ or 2)
         self._rank, self._world = collectives.started_as()
         if self._store is None and self._world > 1 and torch.distributed.is_initialized():
             self._store = _own_store(self.look_s)
+
+        # What this rank does.
         self.sign.beat += 1
         self.sign.idle_s = heartbeat.idle_s()
         self.sign.where, self.sign.waits = _where(self._main)
+
+        # Tell it to the others, and hear whether one of them has ended the job.
         if self._store is not None:
             is_told = False
             with suppress(Exception):  # its keeper, rank 0, is gone: what is known of the others is all there is
@@ -109,26 +116,28 @@ class Watchdog:
         return True
 
     def _conclude(self) -> None:
+        """This rank has stood still for too long: end the job unless another one works."""
         rank, world = self._rank, self._world
         if self._store is None and world > 1:
-            self.end(
-                f"watchdog: rank {rank} of {world} found no other rank within {self.limit_s:g} s (faults.hang_s), "
-                f"{self.sign.where}",
-                EXIT_STUCK,
-            )
+            limit = f"within {self.limit_s:g} s (faults.hang_s), {self.sign.where}"
+            self.end(f"watchdog: rank {rank} of {world} found no other rank {limit}", EXIT_STUCK)
             return
+
+        # Two looks, between which a living rank is heard. Whoever has not told anything new is silent.
         first = self._read()
-        if not (self._look() and self._look()):  # time for a living rank to be heard
+        if not (self._look() and self._look()):
             return
         signs = self._read()
         if heartbeat.idle_s() <= self.limit_s:
             return  # it went on meanwhile
         beats = [{r: sign.beat for r, sign in part.items()} for part in (first, signs)]
         silent = {r for r in range(world) if r != rank and (r not in signs or beats[0].get(r) == beats[1][r])}
+
+        # The lowest of the others speaks for all, unless one of them works, for which this one waits.
         if any(sign.idle_s <= self.limit_s for r, sign in signs.items() if r not in silent | {rank}):
-            return  # another one works, and this one waits for it
+            return
         if rank != min(set(range(world)) - silent):
-            return  # one speaks for all
+            return
         text = verdict(signs | {rank: self.sign}, silent, self.limit_s)
         if self._store is not None:
             say(text, sys.stderr)
@@ -140,8 +149,11 @@ class Watchdog:
         self.end(text, EXIT_STUCK)
 
     def _read(self) -> dict[int, Sign]:
-        found = {}
-        for rank in range(self._world if self._store is not None else 0):
+        """What each rank told last, as far as the store can be reached."""
+        found: dict[int, Sign] = {}
+        if self._store is None:
+            return found
+        for rank in range(self._world):
             try:
                 if self._store.check([f"watchdog/{rank}"]):
                     found[rank] = Sign(**json.loads(self._store.get(f"watchdog/{rank}")))
@@ -152,11 +164,14 @@ class Watchdog:
 
 def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
     """Which rank the others wait for, and what each does."""
+    # Which ranks are behind: in an earlier phase, or else in no collective while others wait in one.
     heard = {rank: sign for rank, sign in signs.items() if rank not in silent}
     last = min((sign.step, sign.changes) for sign in heard.values())
     behind = [rank for rank, sign in heard.items() if (sign.step, sign.changes) == last]
     if len(behind) == len(heard):  # all in the same phase: whoever is in no collective holds the others up
         behind = [rank for rank in behind if not heard[rank].waits] or behind
+
+    # The verdict, then a line for each rank.
     lines = [f"watchdog: no progress for {limit_s:g} s (faults.hang_s), the job is ended."]
     if silent:
         lines.append(f"rank {_listed(silent)} does not answer: its process is dead or stopped.")
@@ -169,18 +184,16 @@ def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
         lines.append("All ranks stand in the same place: network, file system, or a phase longer than the limit.")
     for rank, sign in sorted(signs.items()):
         heard_of = "last heard of " if rank in silent else ""
-        lines.append(
-            f"  rank {rank}: {heard_of}in phase {sign.phase} of step {sign.step}"
-            f"{', waiting for other ranks' if sign.waits else ''}, {sign.where}"
-        )
+        waiting = ", waiting for other ranks" if sign.waits else ""
+        lines.append(f"  rank {rank}: {heard_of}in phase {sign.phase} of step {sign.step}{waiting}, {sign.where}")
     return "\n".join(lines)
 
 
-def _listed(ranks: Any) -> str:
+def _listed(ranks: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(ranks)))
 
 
-def _where(thread: int | None) -> tuple[str, bool]:
+def _where(thread: int) -> tuple[str, bool]:
     """(the innermost line of this package that a thread is in, and where that has led; whether it is a collective)"""
     frame = sys._current_frames().get(thread)
     package, inner, waits, line = str(Path(__file__).resolve().parents[1]), "", False, ""
@@ -198,15 +211,11 @@ def _where(thread: int | None) -> tuple[str, bool]:
     return (f"{line}, in {inner}" if line and not line.endswith(inner) else line or f"at {inner}"), waits
 
 
-def _own_store(timeout_s: float) -> Any:
+def _own_store(timeout_s: float) -> TCPStore | None:
     """A connection of its own to the process group's store: the main thread may hold the other one for minutes."""
-    from datetime import timedelta
-
+    host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), max(1.0, timeout_s)
     try:
-        return torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=timedelta(seconds=max(1.0, timeout_s)),
-        )  # fmt: skip
+        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
     except Exception as error:
         say(f"watchdog: rank {collectives.rank()} cannot reach the others ({error})", sys.stderr)
         return None

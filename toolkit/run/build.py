@@ -110,8 +110,9 @@ def build(
         rollout = VllmRollout(config, student, tokenizer, vocabulary)
         rollout.start()
 
+    # What a validation measures; its best student may be chosen by a score of answers.
     held_out = HeldOutPrompts(config, inputs.data, tokenizer)
-    by = config.validation.best
+    by, limits = config.validation.best, config.rollout
 
     def scores() -> dict[str, float]:
         return {by: held_out.score(by, held_out.sample(student_rollout))}
@@ -121,10 +122,10 @@ def build(
         student_rollout=student_rollout, teacher_rollout=teacher_rollout, rollout=rollout,
         schedule=Schedule(config.schedule, config.seed, config.train.steps, state.schedule),
         replay=ReplayBuffer(
-            config.rollout.capacity, collectives.rank(), collectives.world(), config.seed, config.rollout.max_age_steps
+            limits.capacity, collectives.rank(), collectives.world(), config.seed, limits.max_age_steps
         ),
         validator=Validator(
-            inputs.data.validation[: config.validation.rows], config.validation.rows_per_pass, vocabulary.pad_id,
+            list(inputs.data.validation[: config.validation.rows]), config.validation.rows_per_pass, vocabulary.pad_id,
             validates, scores if by in SCORES else None, vocabulary.layout,
         ),
         held_out=held_out,

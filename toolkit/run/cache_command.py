@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import runpy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from toolkit.ranks.output import say
 from toolkit.ranks.signals import GoOnLater, StopSignals
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.run.inputs import load_inputs
-from toolkit.run.recipe import chosen
+from toolkit.run.recipe import Recipe, chosen
 from toolkit.settings import RunConfig
 from toolkit.teachers.cache import Form, TeacherCache, build, identity_of, plan
 from toolkit.teachers.cache.build import refuse_existing
@@ -45,8 +45,9 @@ def _run(
     config: RunConfig, form: Form, shard_tokens: int, folder: Path, watchdog: Watchdog, signals: StopSignals
 ) -> dict[str, Any]:
     started_s, is_main = time.monotonic(), collectives.rank() == 0
+
+    # Read what the teacher is to answer. Rank 0 says whether the folder is there: over NFS others may not see it yet.
     watchdog.progress("loading")
-    # From rank 0, which makes the folder: over NFS other nodes may not see it yet.
     if not collectives.from_main_rank(lambda: TeacherCache.is_in(folder)):
         collectives.together(lambda: refuse_existing(folder))
     inputs = load_inputs(config)
@@ -67,10 +68,12 @@ def _run(
             "shard_tokens": shard_tokens,
         }  # fmt: skip
 
+    # A cache that is finished has to be the one that was asked for.
     if collectives.from_main_rank(lambda: TeacherCache.is_in(folder)):
         now = identity()
         return collectives.from_main_rank(lambda: _finished(folder, now))
-    # Validation is at temperature 1, whatever is trained at.
+
+    # Plan the shards, and load the teacher. Validation is at temperature 1, whatever is trained at.
     parts = [(data.train, temperature), (data.validation, 1.0)]
     shards = collectives.together(lambda: plan(parts, vocabulary.pad_id, config.validation.rows_per_pass, shard_tokens))
     teacher = build_teacher(config, inputs.teacher_path, inputs.dtype, vocabulary)
@@ -96,16 +99,14 @@ def _config(recipe: str, settings: Sequence[str], shard_tokens: int) -> RunConfi
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}; it has to be at least 1")
     if config.data.responses != "data":
-        raise ValueError(
-            f'data.responses = {config.data.responses!r}: these texts are not those of the data; set it to "data"'
-        )
+        raise ValueError(f'data.responses = {config.data.responses!r} are not the texts of the data; set it to "data"')
     config.validate()
     config.teacher.validate("teacher")
     read_ds_config(config.teacher.ds_config)
     return config
 
 
-def _recipe(name: str) -> Any:
+def _recipe(name: str) -> Recipe:
     """RECIPE or RECIPES of the file. It is code of the user's, and is run."""
     given = Path(name).expanduser()
     places = (given, ROOT / given, ROOT / "recipes" / given.with_suffix(".py").name)
@@ -113,12 +114,10 @@ def _recipe(name: str) -> Any:
     if path is None:
         known = sorted(file.stem for file in (ROOT / "recipes").glob("[!_]*.py"))
         raise ValueError(f"no recipe {name!r}; give its file, or one of {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    found = runpy.run_path(str(path), run_name=f"recipe_{path.stem}")
     for constant in ("RECIPE", "RECIPES"):
-        if hasattr(module, constant):
-            return getattr(module, constant)
+        if constant in found:
+            return found[constant]
     raise ValueError(f"{path} has neither RECIPE nor RECIPES; a recipe names its RunConfig so")
 
 

@@ -28,19 +28,10 @@ from toolkit.rollout.replay import ReplayBuffer, deal
 from toolkit.run.random_state import load_rng_state, rng_state
 from toolkit.seeds import philox
 from toolkit.settings import RunConfig, free_settings
+from toolkit.storage import manifest
 from toolkit.storage.appear import DELETING, UNFINISHED, emptied, give_name, remove, unfinished_name
 from toolkit.storage.differences import HASHES, differences, refuse
-from toolkit.storage.manifest import (
-    MANIFEST,
-    Entry,
-    check_files,
-    entries,
-    entry_of,
-    read_json,
-    read_manifest,
-    write_checked,
-    write_json,
-)
+from toolkit.storage.manifest import MANIFEST, Entry, read_manifest
 from toolkit.storage.tensors import mapped
 
 FORMAT = 1
@@ -67,11 +58,14 @@ class Checkpoints:
         final = self._folder(step)
         unfinished, own = unfinished_name(final), rank_file(collectives.rank())
         try:
+            # Every rank writes a file of its own, and reads it back.
             collectives.from_main_rank(partial(emptied, unfinished))
             tensors = [(piece.key, piece.tensor) for piece in pieces(engine)]
             tensors += [(REPLAY + name, torch.from_numpy(array)) for name, array in replay.state_dict().items()]
             tensors += [(RNG + name, value) for name, value in rng_state().items()]
-            entry = collectives.together(lambda: write_checked(unfinished / own, tensors))
+            entry = collectives.together(lambda: manifest.write_checked(unfinished / own, tensors))
+
+            # Rank 0 adds what is alike on all ranks and gives the folder its name.
             files = dict(collectives.gather_objects((own, entry)))
             whole_state = {**state, "optimizer": optimizer_scalars(engine)}
             collectives.from_main_rank(partial(_finish, unfinished, final, step, files, whole_state))
@@ -134,26 +128,24 @@ class Checkpoint:
     def check(self, share: int = 0, shares: int = 1) -> None:
         """Raises ValueError, naming file and both values, unless the files are those of the manifest. Sizes are
         compared for all files, hashes for every `shares`-th from `share` on. No communication."""
-        manifest = read_manifest(self.folder, FORMAT)
+        listed = read_manifest(self.folder, FORMAT)
         try:
-            files = entries(manifest)
+            files = manifest.entries(listed)
             if not files.keys() >= {STATE, rank_file(0)}:
                 raise KeyError(STATE)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{self.folder / MANIFEST} does not list files, bytes and hashes: it is damaged"
-            ) from error
-        check_files(self.folder, files, share, shares)
+            raise ValueError(f"{self.folder / MANIFEST} lists no files, bytes and hashes: it is damaged") from error
+        manifest.check_files(self.folder, files, share, shares)
 
     @property
     def state(self) -> dict[str, Any]:
         """What `save` was given, with what the optimizer knows beside its tensors. Raises ValueError if unreadable."""
-        return read_json(self.folder / STATE)
+        return manifest.read_json(self.folder / STATE)
 
     @property
     def world(self) -> int:
         """Ranks of the run that wrote it."""
-        return sum(name.startswith("rank-") for name in read_json(self.folder / MANIFEST)["files"])
+        return sum(name.startswith("rank-") for name in manifest.read_json(self.folder / MANIFEST)["files"])
 
     def load_student(self, engine: Any) -> None:
         """Weights and optimizer states, whatever the ranks and the ZeRO stage were. Collective.
@@ -161,6 +153,7 @@ class Checkpoint:
         Raises ValueError for a parameter that is missing or of another size.
         """
 
+        # All ranks look at all files first: a checkpoint of another model is refused before anything is loaded.
         def saved_pieces() -> dict[tuple[str, str], list[tuple[int, Tensor]]]:
             found = self._pieces()
             for name, parameter in engine.module.named_parameters():
@@ -168,16 +161,14 @@ class Checkpoint:
                     held = sum(len(tensor) for _, tensor in found.get((WEIGHTS, name), []))
                     wanted = whole_numel(parameter)
                     if held != wanted:
-                        raise ValueError(
-                            f"{self.folder} holds {held} elements of the student's {name}, which has {wanted}: "
-                            "the checkpoint is of another model"
-                        )
+                        of = f"{held} elements of the student's {name}, which has {wanted}"
+                        raise ValueError(f"{self.folder} holds {of}: the checkpoint is of another model")
             return found
 
         saved = collectives.together(saved_pieces)
 
+        # A piece takes the ranges that it shares with those that were saved, by ranks of another number maybe.
         def read(piece: Piece) -> None:
-            # Copies the ranges that this piece shares with those that were saved, by ranks of another number maybe.
             end = piece.start + len(piece.tensor)
             for start, tensor in saved.get((piece.kind, piece.name), []):
                 first, last = max(start, piece.start), min(start + len(tensor), end)
@@ -261,13 +252,16 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: RunIdentity) -> 
     saved: with the run's "config" and "identity" as they were. Raises ValueError, with every such difference, where a
     change would make the run a different one.
     """
+    # Settings that are newer than the checkpoint get the value that its run had without knowing of them.
     written = RunConfig.with_present_names(saved["config"])
     before, now, default = (_flat(part) for part in (written, config.to_dict(), RunConfig().to_dict()))
     newer = {name: _value_before(name, before, default) for name in now.keys() - before.keys()}
+
+    # What differs, and whether it may. Alphas of each sequence depend on the others of its micro-batch, and so on its
+    # size.
     free: list[str] = []
     refused: list[str] = []
     for name, line in differences(before | newer, now).items():
-        # alpha_per_sequence holds each text against the others of its micro-batch
         is_bound = config.loss.alpha_per_sequence and name in MICRO_BATCH
         (free if name in free_settings() and not is_bound else refused).append(line)
     refuse(
@@ -313,9 +307,9 @@ def _finish(unfinished: Path, final: Path, step: int, files: dict[str, Entry], s
 
     An older folder of that name goes: it is the damaged one that this run was resumed before.
     """
-    write_json(unfinished / STATE, state, durable=False)  # the folder as a whole goes to disk below
-    listed = {**files, STATE: entry_of(unfinished / STATE)}
-    write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": listed}, durable=False)
+    manifest.write_json(unfinished / STATE, state, durable=False)  # the folder as a whole goes to disk below
+    listed = {**files, STATE: manifest.entry_of(unfinished / STATE)}
+    manifest.write_json(unfinished / MANIFEST, {"format": FORMAT, "step": step, "files": listed}, durable=False)
     give_name(unfinished, final, durable=True)
 
 

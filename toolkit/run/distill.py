@@ -35,8 +35,7 @@ def distill(config: RunConfig | Mapping[str, Any]) -> Distilled:
 
     config: a RunConfig, or settings by name as on the command line: {"method": "gkd", "teacher.path": "...", ...}.
     Started by a launcher (deepspeed, torchrun, srun), every rank has to call it. A process that no launcher started
-    trains alone, and is as it was before when this returns or raises: it is in no process group, its signals have
-    their handlers back, and it may call again.
+    trains alone, and leaves its process group and signal handlers as they were.
 
     Raises ValueError for wrong input and a run that cannot go on, `toolkit.GoOnLater` where SIGINT, SIGTERM or SIGUSR1
     stopped the run after a checkpoint: the same call goes on from there.
@@ -75,7 +74,7 @@ def ready(hang_s: Callable[[], float]) -> Iterator[Watchdog]:
     try:
         limit_s = hang_s()
     except ValueError:
-        limit_s = FaultsConfig().hang_s
+        limit_s = FaultsConfig.hang_s
     had_bars = transformers.utils.logging.is_progress_bar_enabled()
     with warnings.catch_warnings(), Watchdog(limit_s) as watchdog, launch.joined(limit_s):
         quiet_libraries()

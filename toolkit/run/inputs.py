@@ -7,27 +7,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from toolkit import models
 from toolkit.batch import Example
 from toolkit.data import Data, TextStream, end_with_turns, load_data, load_text
 from toolkit.data.store import longest
 from toolkit.divergences import Divergence
-from toolkit.models import (
-    Vocabulary,
-    check_positions,
-    choose_dtype,
-    default_cache_dir,
-    generation_ends,
-    load_tokenizer,
-    row_layout,
-    shared_layout,
-    shared_vocabulary,
-)
+from toolkit.models import Vocabulary, load_tokenizer
 from toolkit.models.files import source_folder
+from toolkit.models.identity import RunIdentity
 from toolkit.models.load import resolve
 from toolkit.pruning.made import materialize
 from toolkit.ranks import collectives
@@ -54,7 +46,7 @@ class RunInputs(Inputs):
     """What a run reads beside that."""
 
     text: Sequence[Example] | TextStream | None  # plain text that is learned beside the distillation
-    identity: dict[str, Any]  # what makes the run this one, beside its settings: see `identity` in checkpoint.py
+    identity: RunIdentity  # what makes the run this one, beside its settings
 
 
 def load_inputs(config: RunConfig) -> Inputs:
@@ -62,9 +54,12 @@ def load_inputs(config: RunConfig) -> Inputs:
 
     Raises ValueError on every rank for a model, a tokenizer or data that cannot be used.
     """
-    cache_dir = default_cache_dir(config.cache_dir)
+    # The cache folder has to be one for all ranks, or each node makes all of it for itself, every rank at once.
+    cache_dir = models.default_cache_dir(config.cache_dir)
     collectives.together(lambda: cache_dir.mkdir(parents=True, exist_ok=True) if collectives.rank() == 0 else None)
-    collectives.check_shared(cache_dir)  # or each node makes all of it for itself, every rank of it at once
+    collectives.check_shared(cache_dir)
+
+    # The models' folders, made where they have to be; then what is read with their tokenizers.
     teacher_path = ""
     if config.has_teacher:
         teacher_path = collectives.main_rank_first(lambda: materialize(config.teacher, cache_dir))
@@ -74,7 +69,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     tokenizer, vocabulary = collectives.together(lambda: _tokenizer(config, teacher_path, student_path))
     data = collectives.main_rank_first(lambda: _load_data(config, tokenizer, vocabulary, cache_dir))
     collectives.together(lambda: _check_positions(config, data, teacher_path, student_path))
-    dtype = choose_dtype(config.precision, collectives.device())
+    dtype = models.choose_dtype(config.precision, collectives.device())
     return Inputs(cache_dir, dtype, teacher_path, student_path, tokenizer, vocabulary, data)
 
 
@@ -87,10 +82,12 @@ def load_run_inputs(config: RunConfig) -> tuple[RunConfig, RunInputs]:
     data, train = inputs.data, inputs.data.train
     rows = None if isinstance(train, TextStream) else len(train)
     config = collectives.together(lambda: config.for_rows(rows))
+    # Plain text that is learned beside it; all ranks have to have read the same.
     text, text_sha256 = collectives.main_rank_first(lambda: load_plain_text(config, inputs.tokenizer, inputs.cache_dir))
     collectives.check_alike(f"tokens of {config.data.source}", data.sha256)
     collectives.check_alike(f"tokens of {config.text.source}", text_sha256)
 
+    # What the run is made of, by which another start knows it.
     base_path = "" if config.student.random_weights else inputs.student_path
     parts = identity(inputs.teacher_path, f"{data.sha256} {text_sha256}".strip(), inputs.dtype, base_path)
     if config.teacher.cache:
@@ -120,19 +117,21 @@ def _what_is_here(config: RunConfig, cache_dir: Path) -> str:
 
 def _tokenizer(config: RunConfig, teacher_path: str, student_path: str) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
     """The student's tokenizer, the teacher's where it has none of its own, and what the two share."""
+    # A teacher whose answers are stored is asked for its tokenizer only where the student has none.
     has_own = bool(config.student.tokenizer or student_path)
     asks_teacher = config.has_teacher or (config.teacher.cache and not has_own)
     teacher = load_tokenizer(config.teacher, teacher_path) if asks_teacher else None
-    has_own = has_own or teacher is None
-    student = load_tokenizer(config.student, student_path) if has_own else teacher
-    for tokenizer in filter(None, (teacher, student)):
+    student = load_tokenizer(config.student, student_path) if has_own or teacher is None else teacher
+    for tokenizer in (teacher or student, student):
         end_with_turns(tokenizer, config.data.template if config.data.kind == "instructions" else "")
-    layout = row_layout(config.student, student_path)
-    theirs = row_layout(config.teacher, teacher_path) if config.has_teacher else layout
+
+    # Rows are laid out alike for both models, and their vocabularies are one.
+    layout = models.row_layout(config.student, student_path)
+    theirs = models.row_layout(config.teacher, teacher_path) if config.has_teacher else layout
     layout.check_use(packing=config.packs)
-    ends = [end for path in {teacher_path, student_path} for end in generation_ends(path)]
-    vocabulary = shared_vocabulary(teacher or student, student, ends)
-    return student, vocabulary._replace(layout=shared_layout(theirs, layout))
+    ends = [end for path in {teacher_path, student_path} for end in models.generation_ends(path)]
+    vocabulary = models.shared_vocabulary(teacher or student, student, ends)
+    return student, vocabulary._replace(layout=models.shared_layout(theirs, layout))
 
 
 def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, cache_dir: Path) -> Data:
@@ -149,18 +148,21 @@ def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary
 
 def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_path: str) -> None:
     """Of the longest text that a run can meet: of the data, generated, or plain."""
+    # Rows of the data and of plain text; a stream's rows are as long as they may be.
     parts = [part for part in (data.train, data.validation) if not isinstance(part, TextStream)]
     rows, prompts = (max(lengths) for lengths in zip(*map(longest, parts), strict=True))
     if len(parts) < 2:
         rows = config.data.max_length
     if config.text.source:
         rows = max(rows, config.text.max_length)
-    padded = -(-rows // 8) * 8  # as batches are
+
+    # Batches are padded to a multiple of 8, and generated text comes after the longest prompt.
+    padded = -(-rows // 8) * 8
     if config.generates:
         padded = max(padded, prompts + config.max_new_tokens)
     if config.has_teacher:
-        check_positions("teacher", config.teacher, teacher_path, padded)
-    check_positions("student", config.student, student_path, padded)
+        models.check_positions("teacher", config.teacher, teacher_path, padded)
+    models.check_positions("student", config.student, student_path, padded)
 
 
 def load_plain_text(
@@ -180,8 +182,8 @@ def load_plain_text(
 
 
 def cache_identity(
-    config: RunConfig, parts: dict[str, Any], data: Data, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
-) -> dict[str, Any]:
+    config: RunConfig, parts: RunIdentity, data: Data, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
+) -> RunIdentity:
     """What the cache makes of the run's identity `parts`. It is checked to be this run's, by its manifest alone; one
     that was deleted after the run was finished is what the run's summary says. Collective."""
     folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / "summary.json"
@@ -197,6 +199,7 @@ def cache_identity(
                 cache.form.check_divergence(Divergence(loss.divergence, alpha=alpha))
         return cache.identity | {"teacher_cache": cache.sha256}
 
+    # A finished run goes by its summary where the cache is gone.
     found: dict[str, Any] = {}
     if config.resume != "never" and not collectives.anywhere(TeacherCache.is_in(folder)):
         saved = collectives.together(lambda: json.loads(summary.read_text()) if summary.is_file() else {})
@@ -206,7 +209,7 @@ def cache_identity(
     else:
         found = collectives.together(known)
     names = ["teacher_cache"] if config.has_teacher else ["teacher_cache", "teacher_path", "teacher_sha256"]
-    return parts | {name: found[name] for name in names}
+    return cast(RunIdentity, parts | {name: found[name] for name in names})
 
 
 def open_cache(config: RunConfig) -> TeacherCache:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from toolkit.batch import Example, TokenBatch, make_window
 from toolkit.data import PromptDataset, TextStream
 from toolkit.evaluation import Best, Validation
 from toolkit.models import objective_of, zero
+from toolkit.models.identity import RunIdentity
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import peak_device_gib
 from toolkit.ranks.signals import GoOnLater, StopSignals
@@ -37,7 +39,7 @@ class DistillationLoop:
     text: PromptDataset | TextStream | None  # plain text that is learned beside the distillation
     signals: StopSignals
     checkpoints: Checkpoints
-    identity: dict[str, Any]  # kept in each checkpoint, see `identity` in checkpoint.py
+    identity: RunIdentity  # kept in each checkpoint
     started_s: float  # when this start of the run began, by time.monotonic
     asked_to_stop: bool = False  # a signal has reached a rank
     has_saved: bool = False  # this start has written a checkpoint
@@ -50,11 +52,14 @@ class DistillationLoop:
         many steps in a row were not finite.
         """
         parts, state, config = self.parts, self.state, self.parts.config
+
+        # A run that goes on from a checkpoint has its first validation already.
         if state.initial is None:
             state.initial = state.latest = self.validate(step=0)
         parts.monitor.start()
         last = config.train.steps
         for step in range(state.done, last):
+            # One step, after which the run may have to end: too many were skipped.
             record = self.step(step)
             state.done = step + 1
             self.signals.in_vain = not self.has_saved
@@ -62,15 +67,16 @@ class DistillationLoop:
                 parts.monitor.log_step(record)
                 raise ValueError(self._diverged(step))
 
+            # Measure where it is time to, and tell all that is known of the step.
             if state.done % config.validation.every_steps == 0 or state.done == last:
                 state.latest = self.validate(state.done)
                 record["validation"] = state.latest.metrics()
-
             seconds = parts.timer.take()
             beside = ("validation", "checkpoint", "export")
             step_time_s = sum(seconds.values()) - sum(seconds.get(name, 0.0) for name in beside)
             parts.monitor.log_step(record | {"tokens_per_s": record["tokens"] / step_time_s, "seconds": seconds})
 
+            # Save where it is time to, and always before the run ends.
             every = config.checkpoint.every_steps
             if self.asked_to_stop or state.done == last or (every and state.done % every == 0):
                 self.save()
@@ -84,7 +90,8 @@ class DistillationLoop:
         # Choose this rank's rows, and lay them into micro-batches. Labels are shifted there, and nowhere else.
         parts.watchdog.progress("data", step + 1)
         source, examples = self.choose_examples(step)
-        text_examples = self.choose_text(step)
+        blocks = config.text_rows // collectives.world()
+        text_examples = [] if self.text is None else self._read(self.text, step, blocks)
         window = self._window(examples, config.data.max_length if config.data.packing else None)
         text = self._window(text_examples)
 
@@ -102,9 +109,8 @@ class DistillationLoop:
             signals = [*teacher.signals(window), *(None for _ in text)]
 
         # Add up the gradients of the micro-batches; the last one lets deepspeed move the weights.
-        objective = objective_of(
-            config.loss, on_student_text=source is not Source.DATASET, progress=step / config.train.steps
-        )
+        is_student_text, progress = source is not Source.DATASET, step / config.train.steps
+        objective = objective_of(config.loss, on_student_text=is_student_text, progress=progress)
         measures: list[Tensor] = []
         objection: str | None = None
         with teacher.head() as head:
@@ -145,14 +151,7 @@ class DistillationLoop:
             "teacher": teacher.kind,
             "rollout_mode": parts.rollout.last.mode if source is Source.GENERATE and parts.rollout.last else None,
             "staleness_steps": self._staleness(step, source),
-            **(
-                {
-                    "text_ce": totals.text_cross_entropy_nats / counts.text_targets,
-                    "text_tokens": int(counts.text_tokens),
-                }
-                if text
-                else {}
-            ),
+            **totals.text_metrics(counts),
             "tokens": int(counts.tokens + counts.text_tokens),
             "micro_batches": len(token_weights),
             "response_tokens": int(counts.targets),
@@ -195,6 +194,8 @@ class DistillationLoop:
         """The student's texts after this rank's prompts of the step, and of as many later steps as rollout.windows
         asks for. Each text has a seed of its own."""
         config, rank, world = self.parts.config, collectives.rank(), collectives.world()
+
+        # The prompts of all these steps, and for each a seed that follows from its place among those of all ranks.
         prompts, seeds = [], []
         for window in range(config.rollout.windows):
             prompts += [example.prompt for example in self._read(self.dataset, step + window, rows)]
@@ -206,12 +207,6 @@ class DistillationLoop:
             texts = self.parts.rollout.complete(prompts, sampling)
         self.state.windows_ahead = config.rollout.windows - 1
         return texts
-
-    def choose_text(self, step: int) -> list[Example]:
-        """This rank's blocks of plain text for the step."""
-        if self.text is None:
-            return []
-        return self._read(self.text, step, self.parts.config.text_rows // collectives.world())
 
     def _read(self, rows: PromptDataset | TextStream, step: int, count: int) -> list[Example]:
         """This rank's share. A stream is read from outside, and may fail on one rank alone: all of them end then."""
@@ -226,9 +221,9 @@ class DistillationLoop:
         if not examples:
             return []
         config, vocabulary = self.parts.config, self.parts.vocabulary
+        rows, tokens = config.rows_per_micro_batch(collectives.world()), config.train.tokens_per_micro_batch
         window = make_window(
-            examples, config.rows_per_micro_batch(collectives.world()), vocabulary.pad_id, pack_to=pack_to,
-            layout=vocabulary.layout, micro_tokens=config.train.tokens_per_micro_batch,
+            examples, rows, vocabulary.pad_id, pack_to=pack_to, layout=vocabulary.layout, micro_tokens=tokens,
             agree=collectives.max_over_ranks,
         )  # fmt: skip
         return [batch.to(collectives.device()) for batch in window]
@@ -239,22 +234,15 @@ class DistillationLoop:
         with parts.timer.phase("validation"):
             found = parts.validator.measure(parts.student)
         parts.schedule.observe_validation(step, found.ce_nats if found.kl_nats is None else found.kl_nats)
-        if by:
-            best = Best.of(state.best, found, by, step)
-            if best != state.best and self._keep_best():
-                state.best = best
+        best = Best.of(state.best, found, by, step) if by else None
+        if best is not None and best != state.best:
+            with parts.timer.phase("export"):
+                try:
+                    parts.export(BEST)
+                    state.best = best
+                except ValueError as error:
+                    self._may_fail(error, "the best student before it stands")
         return found
-
-    def _keep_best(self) -> bool:
-        """Export the student as the best one so far; whether that worked. A failure ends the run or is only told, by
-        checkpoint.on_failure."""
-        with self.parts.timer.phase("export"):
-            try:
-                self.parts.export(BEST)
-            except ValueError as error:
-                self._may_fail(error, "the best student before it stands")
-                return False
-        return True
 
     def save(self) -> None:
         """Write a checkpoint of the steps done. A failure ends the run or is only told, by checkpoint.on_failure.
@@ -265,10 +253,8 @@ class DistillationLoop:
                 metrics_bytes = collectives.together(parts.monitor.position)
                 now = dataclasses.replace(state, metrics_bytes=metrics_bytes, wall_time_s=self.wall_time_s)
                 streams = {name: collectives.gather_objects(rows.state_dict()) for name, rows in self._streams()}
-                saved = {
-                    "config": parts.config.to_dict(), "identity": self.identity,
-                    "loop": now.to_json() | {"streams": streams},
-                }  # fmt: skip
+                loop = now.to_json() | {"streams": streams}
+                saved = {"config": parts.config.to_dict(), "identity": self.identity, "loop": loop}
                 self.checkpoints.save(state.done, parts.student.engine, parts.replay, saved)
                 self.has_saved = True
                 self.signals.kept()
@@ -288,14 +274,17 @@ class DistillationLoop:
         Raises ValueError where a stream cannot go on from there, and where the checkpoint is of another student.
         """
         parts = self.parts
+
+        # Each rank goes on in its own documents of a stream.
         for name, rows in self._streams():
             states = checkpoint.state["loop"]["streams"][name]
             if len(states) != collectives.world():
                 raise ValueError(
-                    f"{name} is streamed, each rank reads its own documents, and the checkpoint is of {len(states)} "
-                    f"ranks, this run of {collectives.world()}; use as many ranks, or start over with resume=never"
+                    f"{name} is a stream of {len(states)} ranks in the checkpoint, and of {collectives.world()} in "
+                    "this run; use as many ranks, or start over with resume=never"
                 )
-            collectives.together(lambda rows=rows, states=states: rows.load_state_dict(states, collectives.rank()))
+            collectives.together(partial(rows.load_state_dict, states, collectives.rank()))
+        # Then come weights and optimizer, the replay buffer, and the random generators.
         checkpoint.load_student(parts.student.engine)
         collectives.together(lambda: checkpoint.load_replay(parts.replay))
         collectives.together(lambda: checkpoint.load_rng(parts.config.seed, self.state.done))
@@ -319,8 +308,8 @@ class DistillationLoop:
         """
         if self.save_failure and not self.has_saved:
             raise ValueError(
-                f"stopped by a signal {where}, and what was done since the start is lost: {self.save_failure}. Make "
-                "room there or change the folder (output_dir), and give the same command again"
+                f"stopped by a signal {where}, and what was done since the start is lost: {self.save_failure}; make "
+                "room there, or change output_dir"
             )
         raise GoOnLater(f"stopped by a signal {where}")
 
@@ -340,25 +329,22 @@ class DistillationLoop:
     def _tell_skipped(self, step: int, source: Source, examples: list[Example], reason: str) -> None:
         """Say that a step was not taken, and write its rows to a file: they are what has to be looked at."""
         guard, folder = self.state.guard, self.parts.config.run_dir / "skipped" / f"step-{step + 1:08d}"
+        counts = f"{guard.skipped_in_row} in a row, {guard.skipped} in all"
+        self.parts.monitor.note(f"warning: step {step + 1} is skipped, {reason} ({counts}); its rows are in {folder}")
         rows = [{"prompt_length": e.prompt_length, "tokens": e.tokens.tolist()} for e in examples]
-        self.parts.monitor.note(
-            f"warning: step {step + 1} is skipped, {reason} ({guard.skipped_in_row} in a row, "
-            f"{guard.skipped} in all); its rows are in {folder}"
-        )
+        told = {"step": step + 1, "source": source.value, "reason": reason, "rows": rows}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"rank-{collectives.rank():05d}.json").write_text(
-                json.dumps({"step": step + 1, "source": source.value, "reason": reason, "rows": rows})
-            )
+            (folder / f"rank-{collectives.rank():05d}.json").write_text(json.dumps(told))
         except OSError as error:
             self.parts.monitor.note(f"warning: the rows of step {step + 1} could not be written: {error}")
 
     def _diverged(self, step: int) -> str:
         """Why the run ends after too many skipped steps, and what to do."""
-        config = self.parts.config
+        config, skipped = self.parts.config, self.state.guard.skipped_in_row
         return (
-            f"steps up to {step + 1} were skipped, {self.state.guard.skipped_in_row} in a row "
-            f"(faults.max_skipped_steps = {config.faults.max_skipped_steps}): loss or gradient is not finite. "
-            f"The rows are in {config.run_dir / 'skipped'}, the last good weights in {self.checkpoints.folder}. "
-            "Lower optimizer.lr, set optimizer.max_grad_norm, or take the rows out"
+            f"steps up to {step + 1} were skipped, {skipped} in a row (faults.max_skipped_steps = "
+            f"{config.faults.max_skipped_steps}), as loss or gradient is not finite: take their rows out, which are in "
+            f"{config.run_dir / 'skipped'}, lower optimizer.lr, or set optimizer.max_grad_norm; the last good weights "
+            f"are in {self.checkpoints.folder}"
         )

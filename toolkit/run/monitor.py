@@ -22,6 +22,8 @@ from toolkit.models.ds_config import MONITOR_SECTIONS
 from toolkit.ranks.output import say
 
 METRICS_FILE = "metrics.jsonl"
+
+
 class Monitor:
     """Writes one record per optimizer step on rank 0; on other ranks every method does nothing.
 
@@ -50,14 +52,17 @@ class Monitor:
         self.total_steps, self.start_step, self.line_every_steps = total_steps, start_step, line_every_steps
         self.deepspeed_monitor = deepspeed_monitor
         self.started_s = time.monotonic()
+
+        # The file. What a later start repeats is cut off, and a line that a kill has torn is ended.
         path = Path(run_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+b", buffering=0)
         self._unwritten = b""  # lines that found no room yet
         self._misses = False  # whether deepspeed's monitors could not be reached last time
-        if keep_bytes is not None and keep_bytes < self.file.seek(0, 2):
-            self.file.truncate(keep_bytes)
-        if _ends_torn(self.file):  # a run killed inside a write must not spoil the first line of the next one
+        end = self.file.seek(0, 2)
+        if keep_bytes is not None and keep_bytes < end:
+            end = self.file.truncate(keep_bytes)
+        if end and os.pread(self.file.fileno(), 1, end - 1) != b"\n":
             self.file.write(b"\n")
         self.bar = None
         if sys.stderr.isatty() if progress is None else progress:
@@ -84,21 +89,22 @@ class Monitor:
             return
         step = record.get("step")
         if type(step) is not int:
-            raise ValueError(
-                f"a metrics record needs an integer 'step', this one has {step!r}; its keys: {list(record)}"
-            )
-        line = json.dumps(_to_json(record, "record"), allow_nan=False)
-        self._unwritten += line.encode() + b"\n"
+            raise ValueError(f"a record needs an integer 'step', this one has {step!r}; its keys: {list(record)}")
+
+        # The file; a line that finds no room goes with a later one.
+        self._unwritten += json.dumps(_to_json(record, "record"), allow_nan=False).encode() + b"\n"
         try:
             self._write()
-        except OSError as error:  # the line goes with a later one
+        except OSError as error:
             self.note(f"warning: {self.file.name} could not be written: {error}")
+
+        # Deepspeed's monitors. Of a full disk or a service that is down only the first miss is told.
         if self.deepspeed_monitor is not None:
             events = [(name, value, step) for name, value in _scalars(record) if name != "step"]
             try:
                 self.deepspeed_monitor.write_events(events)
                 self._misses = False
-            except Exception as error:  # a full disk, a service that is down: metrics.jsonl holds the step
+            except Exception as error:
                 if not self._misses:
                     self.note(f"warning: deepspeed's monitors miss step {step}: {type(error).__name__}: {error}")
                 self._misses = True
@@ -155,11 +161,8 @@ class Monitor:
         elif step % self.line_every_steps == 0 or step in (self.start_step + 1, self.total_steps):
             elapsed_s = time.monotonic() - self.started_s
             left_s = (self.total_steps - step) * elapsed_s / max(1, step - self.start_step)
-            fields = [
-                f"step {step}/{self.total_steps}",
-                *(f"{name} {value}" for name, value in shown.items()),
-            ]
-            say("  ".join([*fields, f"left {tqdm.format_interval(left_s)}"]))
+            fields = [f"{name} {value}" for name, value in shown.items()]
+            say("  ".join([f"step {step}/{self.total_steps}", *fields, f"left {tqdm.format_interval(left_s)}"]))
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -176,8 +179,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if records and record["step"] < records[-1]["step"]:
-            while records and records[-1]["step"] >= record["step"]:
-                records.pop()
+            records = [before for before in records if before["step"] < record["step"]]
         if records and record["step"] == records[-1]["step"]:
             records[-1].update(record)
         else:
@@ -245,9 +247,7 @@ def _to_json(value: Any, where: str) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise ValueError(
-        f"{where} is of type {type(value).__name__}, which JSON cannot hold; pass a number (tensor.item())"
-    )
+    raise ValueError(f"{where} is of type {type(value).__name__}, which JSON cannot hold; pass a number")
 
 
 def _from_json(value: Any) -> Any:
@@ -256,10 +256,3 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(inner) for inner in value]
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _ends_torn(file: Any) -> bool:
-    if file.seek(0, 2) == 0:
-        return False
-    file.seek(-1, 2)
-    return file.read(1) != b"\n"

@@ -25,6 +25,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def load_rng_state(state: Mapping[str, Tensor]) -> None:
+    """Sets every generator of this process to what `rng_state` returned."""
     gauss, next_gauss = state["gauss"].tolist()
     *keys, position, has_gauss = state["numpy"].tolist()
     version, *words = state["python"].tolist()

@@ -27,7 +27,7 @@ from toolkit.storage.lock import sole_use
 Recipe = RunConfig | Mapping[str, RunConfig] | Stages
 
 
-def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
+def main(recipe: Recipe, arguments: list[str] | None = None) -> Mapping[str, Any]:
     """Run `recipe` with `section.key=value` arguments (the command line's by default), on every rank. Of a recipe with
     several runs the first argument names one; of one with stages it may, and all are run where it does not.
 
@@ -46,7 +46,7 @@ def main(recipe: Recipe, arguments: list[str] | None = None) -> dict[str, Any]:
         return distill_as(lambda: chosen(recipe, overrides), is_stage=isinstance(recipe, Stages)).summary
 
 
-def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict[str, dict[str, Any]]:
+def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict[str, Mapping[str, Any]]:
     """Cut the student, then each run from the student of the one before it; `init` as the first argument only cuts.
 
     A stage whose result is there is skipped, one that was stopped goes on. Each frees its engines before the next one
@@ -61,14 +61,16 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
             checked(config)
         return stages, runs
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         if collectives.rank() == 0:
             say(text)
 
     stages, runs = collectives.together(read)
-    count, summaries = len(stages.names), {}
+    summaries: dict[str, Mapping[str, Any]] = {}
+    names = stages.names
     with sole_use(stages.folder):
         collectives.check_shared(stages.folder)
+        # The first stage cuts the student out of its teacher.
         if stages.is_cut:
             watchdog.progress(INIT)
             if all(config.resume == "never" for config in runs.values()):
@@ -76,11 +78,13 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
             with StopSignals(stages.first.faults.grace_s).watched() as signals:
                 found = summaries[INIT] = _cut(stages, any(config.has_teacher for config in runs.values()))
                 signals.stop_if_asked("after the student was cut")
-            say(f"stage 1 of {count}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
+            tell(f"stage 1 of {len(names)}: {INIT}, layers {found['kept_layers']} kept, in {found['student']}")
+
+        # Each of the others is a run of its own.
         for name, config in ({} if only_cut else runs).items():
-            say(f"stage {stages.names.index(name) + 1} of {count}: {name}")
-            summaries[name] = run(config, watchdog, is_last=name == stages.names[-1])
-    say("\n" + stages_table(summaries))
+            tell(f"stage {names.index(name) + 1} of {len(names)}: {name}")
+            summaries[name] = run(config, watchdog, is_last=name == names[-1])
+    tell("\n" + stages_table(summaries))
     return summaries
 
 
@@ -119,6 +123,7 @@ def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
     """Prints what the recipe says of itself, its runs, and its settings with their meanings: of several runs, those of
     the one that is named, else of the first; of stages, those of the first and what is different in the others. Raises
     ValueError where a run is named that is not there."""
+    # What the recipe's file says of itself, then its settings.
     parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
     parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
     how = "to be changed with section.key=value"
@@ -126,13 +131,13 @@ def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
         parts += [f"Settings, {how}:", help_page(recipe)]
     elif isinstance(recipe, Stages):
         first, *others = recipe.runs
+        beside = f"; in brackets those of {', '.join(others)} where they differ" if others else ""
         parts += [
             f"Stages, one after another: {', '.join(recipe.names)}. The name of one before the settings runs it alone. "
             "\nsection.key=value is for all of them, STAGE.section.key=value for one.",
             "Settings of init, to be changed with init.key=value:",
             help_page(recipe.init, prefix="init."),
-            f"Settings of {first}, {how}"
-            + (f"; in brackets those of {', '.join(others)} where they differ:" if others else ":"),
+            f"Settings of {first}, {how}{beside}:",
             help_page(recipe.runs[first], {name: recipe.runs[name] for name in others}),
         ]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from toolkit.data import Data
@@ -26,15 +26,17 @@ def samples(data: Data, answers: Mapping[str, Answers]) -> list[Sample]:
     """The greedy answers of the models beside each other. answers: by "initial", "final", and "teacher" where one was
     asked."""
     before, after = answers["initial"].greedy, answers["final"].greedy
-    theirs = answers["teacher"].greedy if "teacher" in answers else [None] * len(after)
+    theirs: Sequence[str | None] = answers["teacher"].greedy if "teacher" in answers else [None] * len(after)
+    rows = data.validation_rows[: len(after)]
     return [
         Sample(row["prompt"], row["response"], *said)
-        for row, *said in zip(data.validation_rows[: len(after)], theirs, before, after, strict=True)
+        for row, said in zip(rows, zip(theirs, before, after, strict=True), strict=True)
     ]
 
 
 def final_report(summary: Summary, samples: list[Sample]) -> str:
     """The text for a finished run, from its summary.json."""
+    # What a validation says of the student, before and after.
     before, after, best = summary["validation"]["initial"], summary["validation"]["final"], summary["best"]
     rows = [["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"]]
     rows.append(["perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"])
@@ -48,6 +50,8 @@ def final_report(summary: Summary, samples: list[Sample]) -> str:
         if "teacher" in rouge:
             rows.append(["ROUGE-L of the teacher's", f"{rouge['teacher']:.1f}", f"{rouge['teacher']:.1f}"])
     parts = [format_table(["validation", "before", "after"], rows)]
+
+    # Some answers, below each other.
     for sample in samples:
         parts.append("\n".join([
             f"> {sample.prompt}",
@@ -56,6 +60,8 @@ def final_report(summary: Summary, samples: list[Sample]) -> str:
             _block("student before", sample.student_before),
             _block("student after", sample.student_after),
         ]))  # fmt: skip
+
+    # Where the time went, and the run in one line.
     share = summary["time_share"]
     seconds = [[name, f"{part * summary['wall_time_s']:.1f}", f"{part:.1%}"] for name, part in share.items()]
     parts.append(format_table(["phase", "seconds", "share"], [row for row in seconds if row[1] != "0.0"]))

@@ -91,6 +91,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> Summary
 
         # Ask the models the same questions again, and write the student. A signal may still come in between.
         unexported = "after the last step, before the student was exported"
+        assert start.state.before is not None, "the student is asked before its first step"
         with timer.phase("evaluation"):
             answers = {"initial": start.state.before, "final": held_out.ask(parts.student_rollout)}
             loop.stop_if_asked(unexported)
@@ -139,13 +140,10 @@ def _introduction(config: RunConfig, inputs: RunInputs, cache: TeacherCache | No
     """The first lines of a run: what it trains by which settings."""
     data, world = inputs.data, collectives.world()
     left_out = {name: count for name, count in data.counts.items() if count and not name.endswith("_rows")}
+    count, rows = config.accumulation(world), config.rows_per_micro_batch(world)
+    micro_batches = f"{count} micro-batch{'es' if count > 1 else ''} of {rows} rows a step"
     if config.train.tokens_per_micro_batch is not None:
         micro_batches = f"at most {config.train.tokens_per_micro_batch} tokens a micro-batch"
-    else:
-        count = config.accumulation(world)
-        micro_batches = (
-            f"{count} micro-batch{'es' if count > 1 else ''} of {config.rows_per_micro_batch(world)} rows a step"
-        )
     lines = [
         f"{config.name}: {config.loss.divergence}, schedule {config.schedule.policy}, "
         f"{'streamed' if isinstance(data.train, TextStream) else len(data.train)} training and "

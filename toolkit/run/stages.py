@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,22 @@ class Stages:
 
     @property
     def names(self) -> list[str]:
+        """All stages in their order, the cut among them."""
         return [*([INIT] if self.is_cut else []), *self.runs]
 
     @property
     def first(self) -> RunConfig:
+        """The run that begins with the cut student."""
         return next(iter(self.runs.values()))
 
     @property
     def is_cut(self) -> bool:
+        """Whether the first student is cut out of a teacher; else the first run's student.path names it."""
         return not self.first.student.path
 
     @property
     def folder(self) -> Path:
+        """The folder that holds those of the stages."""
         return self.first.run_dir
 
     def with_overrides(self, overrides: list[str]) -> Stages:
@@ -81,18 +85,15 @@ class Stages:
         for name, config in self.runs.items():
             if config.run_dir != self.folder:
                 raise ValueError(
-                    f"the folder of stage {name} is {config.run_dir}, that of the first is {self.folder}; stages lie "
-                    "below one: set output_dir and name for all of them"
+                    f"the folder of stage {name} is {config.run_dir}, that of the first is {self.folder}; set "
+                    "output_dir and name for all stages alike"
                 )
             teacher = config.teacher
-            if teacher.random_weights and self.is_cut:
-                teacher = dataclasses.replace(
-                    teacher, path=str(self.folder / RANDOM_TEACHER), tokenizer="", random_weights=False, num_layers=None
-                )
-            student = dataclasses.replace(config.student, path=config.student.path or start)
-            found[name] = dataclasses.replace(
-                config, output_dir=str(self.folder), name=name, teacher=teacher, student=student
-            )
+            if teacher.random_weights and self.is_cut:  # `cut` writes them down, and all stages read them
+                written = str(self.folder / RANDOM_TEACHER)
+                teacher = replace(teacher, path=written, tokenizer="", random_weights=False, num_layers=None)
+            student = replace(config.student, path=config.student.path or start)
+            found[name] = replace(config, output_dir=str(self.folder), name=name, teacher=teacher, student=student)
             start = str(found[name].run_dir / STUDENT)
         return found
 
@@ -101,17 +102,19 @@ class Stages:
         self.init.validate(INIT)
         if self.is_cut and not self.init.wanted:
             raise ValueError("init.layers, hidden, heads, kv_heads and mlp are all null; say what the student keeps")
+        # A stage that starts from the one before it has no student of its own.
         names = list(self.runs)
         for name in names if self.is_cut else names[1:]:
             student = self.runs[name].student
-            for key, value, is_other in (
-                ("path", student.path, bool(student.path)), ("random_weights", True, student.random_weights),
-                ("num_layers", student.num_layers, student.num_layers is not None),
-                ("drop_layers", list(student.drop_layers), bool(student.drop_layers)),
-                ("init", "set", student.init.wanted),
-                ("lora.adapter", student.lora.adapter, bool(student.lora.adapter)),
-            ):  # fmt: skip
-                if is_other:
+            for key, value in (
+                ("path", student.path),
+                ("random_weights", student.random_weights),
+                ("num_layers", student.num_layers),
+                ("drop_layers", list(student.drop_layers)),
+                ("init", "set" if student.init.wanted else None),
+                ("lora.adapter", student.lora.adapter),
+            ):
+                if value:
                     raise ValueError(
                         f"student.{key} = {value!r} in stage {name}, which starts from what the stage before it made; "
                         f"write {names[0]}.student.path for another first student"
@@ -150,6 +153,7 @@ class Stages:
         hashes a student that is there is of any teacher. Raises ValueError for sizes that cannot be, and where the one
         that is there was made with other settings.
         """
+        # What the student depends on, which is written beside it.
         config, data = self.first, calibration_data(self.first.data, self.init)
         settings = {
             INIT: {key: value for key, value in dataclasses.asdict(self.init).items() if key != "data"},
@@ -160,12 +164,9 @@ class Stages:
             started_s = time.monotonic()
             teacher, source = config.teacher, path
             if teacher.random_weights:
-                remove(self.folder / RANDOM_TEACHER)  # it may be of other settings
-                source = str(
-                    made_once(
-                        self.folder / RANDOM_TEACHER, lambda made: _write_random(config.teacher, config.seed, made)
-                    )
-                )
+                drawn = self.folder / RANDOM_TEACHER
+                remove(drawn)  # it may be of other settings
+                source = str(made_once(drawn, lambda made: _write_random(config.teacher, config.seed, made)))
                 teacher = ModelConfig(path=source)
             student = folder / STUDENT
             student.mkdir()
@@ -178,11 +179,12 @@ class Stages:
             (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
 
+        # One that is there has to be the one that these settings make.
         made = made_once(self.folder / INIT, make)
         before, defaults = yaml.safe_load((made / SETTINGS).read_text()), dataclasses.asdict(DataConfig())
         changed: list[str] = []
         for part, now in settings.items():
-            # A setting that is newer than the student was made with its default.
+            # A setting that is newer than the student had its default when that was made.
             then = {key: defaults.get(key) for key in now} | before.get(part, {})
             changed += differences(then, now, part + ".{} was {!r}, is {!r}").values()
         refuse(

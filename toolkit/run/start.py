@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
+from toolkit.models.identity import RunIdentity
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
+from toolkit.rollout.schedule import ScheduleState
 from toolkit.run.checkpoint import Checkpoint, Checkpoints, compare
 from toolkit.run.state import LoopState
 from toolkit.run.summary import BEST, STUDENT, SUMMARY, Summary
@@ -28,13 +29,13 @@ class Start(NamedTuple):
     notes: list[str]  # what the user should know of this choice
 
 
-def find_start(config: RunConfig, checkpoints: Checkpoints, identity: Mapping[str, Any]) -> Start:
+def find_start(config: RunConfig, checkpoints: Checkpoints, identity: RunIdentity) -> Start:
     """The newest whole checkpoint, unless resume is "never". Collective.
 
     identity: of the run as it would be now. Raises ValueError where it would be another one than that of the
     checkpoint, and where there are checkpoints and none is whole.
     """
-    fresh = LoopState.new(config)
+    fresh = LoopState(ScheduleState(config.schedule.phi_initial))
     if config.resume == "never":
         return Start(fresh, None, [])
     found, passed_over = checkpoints.newest()
@@ -47,7 +48,7 @@ def find_start(config: RunConfig, checkpoints: Checkpoints, identity: Mapping[st
     return Start(LoopState.from_json(found.state), found, notes)
 
 
-def finished(config: RunConfig, start: Start, identity: Mapping[str, Any]) -> Summary | None:
+def finished(config: RunConfig, start: Start, identity: RunIdentity) -> Summary | None:
     """The summary of a run that has nothing left to do; None for any other. Collective.
 
     A finished run does not need its checkpoints: without them its summary says which run it was. Raises ValueError
@@ -58,6 +59,7 @@ def finished(config: RunConfig, start: Start, identity: Mapping[str, Any]) -> Su
     if config.resume == "never" or not collectives.everywhere(all(file.is_file() for file in files)):
         return None
     summary = collectives.together(lambda: json.loads(files[0].read_text()))
+    # Without a checkpoint the summary itself says which run was finished, by the settings beside it.
     if start.checkpoint is None:
         if "identity" not in summary:
             return None
@@ -76,6 +78,8 @@ def prepare_folder(config: RunConfig, start: Start) -> None:
     run_dir, models = config.run_dir, (config.teacher, config.student)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / SUMMARY).unlink(missing_ok=True)
+
+    # A new run begins with nothing of an older one, but for what it reads itself.
     if start.checkpoint is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(run_dir / "skipped", ignore_errors=True)

@@ -13,7 +13,6 @@ from toolkit.evaluation import Best, Validation
 from toolkit.rollout.schedule import ScheduleState, Source
 from toolkit.run.guard import StepGuard
 from toolkit.run.held_out import Answers
-from toolkit.settings import RunConfig
 
 
 @dataclass
@@ -34,11 +33,6 @@ class LoopState:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, see PhaseTimer
     wall_time_s: float = 0.0  # of the starts of this run that came before the present one
     metrics_bytes: int | None = None  # length of metrics.jsonl at the checkpoint
-
-    @classmethod
-    def new(cls, config: RunConfig) -> LoopState:
-        """The state of a run that has not begun."""
-        return cls(ScheduleState(config.schedule.phi_initial))
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain JSON types; `from_json` reads them."""

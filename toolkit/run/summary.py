@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from toolkit.data import Data
+from toolkit.models.identity import RunIdentity
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import peak_rss_gib
 from toolkit.run.held_out import Answers, HeldOutPrompts
@@ -37,21 +38,24 @@ class Summary(TypedDict):
     phi_final: float
     phi_history: list[tuple[int, float, float]]  # (step, validation loss in nats, phi after it)
     data: dict[str, int]  # rows read, skipped and cut: Data.counts
-    identity: dict[str, Any]  # what the run was made of: see `identity` in checkpoint.py
+    identity: RunIdentity
     student: str  # folder of the trained student
 
 
 def summarize(
     config: RunConfig, state: LoopState, data: Data, held_out: HeldOutPrompts, answers: dict[str, Answers],
-    identity: dict[str, Any], wall_time_s: float,
+    identity: RunIdentity, wall_time_s: float,
 ) -> Summary:  # fmt: skip
     """The summary of a run that has taken its steps. answers: of "initial", "final" and perhaps "teacher". Collective.
 
     wall_time_s: of all starts of the run.
     """
+    # The time that was spent in each phase; what is in none is "other".
     phases = {name: state.seconds.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
     train_time_s = sum(state.seconds.values()) - sum(phases[name] for name in OTHER_PHASES)
     phases["other"] = wall_time_s - sum(phases.values())
+
+    # The scores of all answers, and the best student, where they were asked for.
     rouge_l = None
     if rows := len(answers["final"].sampled):
         rouge_l = {name: held_out.score("rouge_l", found.sampled) for name, found in answers.items()} | {"rows": rows}

@@ -19,11 +19,10 @@ class PhaseTimer:
     def __init__(
         self,
         sync: Callable[[], None] | None = None,
-        watch: Callable[[str], None] | None = None,
+        watch: Callable[[str], None] = lambda name: None,
         totals: dict[str, float] | None = None,
     ) -> None:
-        self.sync = sync or (lambda: None)
-        self.watch = watch or (lambda name: None)
+        self.sync, self.watch = sync or (lambda: None), watch
         self.totals = {} if totals is None else totals
         self.step_s: dict[str, float] = {}
         self.current: str | None = None

@@ -46,6 +46,12 @@ class StepTotals(NamedTuple):
         text = text_weight * self.text_cross_entropy_nats / counts.text_targets if counts.text_targets else 0.0
         return summed / counts.targets + text
 
+    def text_metrics(self, counts: TokenCounts) -> dict[str, float]:
+        """What a step's metrics say of its plain text; nothing where it has none."""
+        if not counts.text_targets:
+            return {}
+        return {"text_ce": self.text_cross_entropy_nats / counts.text_targets, "text_tokens": int(counts.text_tokens)}
+
 
 def agree(step: int, measures: Sequence[Tensor], num_window: int, is_asked_to_stop: bool) -> StepTotals:
     """What every rank has to know alike before the step is taken. Collective.
@@ -54,11 +60,8 @@ def agree(step: int, measures: Sequence[Tensor], num_window: int, is_asked_to_st
     first `num_window` are distilled, the others are plain text.
     """
     measures_M3 = torch.stack(list(measures))
-    own = [
-        *measures_M3[:num_window].sum(0).tolist(), measures_M3[num_window:, 1].sum().item(),
-        peak_rss_gib(), is_asked_to_stop, step,
-    ]  # fmt: skip
-    *sums, steps = collectives.sum_over_ranks(own)
+    distilled, text = measures_M3[:num_window].sum(0).tolist(), measures_M3[num_window:, 1].sum().item()
+    *sums, steps = collectives.sum_over_ranks([*distilled, text, peak_rss_gib(), is_asked_to_stop, step])
     # A rank that has lost a step would mix its gradients with those of another batch, and nothing else would tell.
     mean = steps / collectives.world()
     assert mean == step, f"this rank is at step {step}, the mean of all ranks is {mean}"

@@ -96,18 +96,16 @@ class DataConfig(Section):
         super().validate(section)
         self._check_fields(section)
         self._check_template(section)
+
+        # How much is read, and how long it may be.
         if self.kind != "text" and self.streaming:
-            raise ValueError(
-                f"{section}.streaming is for plain text, but {section}.kind = {self.kind!r}; set one of them to "
-                '"text" or false'
-            )
+            raise ValueError(f'{section}.streaming is for plain text, but {section}.kind = {self.kind!r}; set "text"')
         _check_stream(section, self.streaming, self.max_rows)
         _check_block(section, self.max_length, self.kind == "text")
         if self.kind != "text" and not 1 <= self.max_prompt_length < self.max_length:
             raise ValueError(
                 f"{section}.max_prompt_length = {self.max_prompt_length} with {section}.max_length = "
-                f"{self.max_length}; the prompt needs at least one token and must leave one for the response: lower "
-                "the first or raise the second"
+                f"{self.max_length}; make room for one token of prompt and one of response"
             )
 
     def _check_fields(self, section: str) -> None:
@@ -118,43 +116,32 @@ class DataConfig(Section):
             )
         fields = [self.prompt_field, self.response_field] + ([] if self.input_field is None else [self.input_field])
         if not all(fields) or len(set(fields)) < len(fields):
-            raise ValueError(
-                f"{section}.prompt_field, response_field, input_field = {fields}; give a different name to each"
-            )
+            raise ValueError(f"{section}.prompt_field, response_field, input_field = {fields}; give each its own name")
         if self.messages_field is not None and self.prefix:
             raise ValueError(
-                f"{section}.prefix = {self.prefix!r} goes before a row's prompt, but with {section}.messages_field = "
-                f'{self.messages_field!r} a row is a conversation; set {section}.prefix to "", or write it into the '
-                "turns"
+                f"{section}.prefix = {self.prefix!r} goes before a prompt, but with {section}.messages_field = "
+                f'{self.messages_field!r} a row is a conversation; set it to "", or write it into the turns'
             )
 
     def _check_template(self, section: str) -> None:
         """Turns and their arguments need a chat template, which reads them as JSON."""
         args = self.template_args
-        if self.messages_field is not None and self.template != "chat":
-            raise ValueError(
-                f"{section}.messages_field = {self.messages_field!r} with {section}.template = {self.template!r}; "
-                f'turns go through the tokenizer\'s own template: set {section}.template to "chat"'
-            )
-        for name, value in (("template_args", args), ("system", self.system)):
+        for name in ("messages_field", "template_args", "system"):
+            value = getattr(self, name)
             if value and self.template != "chat":
                 raise ValueError(
                     f"{section}.{name} = {value!r} is for a chat template, but {section}.template = "
                     f'{self.template!r}; set {section}.template to "chat", or leave {section}.{name} out'
                 )
         if own := [name for name in OWN_TEMPLATE_ARGS if name in args]:
-            raise ValueError(
-                f"{section}.template_args = {args!r}: {own[0]!r} is given to every chat template; take it out"
-            )
+            raise ValueError(f"{section}.template_args = {args!r}: every template is given {own[0]!r}; take it out")
         try:
             is_json = json.loads(json.dumps(args)) == args
         except TypeError:
             is_json = False
         if not is_json:
-            raise ValueError(
-                f"{section}.template_args = {args!r} holds what JSON cannot keep, as a date or a number for a name; "
-                "quote it"
-            )
+            what = "holds what JSON cannot keep, as a date or a number for a name"
+            raise ValueError(f"{section}.template_args = {args!r} {what}; quote it")
 
     def check_with(self, run: RunConfig) -> None:
         """Answers need prompts, and the teacher's answers need a teacher. Raises ValueError."""
@@ -169,10 +156,8 @@ class DataConfig(Section):
             ("data.responses", self.responses, "data"),
         ):
             if value != needed:
-                raise ValueError(
-                    f'{name} = {value!r} asks for generated answers, but data.kind = "text" has no prompts; set it to '
-                    f"{needed!r}"
-                )
+                asks = f"{name} = {value!r} asks for generated answers"
+                raise ValueError(f'{asks}, but data.kind = "text" has no prompts; set it to {needed!r}')
 
 
 @dataclass(frozen=True)
@@ -210,7 +195,4 @@ def _check_block(section: str, max_length: int, is_text: bool) -> None:
 
 def _check_stream(section: str, streaming: bool, max_rows: int | None) -> None:
     if streaming and max_rows is not None:
-        raise ValueError(
-            f"{section}.max_rows = {max_rows} with {section}.streaming = true; a stream is read over and over, all of "
-            "it: set max_rows to null, or streaming to false"
-        )
+        raise ValueError(f"{section}.max_rows = {max_rows} with {section}.streaming = true; set it to null, or false")

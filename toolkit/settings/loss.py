@@ -72,14 +72,13 @@ class LossConfig(Section):
         if self.alpha_per_sequence and not (names and names <= set(WITH_SEQUENCE_ALPHA) and self.alpha > 0.01):
             raise ValueError(
                 f"{section}.alpha_per_sequence is for {' and '.join(WITH_SEQUENCE_ALPHA)} with an alpha above 0.01, "
-                f"but the divergences are {sorted(names)} and {section}.alpha = {self.alpha}; set it to false, or "
-                "change these"
+                f"not {sorted(names)} with {section}.alpha = {self.alpha}; set it to false, or change these"
             )
         if self.divergence == NO_DIVERGENCE and (self.cross_entropy_weight != 1 or self.student_text_divergence):
             raise ValueError(
-                f"{section}.divergence = {NO_DIVERGENCE!r} leaves the cross entropy alone, but "
-                f"{section}.cross_entropy_weight = {self.cross_entropy_weight} and {section}.student_text_divergence "
-                f'= {self.student_text_divergence!r}; set them to 1 and ""'
+                f"{section}.divergence = {NO_DIVERGENCE!r} with {section}.cross_entropy_weight = "
+                f"{self.cross_entropy_weight} and {section}.student_text_divergence = "
+                f'{self.student_text_divergence!r}; set them to 1 and ""'
             )
 
     def check_with(self, run: RunConfig) -> None:
@@ -87,13 +86,12 @@ class LossConfig(Section):
         ValueError."""
         if self.divergence == NO_DIVERGENCE and run.schedule.policy != "off":
             raise ValueError(
-                f'loss.divergence = "{NO_DIVERGENCE}" with schedule.policy = "{run.schedule.policy}": without a '
-                "divergence nothing is left to learn from the student's own text but that text itself; set "
-                'schedule.policy to "off", or loss.divergence to "skl"'
+                f'loss.divergence = "{NO_DIVERGENCE}" with schedule.policy = "{run.schedule.policy}": the student\'s '
+                'own text teaches nothing then; set schedule.policy to "off", or loss.divergence to "skl"'
             )
         if self.alpha_per_sequence and (run.data.packing or run.data.kind == "text"):
             raise ValueError(
                 f"loss.alpha_per_sequence = true with data.packing = {run.data.packing} and data.kind = "
-                f"{run.data.kind!r}: a row would hold several texts and have one alpha; set it to false, or use "
+                f"{run.data.kind!r}: a row of several texts would have one alpha; set it to false, or use "
                 'data.packing=false and data.kind="instructions"'
             )

@@ -39,9 +39,7 @@ class LoraConfig(Section):
         """Raises ValueError for the first setting that cannot work."""
         super().validate(section)
         if self.adapter and not self.rank:
-            raise ValueError(
-                f"{section}.adapter = {self.adapter!r} needs {section}.rank, which is 0; set the adapter's"
-            )
+            raise ValueError(f"{section}.adapter = {self.adapter!r} needs {section}.rank, which is 0; set the same")
 
 
 @dataclass(frozen=True)
@@ -127,33 +125,26 @@ class ModelConfig(Section):
         """Raises ValueError for the first setting that cannot work; `section` is "teacher" or "student"."""
         super().validate(section)
         if not self.path and not (self.random_weights and self.shape):
-            raise ValueError(
-                f"{section}.path is empty; name a model, or set {section}.random_weights=true and {section}.shape"
-            )
+            raise ValueError(f"{section}.path is empty; name a model, or set {section}.random_weights=true and shape")
         if not self.ds_config:
             raise ValueError(f"{section}.ds_config is empty; name a file of ds_configs/")
         self._check_layers(section)
         self.init.validate(f"{section}.init")
         if self.init.wanted and (self.random_weights or self.drop_layers):
             other = "random_weights" if self.random_weights else "drop_layers"
-            raise ValueError(
-                f"{section}.init cuts a model out of {section}.path, but {section}.{other} is set too; leave one out"
-            )
+            raise ValueError(f"{section}.init cuts out of {section}.path, but {section}.{other} is set too; leave one")
         if self.cache and section != "teacher":
-            raise ValueError(
-                f"{section}.cache = {self.cache!r}, but only a teacher's answers are kept; set teacher.cache"
-            )
+            raise ValueError(f"{section}.cache = {self.cache!r} is for a teacher's answers; set teacher.cache")
         self.lora.validate(f"{section}.lora")
         if self.lora.rank and section != "student":
-            raise ValueError(
-                f"{section}.lora.rank = {self.lora.rank}, but only the student is trained; set student.lora"
-            )
+            raise ValueError(f"{section}.lora.rank = {self.lora.rank}, but only the student is trained; set it there")
 
     def _check_layers(self, section: str) -> None:
+        """Random models are built shorter, real ones lose layers."""
         if self.num_layers is not None and not self.random_weights:
             raise ValueError(
-                f"{section}.num_layers = {self.num_layers} cuts randomly built models only, but "
-                f"{section}.random_weights is false; use {section}.drop_layers to take layers out of real weights"
+                f"{section}.num_layers = {self.num_layers} is for random weights, but {section}.random_weights is "
+                f"false; use {section}.drop_layers"
             )
         if self.drop_layers and self.random_weights:
             raise ValueError(
@@ -178,7 +169,5 @@ class ModelConfig(Section):
              loss.temperature == 1 or not loss.cross_entropy_weight, "0 where loss.temperature is not 1"),
         ):  # fmt: skip
             if not fits:
-                raise ValueError(
-                    f"{name} = {value!r} with teacher.cache = {self.cache!r}: from stored answers it has to be "
-                    f'{needed}; or set teacher.cache to ""'
-                )
+                with_cache = f"{name} = {value!r} with teacher.cache = {self.cache!r}"
+                raise ValueError(f'{with_cache}: it has to be {needed}; or set teacher.cache to ""')

@@ -14,10 +14,8 @@ import yaml
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
     """The error for a name not in a table: lists the known names, and the nearest where one is near."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return ValueError(
-        f"{what} = {name!r} is not one of {', '.join(known)}" + (f"; did you mean {near[0]!r}?" if near else "")
-    )
+    near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(str(name), known, n=1))
+    return ValueError(f"{what} = {name!r} is not one of {', '.join(known)}{near}")
 
 
 def parsed(text: str) -> tuple[str, Any, str]:
@@ -39,6 +37,7 @@ def typed(value: Any, hint: Any, key: str) -> Any:
 
     Raises ValueError, naming `key`, for a value of another type.
     """
+    # The type that is wanted, of which a tuple's items have one of their own.
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in options:
         return None
@@ -46,6 +45,8 @@ def typed(value: Any, hint: Any, key: str) -> Any:
     kind = typing.get_origin(wanted) or wanted
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(typed(item, typing.get_args(wanted)[0], key) for item in value)
+
+    # Numbers are taken for each other and for text where nothing is lost; true and false are none.
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
@@ -55,9 +56,8 @@ def typed(value: Any, hint: Any, key: str) -> Any:
         return str(value)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(
-        f"{key} = {value!r} is a {type(value).__name__}; it takes {hint}".replace("<class ", "").replace(">", "")
-    )
+    takes = str(hint).replace("<class ", "").replace(">", "")
+    raise ValueError(f"{key} = {value!r} is a {type(value).__name__}; it takes {takes}")
 
 
 def plain(value: Any) -> Any:

@@ -85,33 +85,35 @@ class RolloutConfig(SamplingSettings):
                 "http://localhost:8000"
             )
         if self.engine == "vllm" and self.no_repeat_ngram_size:
-            raise ValueError(
-                f"{section}.no_repeat_ngram_size = {self.no_repeat_ngram_size} is not known to a vLLM server; set it "
-                f'to 0, or {section}.engine to "local"'
-            )
+            size = f"{section}.no_repeat_ngram_size = {self.no_repeat_ngram_size}"
+            raise ValueError(f'{size}, which a vLLM server does not know; set it to 0, or {section}.engine to "local"')
 
     def check_with(self, run: RunConfig) -> None:
         """Text has to fit into the buffer, and a server has to be asked, in time, for text that is young enough.
         Raises ValueError."""
+        # The texts of one step have to fit into the buffer.
         made = self.windows * run.train.rows_per_step
         if run.schedule.policy != "off" and made > self.capacity:
             raise ValueError(
                 f"rollout.windows = {self.windows} of train.rows_per_step = {run.train.rows_per_step} sequences do not "
-                f"fit into rollout.capacity = {self.capacity}: text would be thrown away unread; raise the capacity to "
-                f"{made} or more"
+                f"fit into rollout.capacity = {self.capacity}; raise the capacity to {made} or more"
             )
+
+        # A server is waited for only where it is needed, and not longer than a rank may seem to hang.
         if self.engine != "vllm":
             return
         if run.schedule.policy == "off":
             raise ValueError(
-                'rollout.engine = "vllm" with schedule.policy = "off": the student never speaks in training, and a '
-                'server would be waited for in vain; set rollout.engine = "local"'
+                'rollout.engine = "vllm" with schedule.policy = "off", so that no text would be asked of the server; '
+                'set rollout.engine = "local"'
             )
         if self.server_timeout_s >= run.faults.hang_s:
             raise ValueError(
                 f"rollout.server_timeout_s = {self.server_timeout_s:g} is not below faults.hang_s = "
                 f"{run.faults.hang_s:g}: waiting for the server would be taken for a rank that hangs"
             )
+
+        # Its text is young enough for the buffer when it is drawn.
         oldest, sync = self.max_age_steps, self.sync_every_steps
         draws = not self.train_on_fresh or self.windows > 1 or run.schedule.policy == "adaptive"
         if draws and oldest is not None and oldest < sync - 1:

@@ -64,6 +64,8 @@ class RunConfig(Section):
         super().validate(section)
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(f"name = {self.name!r} has to be the name of one folder below output_dir")
+
+        # Each section by itself, then beside the others.
         for name, part in self.sections.items():
             if name != "teacher" or self.has_teacher:
                 part.validate(name)
@@ -73,11 +75,9 @@ class RunConfig(Section):
             self.for_rows(None)._check_warmup()
 
     def _check_warmup(self) -> None:
-        if self.optimizer.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of train.steps = "
-                f"{self.train.steps}; shorten the warm-up"
-            )
+        warmup, steps = self.optimizer.warmup_steps, self.train.steps
+        if warmup >= steps:
+            raise ValueError(f"optimizer.warmup_steps = {warmup} leaves nothing of train.steps = {steps}; shorten it")
 
     def for_rows(self, rows: int | None) -> RunConfig:
         """With train.steps for this many training rows (None: a stream), where train.epochs or train.tokens decides.

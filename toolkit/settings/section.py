@@ -113,6 +113,7 @@ class Section:
 
         text: what `value` was read from, for settings that are text themselves: to YAML 1.10 is 1.1, and 0123 is 83.
         """
+        # The key's first part names a section, to which the rest is left, or a setting.
         name, *rest = keys
         hints = typing.get_type_hints(type(self))
         if name not in hints:
@@ -124,6 +125,8 @@ class Section:
             if isinstance(old, dict):
                 return dataclasses.replace(self, **{name: {**old, ".".join(rest): value}})
             raise ValueError(f"{full_key}: {name} is a single setting and has no key {'.'.join(rest)!r}")
+
+        # A setting takes its own type, and undoes those that no longer count beside it.
         is_text = text is not None and hint in (str, str | None) and not isinstance(value, str | list | dict | None)
         found = typed(text if is_text else value, hint, full_key)
         undone = self.after(name) if found is not None else {}
@@ -143,6 +146,7 @@ class Section:
 
     def _no_such_key(self, name: str, full_key: str) -> ValueError:
         """The error for a key that is not here: says its present name, or its section, or the nearest name."""
+        # A former name comes first, then a section that has a setting of this name, then what is spelled alike.
         names = [field.name for field in dataclasses.fields(self)]
         prefix = full_key[: full_key.rindex(name)]
         if name in self.former_names():

@@ -78,12 +78,9 @@ class Setting:
 def setting(default: T, meaning: str, **beside: Any) -> T:
     """A field of a section with its default and all that `Setting` says of it; typed as the default is."""
     metadata = {"setting": Setting(meaning, **beside)}
-    found: Any
     if isinstance(default, dict):
-        found = dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    else:
-        found = dataclasses.field(default=default, metadata=metadata)
-    return cast(T, found)
+        return cast(T, dataclasses.field(default_factory=lambda: dict(default), metadata=metadata))
+    return cast(T, dataclasses.field(default=default, metadata=metadata))
 
 
 def written(value: Any) -> str:

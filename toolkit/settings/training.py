@@ -44,9 +44,7 @@ class TrainConfig(Section):
         """Raises ValueError for the first setting that cannot work."""
         super().validate(section)
         if self.epochs is not None and self.tokens is not None:
-            raise ValueError(
-                f"{section}.epochs = {self.epochs} and {section}.tokens = {self.tokens}; set one of them to null"
-            )
+            raise ValueError(f"{section}.epochs = {self.epochs}, {section}.tokens = {self.tokens}; set one to null")
 
     def after(self, name: str) -> dict[str, None]:
         """Of steps, epochs and tokens, those that no longer count once `name` is set."""
@@ -57,14 +55,15 @@ class TrainConfig(Section):
         """A length has to be known, and a micro-batch holds one row at least. Raises ValueError."""
         if run.data.streaming and self.epochs is not None:
             raise ValueError(
-                f"train.epochs = {self.epochs} counts passes over the rows, but data.streaming = true reads rows whose "
-                "number is not known; set train.steps and leave train.epochs at null"
+                f"train.epochs = {self.epochs} counts passes over rows, whose number is not known with data.streaming "
+                "= true; set train.steps and leave train.epochs at null"
             )
         if self.tokens is not None and run.data.kind != "text":
             raise ValueError(
                 f"train.tokens = {self.tokens:g} counts tokens of plain text, but data.kind = {run.data.kind!r}; set "
                 "train.steps or train.epochs"
             )
+        # One row has to fit into a micro-batch.
         lengths = {"data": run.data.max_length} | ({"text": run.text.max_length} if run.text.source else {})
         for name, length in lengths.items():
             if self.tokens_per_micro_batch is not None and self.tokens_per_micro_batch < length:

@@ -46,9 +46,7 @@ class ValidationConfig(Section):
         """Raises ValueError for the first setting that cannot work."""
         super().validate(section)
         if self.best in SCORES and not self.scored_rows:
-            raise ValueError(
-                f"{section}.best = {self.best} with {section}.scored_rows = 0; say how many rows to answer"
-            )
+            raise ValueError(f"{section}.best = {self.best} with {section}.scored_rows = 0; say how many to answer")
 
     def check_with(self, run: RunConfig) -> None:
         """A KL needs a teacher. Raises ValueError."""

@@ -40,13 +40,16 @@ def sole_use(
 
 def _lock(path: Path, wait_s: float, instead: str) -> int | None:
     """The open file descriptor that holds the lock; None where no file can be made."""
+    # The file that is locked. Where none can be made, in a finished run's archive, nothing can be overwritten either.
     path.parent.mkdir(parents=True, exist_ok=True)
     what = path.parent if path.name == LOCK else path.with_suffix("")
     deadline_s, is_told = time.monotonic() + wait_s, False
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
-        return None  # a finished run's archive; a run that has to write here fails when it does
+        return None
+
+    # Ask for the lock until it is free, or the wait is over; its file says who holds it.
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,9 +58,9 @@ def _lock(path: Path, wait_s: float, instead: str) -> int | None:
             owner = os.pread(handle, 1000, 0).decode(errors="replace").strip()
             if time.monotonic() > deadline_s:
                 os.close(handle)
+                wait = f"which has not ended within {wait_s:g} s"
                 raise ValueError(
-                    f"{what} is in use by another job ({owner}), which has not ended within {wait_s:g} s: two would "
-                    f"overwrite each other's files. Stop that one, or {instead}"
+                    f"{what} is in use by another job ({owner}), {wait}: stop that one, or {instead}"
                 ) from None
             if not is_told:
                 print(f"{what} is in use by another job ({owner}); waiting for its end", flush=True)
@@ -66,7 +69,8 @@ def _lock(path: Path, wait_s: float, instead: str) -> int | None:
         except OSError as error:
             print(f"warning: {path} cannot be locked ({error}): make sure that no two jobs work there", flush=True)
             break
-    # Says who holds it, to jobs that wait.
+
+    # Say who holds it, to jobs that wait.
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n".encode(), 0)
     return handle

@@ -25,6 +25,8 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> str:
     """
     # safetensors.torch.save_file would do but for two things: it brings all tensors of an accelerator to the host at
     # once, where this loop brings one at a time, and it does not say what the bytes were to be.
+
+    # The header says where each tensor lies.
     header, at = {}, 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
@@ -33,6 +35,8 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> str:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the first tensor begins at a multiple of 8 bytes
     head = len(text).to_bytes(8, "little") + text
+
+    # Then come their bytes; what is hashed is what is written.
     digest = hashlib.sha256(head)
     with path.open("wb") as file:
         file.write(head)

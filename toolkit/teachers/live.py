@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from toolkit.batch import TokenBatch
@@ -18,7 +19,7 @@ from toolkit.divergences import Head
 from toolkit.models import Vocabulary, load_model, zero
 from toolkit.models.build import WholeModel, check_engine, name_of
 from toolkit.models.ds_config import teacher_ds_config
-from toolkit.models.engines import Signal, TeacherForward
+from toolkit.models.engines import TeacherForward
 from toolkit.models.head import head_of
 from toolkit.models.parts import split_where_memory_runs_out
 from toolkit.models.vocabulary import check_head
@@ -40,13 +41,13 @@ class Teacher:
         return self.engine.module.model
 
     @torch.no_grad()
-    def signals(self, window: list[TokenBatch]) -> list[Signal]:
+    def signals(self, window: list[TokenBatch]) -> list[Tensor]:
         """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
         window, so every rank makes as many passes, and enters as many all-gathers."""
         # All ranks have to make as many passes. Micro-batches may have other numbers of rows on other ranks, so how
         # many of them share a pass follows from settings alone.
         per_pass = max(1, (self.rows_per_pass or self.window_rows) * len(window) // self.window_rows)
-        found: list[Signal] = []
+        found: list[Tensor] = []
         for start in range(0, len(window), per_pass):
             part = window[start : start + per_pass]
             joined = TokenBatch.concatenate(part)
@@ -70,7 +71,7 @@ class NoTeacher:
 
     kind = None
 
-    def signals(self, window: list[TokenBatch]) -> list[Signal]:
+    def signals(self, window: list[TokenBatch]) -> list[None]:
         """None for each micro-batch."""
         return [None] * len(window)
 

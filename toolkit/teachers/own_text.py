@@ -56,9 +56,8 @@ def text_folder(cache_dir: Path, identity: RunIdentity, config: RunConfig) -> Pa
     """Where the text of this teacher, data and sampling is kept: its name is a hash of all that decides the text."""
     sampling = {field.name: getattr(config.rollout, field.name) for field in dataclasses.fields(SamplingSettings)}
     data_sha256 = identity["data_sha256"].split()[0]  # the second hash, if any, is that of plain text learned beside it
-    parts = [
-        identity["teacher_sha256"], identity["precision"], data_sha256, sampling, config.max_new_tokens, config.seed
-    ]  # fmt: skip
+    teacher = identity["teacher_sha256"], identity["precision"]
+    parts = [*teacher, data_sha256, sampling, config.max_new_tokens, config.seed]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir / f"teacher-text-{key}"
 
@@ -89,9 +88,7 @@ def _read(file: Path, count: int) -> list[np.ndarray]:
         with np.load(file, allow_pickle=False) as stored:
             tokens, lengths = stored["tokens"], stored["lengths"]
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-        raise ValueError(
-            f"{file} with the teacher's text cannot be read ({error}); delete it, it is made again"
-        ) from error
+        raise ValueError(f"{file}, teacher's text, cannot be read ({error}); delete it, it is made again") from error
     if len(lengths) != count or lengths.sum() != len(tokens):
         raise ValueError(
             f"{file} holds {len(lengths)} texts of {lengths.sum()} tokens, of which {len(tokens)} are there, and "

@@ -18,6 +18,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, divergen
 
     Raises ValueError for an unknown name, and for a backend that cannot run here.
     """
+    # torch runs anywhere, and alone computes in float64.
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; known: {', '.join(BACKENDS)}")
     is_compiled = divergence in COMPILED
@@ -29,19 +30,17 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, divergen
         if device.type == "cuda":
             return "triton" if has_triton() else "torch"
         return "cpp" if device.type == "cpu" and has_cpp() else "torch"
+
+    # Any other that was asked for has to be able to run on these tensors.
     if dtype != torch.float32:
         raise ValueError(f"backend {name!r} computes in fp32, but the inputs are {dtype}: use backend='torch'")
     if name == "triton":
         if not has_triton():
             raise ValueError("backend is 'triton', but triton is not installed: pip install triton, or backend='torch'")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"backend is 'triton', but the tensors are on {device.type}: move them to a GPU, or use backend='auto'"
-            )
+            raise ValueError(f"backend is 'triton', but the tensors are on {device.type}: use a GPU, or backend='auto'")
     if name == "cpp" and not (device.type == "cpu" and has_cpp()):
-        raise ValueError(
-            f"backend is 'cpp', but the tensors are on {device} and a compiler is needed: use backend='auto'"
-        )
+        raise ValueError(f"backend is 'cpp', but the tensors are on {device}, or there is no compiler: use 'auto'")
     return name
 
 

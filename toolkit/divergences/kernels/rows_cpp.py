@@ -65,13 +65,14 @@ def run(
     """The `RowKernel` of this module: state in fp32, products in fp32 or bf16."""
     library = _library()
     assert library is not None, "choose_backend asks is_available first"
-    objective, spec, keep = task.objective, task.objective.divergence, []
+    objective, spec = task.objective, task.objective.divergence
+    keep: list[Tensor] = []  # copies, which the kernel reads after `pointer` has returned
 
     def pointer(x: Tensor | None) -> int | None:
         if x is None:
             return None
-        keep.append(x := x.contiguous())
-        return x.data_ptr()
+        keep.append(x.contiguous())
+        return keep[-1].data_ptr()
 
     def head_of(head: Head | None) -> _Head:
         if head is None:
@@ -99,9 +100,8 @@ def _tile(x: Tensor | None) -> _Tile:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     capability = torch.backends.cpu.get_cpu_capability()
-    version = hashlib.sha256(
-        f"{SOURCE.read_text()}{Path(__file__).read_text()}{torch.__version__}".encode()
-    ).hexdigest()[:12]
+    made_of = f"{SOURCE.read_text()}{Path(__file__).read_text()}{torch.__version__}"
+    version = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "distil_rows"
     path = folder / f"rows_{platform.machine()}_{capability.lower()}_{version}.so"
     try:
@@ -128,18 +128,17 @@ def _build(path: Path, capability: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     includes = [part for folder in cpp_extension.include_paths() for part in ("-isystem", folder)]
     libraries = str(Path(torch.__file__).with_name("lib"))
-    macros = (f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}")
-    flags = (
-        (*CAPABILITY_FLAGS[capability], *macros) if capability in CAPABILITY_FLAGS else ("-DCPU_CAPABILITY=DEFAULT",)
-    )
+    flags = ["-DCPU_CAPABILITY=DEFAULT"]
+    if capability in CAPABILITY_FLAGS:
+        macros = f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"
+        flags = [*CAPABILITY_FLAGS[capability], *macros]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         # No contraction: q - p of equal models has to be 0.
         built = Path(folder) / path.name
         subprocess.run(
             [compiler, "-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden",
-             "-ffp-contract=off", *flags,
-             *includes, str(SOURCE), "-o", str(built), f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu",
-             "-lc10"],
+             "-ffp-contract=off", *flags, *includes, str(SOURCE), "-o", str(built), f"-L{libraries}",
+             f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"],
             check=True, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         built.replace(path)

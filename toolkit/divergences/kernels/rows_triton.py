@@ -5,6 +5,8 @@ in blocks of columns; running numbers are kept per lane and reduced once, at the
 """
 
 # ruff: noqa: SIM102, SIM109 - the compiler knows neither `in` nor a condition that is partly a constant
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# The compiler reads annotations as its own types, so a kernel's arguments have none but `constexpr`.
 
 from __future__ import annotations
 
@@ -59,9 +61,8 @@ def launch_arguments(
     out = student_nB if out_nB is None else out_nB
 
     def pointer(x: Tensor | None) -> Tensor:
-        if x is None:
-            return state  # stands for pointers that the kernel does not read
-        return x.contiguous()  # the kernel knows no strides of these
+        # The state stands for pointers that the kernel does not read. It knows no strides of the others.
+        return state if x is None else x.contiguous()
 
     arguments = (
         student_nB, teacher, out, state, pointer(task.alpha_n), pointer(task.weights_n), pointer(task.targets_n),
@@ -204,6 +205,8 @@ def rows_kernel(
     STUDENT_BIAS: tl.constexpr, TEACHER_BIAS: tl.constexpr, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """All passes over row `program_id`: the arguments are those of `launch_arguments`, in its order."""
+    # This program's row of each tile and of the state.
     row = tl.program_id(0)
     student_ptr += row.to(tl.int64) * student_stride
     teacher_ptr += row.to(tl.int64) * teacher_stride
@@ -212,6 +215,7 @@ def rows_kernel(
     lanes = tl.arange(0, BLOCK)
     n_blocks = tl.cdiv(columns, BLOCK)
 
+    # What the divergence needs of this row, and what earlier calls left in its state.
     alpha = 0.0
     log_alpha = 0.0
     log_rest = 0.0
@@ -236,6 +240,7 @@ def rows_kernel(
     x_max = tl.load(state_ptr + MIXED_MAX * state_stride)
     x_sum = tl.load(state_ptr + MIXED_SUM_T * state_stride)
 
+    # STATISTICS: maxima and sums of exponentials, per lane.
     if STATISTICS:
         s_m = tl.full([BLOCK], _LOG_ZERO, tl.float32)
         s_z = tl.zeros([BLOCK], tl.float32)
@@ -272,6 +277,7 @@ def rows_kernel(
                 s_m, s_z = _online(s_m, s_z, s)
             if HAS_TARGETS:
                 at_target = tl.where(offsets == target, s, at_target)
+        # The lanes' numbers become the row's.
         if COOLED:
             _, s_sum_t = _merge(s_max, s_sum_t, s_m, s_zt, temperature)
         s_max, s_sum = _merge(s_max, s_sum, s_m, s_z, 1.0)
@@ -296,6 +302,7 @@ def rows_kernel(
             if (target >= 0) & (target < columns):
                 tl.store(state_ptr + AT_TARGET * state_stride, tl.sum(at_target, 0))
 
+    # The distribution that takes the teacher's place: its own, or taid's mixture.
     p_max = t_max
     p_log_sum = tl.log(t_sum)
     if CODE == TAID:
@@ -303,6 +310,7 @@ def rows_kernel(
         p_log_sum = tl.log(x_sum)
     q_log_sum = tl.log(s_sum_t)
 
+    # SUMS: of f and G, and akl's errors in the teacher's head and outside of it.
     sum_0 = tl.load(state_ptr + SUM_0 * state_stride)
     sum_1 = tl.load(state_ptr + SUM_1 * state_stride)
     sum_2 = tl.load(state_ptr + SUM_2 * state_stride)
@@ -340,6 +348,7 @@ def rows_kernel(
             tl.store(state_ptr + SUM_2 * state_stride, sum_2)
             tl.store(state_ptr + SUM_3 * state_stride, sum_3)
 
+    # GRADIENT: from the sums and from the logits, which are read once more.
     if GRADIENT:
         w = 0.5
         g_total = sum_1

@@ -120,6 +120,7 @@ def _make(
     spare = TokenBatch.from_examples(shards[0][0].examples[:1], vocabulary.pad_id).to(collectives.device())
     for start in range(0, len(missing), world):
         done = len(shards) - len(missing) + start
+        # A shard for each rank, of which some may have none.
         between_shards(done, len(shards), tokens / max(1e-9, time.monotonic() - started_s))
         numbers = missing[start : start + world]
         own = shards[numbers[rank]] if rank < len(numbers) else []
@@ -132,6 +133,8 @@ def _make(
                 teacher.signals([spare])
                 with teacher.head():
                     pass
+
+        # A failure on one rank ends all of them before the next round.
         path = unfinished / _name(numbers[rank]) if own else None
         collectives.together(partial(_write, path, found, vocabulary, form) if path else lambda: None)
         tokens += collectives.sum_over_ranks([sum(len(part["targets"]) for part in found)])[0]
@@ -157,6 +160,7 @@ def _tiles(
     hidden_NH: torch.Tensor, head: Head, vocabulary: Vocabulary, temperature: float, form: Form,
     uniforms_ND: np.ndarray | None,
 ) -> list[Arrays]:  # fmt: skip
+    """What is kept of each tile of positions."""
     found, at = [], 0
     for log_p_nV in log_prob_tiles(hidden_NH, head, vocabulary.size, temperature):
         end = at + len(log_p_nV)
@@ -211,15 +215,14 @@ def _begin(unfinished: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _is_done(unfinished: Path, number: int) -> bool:
+    """Whether the shard is there. Raises ValueError where it is damaged."""
     path = unfinished / _name(number)
-    if not path.is_file():
-        return False
-    read_shard(path)  # raises ValueError where it is damaged
-    return True
+    return path.is_file() and bool(read_shard(path))
 
 
 def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: Mapping[str, Entry]) -> None:
     """Completes the folder, in which all shards are, and gives it its name."""
+    # The manifest, with sums over all shards.
     sums = [(len(shard["keys"]), int(shard["ends"][-1])) for shard in (read_shard(unfinished / name) for name in files)]
     manifest = {
         "format": FORMAT,

@@ -62,10 +62,8 @@ class Form:
         """Raises ValueError for a divergence that cannot be computed, or not without bias, from this form."""
         name, alpha = divergence.name, divergence.alpha
         if name not in WITH_TOP_K:
-            raise ValueError(
-                f"loss.divergence = {name!r} needs the teacher's whole distribution; from a cache: "
-                f"{', '.join(WITH_TOP_K)}"
-            )
+            allowed = ", ".join(WITH_TOP_K)
+            raise ValueError(f"loss.divergence = {name!r} needs the teacher's whole distribution; a cache has {allowed}")
         if self.draws and name != "fkl" and not (name == "skl" and alpha == 0):
             raise ValueError(
                 f"loss.divergence = {name!r} with a cache of {self.draws} draws: counts stand for probabilities only "
@@ -75,6 +73,7 @@ class Form:
     def arrays(self, log_p_nV: Tensor, uniforms: np.ndarray | None) -> Arrays:
         """What is stored of each row of `log_p_nV` (overwritten): per position, or per id ("U_..."). uniforms: [n,
         draws] in [0, 1), for draws alone."""
+        # The most probable tokens, and the mass of all others.
         if self.top_k:
             log_probs_nK, ids_nK = log_p_nV.topk(self.top_k)
             log_tail_n = log_p_nV.scatter_(1, ids_nK, -torch.inf).logsumexp(-1)
@@ -82,6 +81,8 @@ class Form:
                 "U_ids": _numpy(ids_nK).ravel(), "U_log_probs": _half(log_probs_nK).ravel(),
                 "log_tails": _half(log_tail_n),
             }  # fmt: skip
+
+        # Draws: a point in each part of the cumulative distribution, and the tokens that they fall on, counted.
         p_nV = log_p_nV.exp()
         entropy_n = -(p_nV * log_p_nV).sum(-1)
         ends_nV = p_nV.double().cumsum_(-1)  # in fp32 the sum of 10^5 probabilities would move the draws
@@ -105,6 +106,7 @@ class Form:
 
     def signal(self, arrays: Mapping[str, np.ndarray], vocabulary_size: int) -> TopKTeacher:
         """The teacher of the positions whose packed arrays these are."""
+        # The most probable tokens and the tail as they were stored, brought to a sum of 1.
         ids = unpack_ids(arrays["U_ids"])
         if self.top_k:
             log_probs_NK = torch.from_numpy(arrays["U_log_probs"].astype(np.float32)).view(-1, self.top_k)
@@ -113,6 +115,8 @@ class Form:
             tail_mass_N = both[:, -1].double().exp()  # fp32 has nothing below e^-104
             tail_mass_N = tail_mass_N.clamp(min=SMALLEST_MASS).where(log_tail_N1[:, 0] != -torch.inf, 0.0)
             return TopKTeacher(torch.from_numpy(ids).view(-1, self.top_k), both[:, :-1], tail_mass_N)
+
+        # Draws: positions have different numbers of tokens, so the shorter ones are filled up with others of no mass.
         distinct_N = arrays["distinct"].astype(np.int64)
         n, k = len(distinct_N), int(distinct_N.max(initial=1))
         is_drawn_NK = np.arange(k) < distinct_N[:, None]

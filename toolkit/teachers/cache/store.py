@@ -60,10 +60,10 @@ class Text(NamedTuple):
 
 def texts_of(batch: TokenBatch, temperature: float) -> list[Text]:
     """The texts of a batch in the order of its targets, without those in which nothing is predicted."""
-    ids_BT, mask_BT, predicts_BT = (
-        tensor.cpu().numpy() for tensor in (batch.input_ids_BT, batch.attention_mask_BT, batch.predicts_BT)
-    )
+    parts = batch.input_ids_BT, batch.attention_mask_BT, batch.predicts_BT
+    ids_BT, mask_BT, predicts_BT = (tensor.cpu().numpy() for tensor in parts)
     positions_BT = None if batch.position_ids_BT is None else batch.position_ids_BT.cpu().numpy()
+    # A row may hold several texts: positions begin anew with each. The key is a hash of what the answer depends on.
     found = []
     for b, length in enumerate(mask_BT.sum(1)):
         starts = [0] if positions_BT is None else np.flatnonzero(positions_BT[b, :length] == 0).tolist()
@@ -91,6 +91,8 @@ class TeacherCache:
                 f"no finished teacher cache in {folder}; make one with: python -m toolkit cache-teacher RECIPE "
                 f"--top-k 64 --out {folder}"
             )
+
+        # The manifest, whatever is wrong with it.
         self.manifest = read_manifest(folder, FORMAT)
         try:
             self.identity = self.manifest["identity"]
@@ -106,6 +108,8 @@ class TeacherCache:
                 f"{folder / MANIFEST} does not say what a teacher cache's says ({type(error).__name__}: {error}): it "
                 "is damaged; delete the folder and make the cache again"
             ) from error
+
+        # The shards, which are opened when a text of theirs is asked for.
         self.vocabulary_size = self.identity["vocabulary_size"]
         self._paths = [folder / name for name in sorted(self._files)]
         self._shard = functools.lru_cache(OPEN_SHARDS)(read_shard)
@@ -164,15 +168,16 @@ class TeacherCache:
 
         Raises ValueError for a text that is not in the cache.
         """
+        # Where each text lies, by bisection.
         texts = texts_of(batch, temperature)
         wanted = np.array([text.key for text in texts], np.int64)
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         missing = np.flatnonzero(self._keys[at] != wanted)
         if len(missing):
-            raise ValueError(
-                f"{len(missing)} of {len(texts)} texts of a micro-batch are not in the teacher cache {self.folder} at "
-                f"temperature {temperature}"
-            )
+            where = f"the teacher cache {self.folder} at temperature {temperature}"
+            raise ValueError(f"{len(missing)} of {len(texts)} texts of a micro-batch are not in {where}")
+
+        # Their answers one after the other, as the loss takes them.
         parts = [self._answer(self._shard_of[i], self._row_of[i]) for i in at]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         signal = self.form.signal(joined, self.vocabulary_size)
