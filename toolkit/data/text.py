@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
+from toolkit.data.python_docs import python_docs_rows
 from toolkit.data.sources import (
     HUB_FILES,
     SUFFIXES,
@@ -42,14 +43,11 @@ def read_documents(source: Source, field: str) -> Iterator[str]:
     """
     files = local_files(source)
     if files is not None:
-        for row in file_documents([str(file) for file in files], field):
-            yield row["text"]
-        return
-    for where, row in records(source):
-        if source.name == PYTHON_DOCS:
-            yield f"{row['prompt']}\n{row['response']}"
-        elif text := _text_of(row, field, where):
-            yield text
+        yield from (document["text"] for document in file_documents([str(file) for file in files], field))
+    elif source.name == PYTHON_DOCS:
+        yield from (f"{row['prompt']}\n{row['response']}" for row in python_docs_rows(source.split, source.cache_dir))
+    else:
+        yield from filter(None, (_text_of(row, field, where) for where, row in records(source)))
 
 
 def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
@@ -57,11 +55,10 @@ def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]
     for name in files:
         path = Path(name)
         if path.suffix.lower() == ".txt":
-            yield from ({"text": text} for text in _pieces(path) if text.strip())
-            continue
-        for where, row in file_rows(name, path):
-            if text := _text_of(row, field, where):
-                yield {"text": text}
+            texts = (text if text.strip() else "" for text in _pieces(path))
+        else:
+            texts = (_text_of(row, field, where) for where, row in file_rows(name, path))
+        yield from ({"text": text} for text in texts if text)
 
 
 def local_files(source: Source) -> list[Path] | None:
@@ -90,9 +87,9 @@ def local_files(source: Source) -> list[Path] | None:
 def open_stream(source: Source, field: str, rank: int, world: int) -> tuple[Any, str]:
     """A `datasets` stream of this rank's rows, and the field that is their text.
 
-    Of files each rank gets every world-th document. Were files dealt, a rank with a short one would read it several
-    times while another reads a long one once. Shards of the hub are, where their number allows: a rank need not fetch
-    what others read.
+    Of files each rank gets every world-th document. If whole files were dealt, a rank with a short one would read it
+    several times while another reads a long one once. Shards of the hub are dealt, where their number allows, so that
+    a rank need not fetch what others read.
     """
     import datasets
     from datasets.distributed import split_dataset_by_node
@@ -140,22 +137,19 @@ class BlockPacker:
     def add(self, texts: Sequence[str]) -> list[Example]:
         """The blocks that become full."""
         heartbeat.beat()
+        # Documents go behind what was left over, each with one EOS at its end.
         eos = self.tokenizer.eos_token_id
         for ids in self.tokenizer(list(texts), verbose=False)["input_ids"] if texts else ():
             if self.tokens:
                 self.starts.append(len(self.tokens))
             self.tokens += ids if ids[-1:] == [eos] else [*ids, eos]
-        blocks = []
-        tokens, start_index, first = np.array(self.tokens, dtype=np.int32), 0, 0
-        for first in range(0, len(tokens) - self.length + 1, self.length):
-            starts = []
-            while start_index < len(self.starts) and self.starts[start_index] < first + self.length:
-                starts.append(self.starts[start_index] - first)
-                start_index += 1
-            blocks.append(Example(tokens[first : first + self.length], 1, tuple(s for s in starts if s)))
-        first = len(blocks) * self.length
-        self.tokens = self.tokens[first:]
-        self.starts = [start - first for start in self.starts[start_index:] if start > first]
+        # Full blocks are cut off, each with the starts that lie inside of it.
+        tokens, starts = np.array(self.tokens, dtype=np.int32), np.array(self.starts, dtype=np.int64)
+        blocks, used = [], len(tokens) - len(tokens) % self.length
+        for first in range(0, used, self.length):
+            inside = starts[(starts > first) & (starts < first + self.length)] - first
+            blocks.append(Example(tokens[first : first + self.length], 1, tuple(inside.tolist())))
+        self.tokens, self.starts = self.tokens[used:], (starts[starts > used] - used).tolist()
         return blocks
 
     def rest(self) -> list[Example]:
@@ -196,7 +190,8 @@ class TextStream:
                  is_wanted: Callable[[str], bool] = lambda text: True):  # fmt: skip
         self.source, self.field, self.is_wanted = source, field, is_wanted
         self.packer = BlockPacker(tokenizer, length)
-        self._of: tuple[int, int] | None = None  # (rank, world) that it was opened for
+        self._stream: Any = None
+        self._of = 0, 1  # (rank, world) that it is opened for
         self._passes = 0  # that are over
         self._mark: dict[str, Any] = {"source": None, "passes": 0, "tokens": [], "starts": []}
         self._blocks: list[Example] = []
@@ -207,11 +202,11 @@ class TextStream:
 
         Raises ValueError where the stream has no usable text for this rank.
         """
-        if self._of is None:
+        if self._stream is None:
             self._of = rank, world
             self._open(None)
         assert self._of == (rank, world)
-        found = []
+        found: list[Example] = []
         while len(found) < per_rank:
             if self._taken == len(self._blocks):
                 self._refill()
@@ -243,10 +238,10 @@ class TextStream:
                 f"the place in {self.source.name} was written by a version that dealt documents in another way, "
                 "so it says nothing here; start the run over with resume=never"
             )
-        self._of = rank, len(states)
+        self._of, self._passes = (rank, len(states)), state["passes"]
         self.packer.tokens, self.packer.starts = list(state["tokens"]), list(state["starts"])
-        self._passes = state["passes"]
         self._open(state["source"])
+        # The chunk that the blocks in use were made of is read again.
         self._blocks, self._taken = [], 0
         if state["taken"]:
             self._refill()
@@ -255,6 +250,7 @@ class TextStream:
             self._taken = state["taken"]
 
     def _open(self, state: dict[str, Any] | None) -> None:
+        """Begin a pass over the documents, at `state` of the library."""
         self._stream, field = open_stream(self.source, self.field, *self._of)
         if state is not None:
             self._stream.load_state_dict(state)
@@ -262,29 +258,32 @@ class TextStream:
         self._opened_at = state
 
     def _refill(self) -> None:
+        """Replace the blocks, which are all taken, by those of the next chunk of documents that fills any."""
         ends = 0
         while self._taken == len(self._blocks):
+            # What `state_dict` tells is the place before this chunk.
             position = self._stream.state_dict()
             self._mark = {
-                "source": position if position is not None else self._opened_at,
-                "passes": self._passes, "tokens": list(self.packer.tokens), "starts": list(self.packer.starts),
+                "source": position if position is not None else self._opened_at, "passes": self._passes,
+                "tokens": list(self.packer.tokens), "starts": list(self.packer.starts),
             }  # fmt: skip
             texts = take_chunk(self._texts)
-            if not texts:
-                ends += 1
-                if ends == 2:
-                    raise self._no_text(*self._of)
-                self._passes += 1
-                self._open(None)
+            if texts:
+                if ends and local_files(self.source) is None:
+                    self._tell_new_pass()
+                ends, self._blocks, self._taken = 0, self.packer.add(texts), 0
                 continue
-            if ends and local_files(self.source) is None:
-                self._tell_new_pass()
-            ends, self._blocks, self._taken = 0, self.packer.add(texts), 0
+            # The documents are read through: from the first one on again, if there was any.
+            ends += 1
+            if ends == 2:
+                raise self._no_text(*self._of)
+            self._passes += 1
+            self._open(None)
 
     def _no_text(self, rank: int, world: int) -> ValueError:
+        name = self.source.name
         return ValueError(
-            f"{self.source.name}: no usable text for rank {rank} of {world}; use fewer ranks, more text, or "
-            "streaming=false"
+            f"{name}: no usable text for rank {rank} of {world}; use fewer ranks, more text, or streaming=false"
         )
 
     def _tell_new_pass(self) -> None:
@@ -305,6 +304,7 @@ def first_documents(
 
 
 def _texts(rows: Iterable[object], field: str, where: str) -> Iterator[str]:
+    """The texts of a stream's rows, without the empty ones."""
     for row in rows:
         heartbeat.beat()
         if text := _text_of(row, field, where):
@@ -312,6 +312,7 @@ def _texts(rows: Iterable[object], field: str, where: str) -> Iterator[str]:
 
 
 def _text_of(row: object, field: str, where: str) -> str:
+    """A row's text; "" where it is empty or blank."""
     value = field_of(as_object(row, where), field, "the text field (data.text_field, text.field)", where)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; make it a string")
