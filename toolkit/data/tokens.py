@@ -61,9 +61,9 @@ def tokenize_rows(
             name = partial(_name, start + number, row)
             # The ending alone is no prompt, and EOS alone no response.
             if isinstance(text, Refused) or len(prompt) <= layout.prompt_ending or len(response) < 2:
-                what = f"{len(prompt)} prompt and {len(response) - 1} response tokens"
-                what = str(text) if isinstance(text, Refused) else what
                 if config.on_bad_row == "stop":
+                    sizes = f"{len(prompt)} prompt and {len(response) - 1} response tokens"
+                    what = text if isinstance(text, Refused) else sizes
                     raise ValueError(f'{name()}: {what}; mend the row, or set data.on_bad_row to "skip"')
                 found.counts["skipped_bad"] += 1
                 continue
@@ -84,8 +84,8 @@ def _fitted(prompt: list[int], response: list[int], name: Callable[[], str], con
     if len(prompt) > config.max_prompt_length:
         if config.on_long_prompt == "stop":
             raise ValueError(
-                f"{name()}: {len(prompt)} prompt tokens with data.max_prompt_length = {config.max_prompt_length}; raise "
-                'it, or set data.on_long_prompt to "truncate" or "skip"'
+                f"{name()}: {len(prompt)} prompt tokens with data.max_prompt_length = {config.max_prompt_length}; "
+                'raise it, or set data.on_long_prompt to "truncate" or "skip"'
             )
         if config.on_long_prompt == "skip":
             counts["skipped_long_prompts"] += 1
@@ -96,8 +96,8 @@ def _fitted(prompt: list[int], response: list[int], name: Callable[[], str], con
     if len(response) > room:
         if config.on_long_response == "stop":
             raise ValueError(
-                f"{name()}: {len(prompt)} prompt and {len(response)} response tokens (EOS included) with data.max_length "
-                f'= {config.max_length}; raise it, or set data.on_long_response to "truncate" or "skip"'
+                f"{name()}: {len(prompt)} prompt and {len(response)} response tokens (EOS included) with "
+                f'data.max_length = {config.max_length}; raise it, or set data.on_long_response to "truncate" or "skip"'
             )
         if config.on_long_response == "skip":
             counts["skipped_long"] += 1
