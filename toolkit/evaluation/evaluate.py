@@ -214,8 +214,8 @@ class Evaluation:
         found = tokenize_rows(self.rows, loaded.tokenizer, self.request.config.data, loaded.layout)
         if lost := len(self.rows) - len(found.rows):
             raise ValueError(
-                f"{lost} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and an evaluation leaves none out; "
-                'set data.on_long_prompt and data.on_long_response to "truncate", or change the file'
+                f"{lost} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and an evaluation "
+                'leaves none out; set data.on_long_prompt and data.on_long_response to "truncate", or change the file'
             )
         entry["truncated_prompts"] = found.counts["truncated_prompts"]
         # The tokens themselves: template, prefix, fields, lengths and tokenizer all end in them.

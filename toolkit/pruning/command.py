@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from toolkit.models.load import default_cache_dir
 from toolkit.pruning.made import is_at_hand, materialize, prune_model
@@ -25,22 +26,21 @@ def init_student(out: Path, model: ModelConfig, init: InitConfig, data: DataConf
     if text_field is not None:
         data = dataclasses.replace(data, kind="text", text_field=text_field, streaming=not is_at_hand(data.source))
     data.validate()
-    collectives.on_main_rank(lambda: _make(out, model, init, data))
+
+    def make() -> None:
+        path = materialize(model, default_cache_dir(""))
+        made_once(out, lambda folder: _report(prune_model(model, path, init, data, folder)))
+        print(f"student: {out}")
+
+    collectives.on_main_rank(make)
 
 
-def _make(out: Path, model: ModelConfig, init: InitConfig, data: DataConfig) -> None:
-    path = materialize(model, default_cache_dir(""))
-    made_once(out, lambda folder: report(prune_model(model, path, init, data, folder)))
-    print(f"student: {out}")
-
-
-def report(record: dict) -> None:
+def _report(record: dict[str, Any]) -> None:
+    """Prints what the record of a pruned model says: which layers it keeps, and how far it is from its teacher."""
     for choice, kl_nats in record.get("depth_kl_nats", {}).items():
         print(f"layers {choice}: KL {kl_nats:.3f} nats")
-    kept = record["kept"]
-    print(f"kept layers {','.join(map(str, kept['layers']))}")
-    if "calibration" in record:
-        found = record["calibration"]
+    print(f"kept layers {','.join(map(str, record['kept']['layers']))}")
+    if found := record.get("calibration"):
         print(
             f"on {found['rows']} x {found['row_tokens']} tokens of {found['source']}: KL to the teacher "
             f"{found['kl_nats']:.3f} nats, top-1 agreement {found['top1_agreement']:.1%}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PretrainedConfig
 
 from toolkit.pruning.width import spread
 from toolkit.settings import DEPTHS
@@ -22,23 +21,13 @@ def listed(depth: str) -> tuple[int, ...] | None:
 
 
 def choose_layers(depth: str, count: int, keep: int, seed: int) -> tuple[int, ...]:
-    """For a choice that needs no measurement: "even" (first and last stay), "random", or a list.
-
-    Raises ValueError for a list that names layers which are not there.
-    """
-    layers = listed(depth)
-    if layers is not None:
-        check_layers(layers, count)
+    """For a choice that needs no measurement: "even" (first and last stay), "random", or a list."""
+    if (layers := listed(depth)) is not None:
         return layers
     if depth == "even":
         return tuple(spread(count, keep))
     draws = torch.Generator().manual_seed(seed)
     return tuple(torch.randperm(count, generator=draws)[:keep].sort().values.tolist())
-
-
-def check_layers(layers: Sequence[int], count: int) -> None:
-    if not layers or not set(layers) <= set(range(count)):
-        raise ValueError(f"layers {sorted(layers)} are to be kept, but the model has layers 0 to {count - 1}")
 
 
 def best_block(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...], dict[str, float]]:
@@ -67,8 +56,3 @@ def greedy(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...], di
         layer = min(without, key=lambda number: kl_nats[without[number]])
         kept, path[str(layer)] = without[layer], kl_nats[without[layer]]
     return kept, path
-
-
-def per_layer_fields(config: PretrainedConfig, kept: Sequence[int], fields: Sequence[str]) -> dict[str, list]:
-    found = {name: getattr(config, name, None) for name in fields}
-    return {name: [values[layer] for layer in kept] for name, values in found.items() if values}
