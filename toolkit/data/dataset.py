@@ -31,10 +31,8 @@ class PromptDataset:
         return len(self.examples)
 
     def window_examples(self, step: int, rank: int, world: int, per_rank: int) -> list[Example]:
-        """The `per_rank` examples of `rank` at `step` (from 0); ranks 0, 1, ... joined: the global batch.
-
-        Raises ValueError if the global batch is larger than the data set, and for a step, rank or size out of range.
-        """
+        """The `per_rank` examples of `rank` at `step` (from 0); ranks 0, 1, ... joined: the global batch. Raises
+        ValueError if the global batch is larger than the data set, and for a step, rank or size out of range."""
         if step < 0 or per_rank < 1 or not 0 <= rank < world:
             raise ValueError(
                 f"step = {step}, rank = {rank}, world = {world}, per_rank = {per_rank}; "

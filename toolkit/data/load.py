@@ -83,11 +83,9 @@ def load_text(
     cache_dir: str | None = None,
     token_cache: Path | None = None,
 ) -> tuple[Sequence[Example] | TextStream | None, str]:
-    """The blocks of plain text that are learned beside the distillation, and the hash of their tokens (of a stream:
-    of its files' names and sizes and its tokenizer); (None, "") where the config names no source.
-
-    Raises ValueError for anything wrong with the settings or the text.
-    """
+    """The blocks of plain text that are learned beside the distillation, and the hash of their tokens (of a stream: of
+    its files' names and sizes and its tokenizer); (None, "") where the config names no source. Raises ValueError for
+    anything wrong with the settings or the text."""
     config.validate()
     if not config.source:
         return None, ""
@@ -112,9 +110,7 @@ def load_text(
 
 def split_rows(rows: list[Row], validation_fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """(train, validation) by a hash of prompt and input: equal prompts are on one side, and row order does not matter.
-
-    Raises ValueError if one side would be empty.
-    """
+    Raises ValueError if one side would be empty."""
     keys = [hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['input']}".encode()).digest() for row in rows]
     last = sorted(keys)[max(1, round(len(rows) * validation_fraction)) - 1]
     train = [row for row, key in zip(rows, keys, strict=True) if key > last]

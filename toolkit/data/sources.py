@@ -78,7 +78,6 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
 
     `is_validation` picks the validation split where a source has splits ("python_docs", the hub). Without it, rows
     whose prompts are in the papers' test of a set known by name are skipped: its file for training may hold them too.
-
     Raises ValueError, naming the source and the line or row, for a missing or empty file, a broken line, a row without
     a field, prompt or response (unless config.on_bad_row is "skip"), and where no usable row is left.
     """

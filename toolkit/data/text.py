@@ -37,10 +37,8 @@ CHUNK_DOCUMENTS = 1024
 
 def read_documents(source: Source, field: str) -> Iterator[str]:
     """The texts of a file (.txt: the whole of it; others: `field` of each row), of a folder of files, or of a hub name.
-    Empty ones are left out.
-
-    Raises ValueError, naming the place, for what is missing, cannot be read, or has no such field.
-    """
+    Empty ones are left out. Raises ValueError, naming the place, for what is missing, cannot be read, or has no such
+    field."""
     files = local_files(source)
     if files is not None:
         yield from (document["text"] for document in file_documents([str(file) for file in files], field))
@@ -63,10 +61,7 @@ def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]
 
 def local_files(source: Source) -> list[Path] | None:
     """The files of a file's or folder's name, or the one of a hub set that is named; None for a hub name or a built-in
-    set.
-
-    Raises ValueError for what is missing, a folder without text and an unknown ending.
-    """
+    set. Raises ValueError for what is missing, a folder without text and an unknown ending."""
     if source.name.startswith(HUB_FILES):
         return [hub_file(source)]
     path = Path(source.name).expanduser()
@@ -122,9 +117,8 @@ class BlockPacker:
     """Documents in, blocks of exactly `length` tokens out; what is left over waits for the next documents.
 
     A document that passes the end of a block goes on in the next one as a text of its own, whose first token is not
-    predicted. The tokenizer's BOS, where it sets one, begins each document, EOS ends it.
-
-    Raises ValueError if the tokenizer has no EOS.
+    predicted. The tokenizer's BOS, where it sets one, begins each document, EOS ends it. Raises ValueError if the
+    tokenizer has no EOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
@@ -199,9 +193,7 @@ class TextStream:
 
     def window_examples(self, step: int, rank: int, world: int, per_rank: int) -> list[Example]:
         """The next blocks of `rank`, whatever the step: steps come in order, and a resumed run has loaded its state.
-
-        Raises ValueError where the stream has no usable text for this rank.
-        """
+        Raises ValueError where the stream has no usable text for this rank."""
         if self._stream is None:
             self._of = rank, world
             self._open(None)
@@ -215,10 +207,8 @@ class TextStream:
         return found
 
     def check(self, rank: int, world: int) -> None:
-        """Read one document, as `rank` will, from a stream of its own: the place in this one stays as it is.
-
-        Raises ValueError where there is none, or the source cannot be read.
-        """
+        """Read one document, as `rank` will, from a stream of its own: the place in this one stays as it is. Raises
+        ValueError where there is none, or the source cannot be read."""
         rows, field = open_stream(self.source, self.field, rank, world)
         if next(filter(self.is_wanted, _texts(rows, field, self.source.name)), None) is None:
             raise self._no_text(rank, world)
@@ -228,10 +218,7 @@ class TextStream:
         return {**self._mark, "taken": self._taken}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]], rank: int) -> None:
-        """Go on from the states of all ranks.
-
-        Raises ValueError where the stream is not that of these states.
-        """
+        """Go on from the states of all ranks. Raises ValueError where the stream is not that of these states."""
         state = states[rank]
         if "passes" not in state:
             raise ValueError(

@@ -38,11 +38,9 @@ def tokenize_rows(
     A prompt longer than max_prompt_length goes by config.on_long_prompt; what is left of one that is cut is up to the
     layout of the model's rows, as is what ends a prompt. A response and its EOS that do not fit into max_length go by
     config.on_long_response. Prompt and response are tokenized apart: a generated response continues just the prompt ids
-    that training has seen.
-
-    Raises ValueError if the tokenizer has no EOS, if the marker does not fit into max_prompt_length, for a row without
-    tokens or with turns that the chat template refuses (on_bad_row "stop"), and for a long prompt or response
-    (on_long_prompt, on_long_response "stop").
+    that training has seen. Raises ValueError if the tokenizer has no EOS, if the marker does not fit into
+    max_prompt_length, for a row without tokens or with turns that the chat template refuses (on_bad_row "stop"), and
+    for a long prompt or response (on_long_prompt, on_long_response "stop").
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(

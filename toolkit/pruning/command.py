@@ -16,9 +16,8 @@ from toolkit.storage.appear import made_once
 def init_student(out: Path, model: ModelConfig, init: InitConfig, data: DataConfig, text_field: str | None) -> None:
     """Writes the part of `model` that `init` asks for to the folder `out`, by calibration text of `data`. Collective.
 
-    text_field: the field to read `data.source` as plain text from; None reads prompts and answers.
-
-    Raises ValueError for wrong input; nothing is left behind then.
+    text_field: the field to read `data.source` as plain text from; None reads prompts and answers. Raises ValueError
+    for wrong input; nothing is left behind then.
     """
     if out.exists():
         raise ValueError(f"{out} is there already; name another folder, or delete it")

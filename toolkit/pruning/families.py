@@ -30,8 +30,7 @@ Axes = tuple[str | None, ...]
 class Family:
     """layers, norm: path of the layers and of the last norm in the base model. axes: of each parameter, what its
     dimensions count. norms: of a layer, by name. heads_out, mlp_out: the modules whose inputs are the heads' and the
-    channels' activations. heads_fill_hidden: hidden size = heads x head size, always (no head_dim of its own).
-    """
+    channels' activations. heads_fill_hidden: hidden size = heads x head size, always (no head_dim of its own)."""
 
     layers: str
     norm: str

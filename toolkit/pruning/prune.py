@@ -27,10 +27,8 @@ from toolkit.storage.manifest import sha256
 
 
 def leave_out_layers(path: str, dropped: Sequence[int], folder: Path, trust_remote_code: bool = False) -> None:
-    """Write the model in the folder `path` without the layers `dropped` into `folder`.
-
-    Raises ValueError for layers that are not there, and for a result that does not load and generate.
-    """
+    """Write the model in the folder `path` without the layers `dropped` into `folder`. Raises ValueError for layers
+    that are not there, and for a result that does not load and generate."""
     source = Path(path)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     count = layer_count(config)

@@ -32,10 +32,8 @@ Watch = Callable[[int, nn.Module], AbstractContextManager[None]]
 
 class Weights:
     """The tensors of a folder of safetensors files, by name; nothing is kept in memory. Of a folder without any, those
-    of its pytorch_model*.bin, mapped too and read without running what is pickled in them.
-
-    Raises ValueError where the folder has neither, or a file is damaged.
-    """
+    of its pytorch_model*.bin, mapped too and read without running what is pickled in them. Raises ValueError where the
+    folder has neither, or a file is damaged."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -35,9 +35,7 @@ def write_part(
 ) -> None:
     """The layers `kept`, renumbered, each parameter as `cut(name, tensor)` leaves it, `changes` in the configuration,
     and the other files beside the weights (tokenizer, chat template, generation settings). One shard is in memory.
-
-    Raises ValueError where the layers' names are not known.
-    """
+    Raises ValueError where the layers' names are not known."""
     _write_shards(folder, _kept_parameters(weights, config, kept, cut))
     # The configuration: the number of layers, what it says of each one, and the changes.
     depth = {"num_hidden_layers": len(kept)} | ({"num_decoder_layers": len(kept)} if config.is_encoder_decoder else {})
