@@ -99,8 +99,7 @@ def load_text(
 
     key: dict[str, Any] = {}
     if token_cache:
-        names = ("field", "max_length", "max_rows")
-        key = {name: getattr(config, name) for name in names}
+        key = {name: getattr(config, name) for name in ("field", "max_length", "max_rows")}
         key |= {"text": content_sha256(source), "tokenizer": tokenizer_sha256(tokenizer)}
     part = cached(token_cache, key, build)["text"]
     if not part.examples:
@@ -169,16 +168,13 @@ def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     def is_validation(text: str) -> bool:
         return is_held_out(text, config.validation_fraction, seed)
 
-    source, validation = (
-        Source.of(config, config.source, False),
-        Source.of(config, own or config.source, own is not None),
-    )
+    source = Source.of(config, config.source, False)
     if own is None:
         stream = TextStream(source, field, tokenizer, length, lambda text: not is_validation(text))
-        held_out = first_documents(validation, field, STREAM_VALIDATION_DOCUMENTS, is_validation)
+        held_out = first_documents(source, field, STREAM_VALIDATION_DOCUMENTS, is_validation)
     else:
         stream = TextStream(source, field, tokenizer, length)
-        held_out = first_documents(validation, field, STREAM_VALIDATION_DOCUMENTS)
+        held_out = first_documents(Source.of(config, own, True), field, STREAM_VALIDATION_DOCUMENTS)
     part = cached(None, {}, lambda: {"validation": Part(blocks(held_out, tokenizer, length))})["validation"]
     if not part.examples:
         raise ValueError(f"{own or source.name}: no validation text in it; raise data.validation_fraction")

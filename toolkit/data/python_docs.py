@@ -186,7 +186,7 @@ def _modules() -> Iterator[types.ModuleType]:
 
 
 SIGNATURE = re.compile(r"^[\w.]+ ?\((?:[^()]|\([^()]*\))*\)(?: *(?:->|=>) *[^.:]*?)?(?: *(?:--|:) *(?P<rest>\S.*))?$")
-NOT_PROSE = re.compile(
+NOT_PROSE = re.compile(  # code, markup, addresses, tables
     r">>>|\.\. \w|@\w+|:param|:return|Args:|Copyright|\b0x[0-9a-f]{6}|https?://|[{}|<>]|\s{3}|={3}|-{3}|\$"
 )
 

@@ -117,19 +117,18 @@ def _chat_marker(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
     try:
         text = _chat(tokenizer, Row(prompt=probe, input="", response=""), config)
     except Refused as error:
-        raise ValueError(
-            f'{error}; change data.system ({config.system!r}), or set data.template to "alpaca" or "plain"'
-        ) from error
+        advice = f'change data.system ({config.system!r}), or set data.template to "alpaca" or "plain"'
+        raise ValueError(f"{error}; {advice}") from error
+    # A setting that the template passes over would be lost without a word.
+    theirs = f"the chat template of {tokenizer.name_or_path!r}"
     for name in config.template_args:
         if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
-            raise ValueError(
-                f"data.template_args = {config.template_args!r}, but the chat template of {tokenizer.name_or_path!r} "
-                f"does not read {name!r}; mend the name, or take it out"
-            )
+            told = f"data.template_args = {config.template_args!r}, but {theirs} does not read {name!r}"
+            raise ValueError(f"{told}; mend the name, or take it out")
     if config.system.strip() not in text:
         raise ValueError(
-            f"data.system = {config.system!r}, but the chat template of {tokenizer.name_or_path!r} leaves out a system "
-            'turn; set data.system to "", or write it into the prompts (data.prefix)'
+            f"data.system = {config.system!r}, but {theirs} leaves out a system turn; set data.system to "
+            '"", or write it into the prompts (data.prefix)'
         )
     return text.rpartition(probe)[2]
 

@@ -13,24 +13,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
+from toolkit.data import sources
 from toolkit.data.python_docs import python_docs_rows
-from toolkit.data.sources import (
-    HUB_FILES,
-    SUFFIXES,
-    Source,
-    as_object,
-    field_of,
-    file_rows,
-    files_below,
-    hub_file,
-    load_table,
-    looks_like_path,
-    records,
-)
+from toolkit.data.sources import HUB_FILES, Source
 from toolkit.ranks import heartbeat
 from toolkit.settings import PYTHON_DOCS
 
-TEXT_SUFFIXES = (".txt", *SUFFIXES)
+TEXT_SUFFIXES = (".txt", *sources.SUFFIXES)
 CHUNK_CHARACTERS = 2**20  # tokenised in one call; a longer .txt file becomes several documents
 CHUNK_DOCUMENTS = 1024
 
@@ -45,7 +34,7 @@ def read_documents(source: Source, field: str) -> Iterator[str]:
     elif source.name == PYTHON_DOCS:
         yield from (f"{row['prompt']}\n{row['response']}" for row in python_docs_rows(source.split, source.cache_dir))
     else:
-        yield from filter(None, (_text_of(row, field, where) for where, row in records(source)))
+        yield from filter(None, (_text_of(row, field, where) for where, row in sources.records(source)))
 
 
 def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]:
@@ -55,7 +44,7 @@ def file_documents(files: Sequence[str], field: str) -> Iterator[dict[str, str]]
         if path.suffix.lower() == ".txt":
             texts = (text if text.strip() else "" for text in _pieces(path))
         else:
-            texts = (_text_of(row, field, where) for where, row in file_rows(name, path))
+            texts = (_text_of(row, field, where) for where, row in sources.file_rows(name, path))
         yield from ({"text": text} for text in texts if text)
 
 
@@ -63,19 +52,18 @@ def local_files(source: Source) -> list[Path] | None:
     """The files of a file's or folder's name, or the one of a hub set that is named; None for a hub name or a built-in
     set. Raises ValueError for what is missing, a folder without text and an unknown ending."""
     if source.name.startswith(HUB_FILES):
-        return [hub_file(source)]
+        return [sources.hub_file(source)]
     path = Path(source.name).expanduser()
-    is_path = looks_like_path(source.name, path) or path.suffix.lower() == ".txt"
+    is_path = sources.looks_like_path(source.name, path) or path.suffix.lower() == ".txt"
     if source.name == PYTHON_DOCS or not is_path:
         return None
+    seen = f"(looked at {path.absolute()})"
     if not path.exists():
-        raise ValueError(
-            f"{source.name}: the file is missing (looked at {path.absolute()}); give the path of a file or a folder"
-        )
-    found = [file for file in files_below(path) if file.suffix.lower() in TEXT_SUFFIXES]
+        raise ValueError(f"{source.name}: the file is missing {seen}; give the path of a file or a folder")
+    found = [file for file in sources.files_below(path) if file.suffix.lower() in TEXT_SUFFIXES]
     if not found:
         what = "holds no file with" if path.is_dir() else "has none of"
-        raise ValueError(f"{source.name}: {what} the endings {', '.join(TEXT_SUFFIXES)} (looked at {path.absolute()})")
+        raise ValueError(f"{source.name}: {what} the endings {', '.join(TEXT_SUFFIXES)} {seen}")
     return found
 
 
@@ -93,7 +81,7 @@ def open_stream(source: Source, field: str, rank: int, world: int) -> tuple[Any,
         raise ValueError(f"{PYTHON_DOCS!r} is not streamed, it is small; set streaming=false")
     files = local_files(source)
     if files is None:
-        return split_dataset_by_node(load_table(source, streaming=True), rank, world), field
+        return split_dataset_by_node(sources.load_table(source, streaming=True), rank, world), field
     settings = {"files": [str(file) for file in files], "field": field}
     documents = datasets.IterableDataset.from_generator(file_documents, gen_kwargs=settings)
     return split_dataset_by_node(documents, rank, world, strategy="examples"), "text"
@@ -268,10 +256,8 @@ class TextStream:
             self._open(None)
 
     def _no_text(self, rank: int, world: int) -> ValueError:
-        name = self.source.name
-        return ValueError(
-            f"{name}: no usable text for rank {rank} of {world}; use fewer ranks, more text, or streaming=false"
-        )
+        what = f"{self.source.name}: no usable text for rank {rank} of {world}"
+        return ValueError(f"{what}; use fewer ranks, more text, or streaming=false")
 
     def _tell_new_pass(self) -> None:
         warnings.warn(
@@ -300,7 +286,8 @@ def _texts(rows: Iterable[object], field: str, where: str) -> Iterator[str]:
 
 def _text_of(row: object, field: str, where: str) -> str:
     """A row's text; "" where it is empty or blank."""
-    value = field_of(as_object(row, where), field, "the text field (data.text_field, text.field)", where)
+    found = sources.as_object(row, where)
+    value = sources.field_of(found, field, "the text field (data.text_field, text.field)", where)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; make it a string")
     return value if value and value.strip() else ""

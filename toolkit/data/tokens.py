@@ -43,9 +43,7 @@ def tokenize_rows(
     for a long prompt or response (on_long_prompt, on_long_response "stop").
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token; a student could not learn to stop"
-        )
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no EOS token; no student could learn to stop")
     template = get_template(config.template)
     _check_marker(template, tokenizer, config, layout)
     found = Tokenized([], [], Counter())

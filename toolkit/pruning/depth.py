@@ -36,9 +36,8 @@ def best_block(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...]
     Returns (layers to keep, KL in nats by "first-last" layer of the block left out).
     """
     size = count - keep
-    choices = {
-        start: tuple(layer for layer in range(count) if not start <= layer < start + size) for start in range(keep + 1)
-    }
+    starts = range(keep + 1)
+    choices = {at: tuple(layer for layer in range(count) if not at <= layer < at + size) for at in starts}
     kl_nats = measure(list(choices.values()))
     best = min(choices.values(), key=kl_nats.__getitem__)
     return best, {f"{start}-{start + size - 1}": kl_nats[choice] for start, choice in choices.items()}

@@ -119,9 +119,8 @@ def layer_count(config: PretrainedConfig) -> int:
     """Of one stack. Raises ValueError for encoder-decoders other than T5, and where the two stacks differ."""
     if config.is_encoder_decoder:
         if config.model_type not in ENCODER_DECODERS:
-            raise ValueError(
-                f"layers of encoder-decoders are known for {', '.join(ENCODER_DECODERS)}, not for {config.model_type!r}"
-            )
+            known = ", ".join(ENCODER_DECODERS)
+            raise ValueError(f"layers of encoder-decoders are known for {known}, not for {config.model_type!r}")
         if config.num_decoder_layers != config.num_layers:
             raise ValueError(
                 f"this {config.model_type} has {config.num_layers} encoder and {config.num_decoder_layers} decoder "

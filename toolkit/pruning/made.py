@@ -107,9 +107,8 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ValueError(
-            f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); copy them there, or ask for random_weights=true"
-        )
+        known = " or ".join(WEIGHT_FILES)
+        raise ValueError(f"{folder} has no weights ({known}); copy them there, or ask for random_weights=true")
     for file in folder.glob(SAFETENSORS):
         try:
             with safe_open(file, framework="pt"):

@@ -49,9 +49,7 @@ def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
         if not 1 <= ours <= theirs:
             raise ValueError(f"{name} = {ours}, but the teacher has {theirs}; give a number from 1 to {theirs}")
     if student.heads % student.kv_heads:
-        raise ValueError(
-            f"heads = {student.heads} is not a multiple of kv_heads = {student.kv_heads}; change one of them"
-        )
+        raise ValueError(f"heads = {student.heads} is not a multiple of kv_heads = {student.kv_heads}; change one")
     if family.heads_fill_hidden and student.kv_heads != student.heads:
         raise ValueError(
             f"kv_heads = {student.kv_heads}, but this architecture has as many key-value heads as heads "

@@ -39,9 +39,8 @@ def write_part(
     _write_shards(folder, _kept_parameters(weights, config, kept, cut))
     # The configuration: the number of layers, what it says of each one, and the changes.
     depth = {"num_hidden_layers": len(kept)} | ({"num_decoder_layers": len(kept)} if config.is_encoder_decoder else {})
-    per_layer = {
-        name: [values[layer] for layer in kept] for name in PER_LAYER_FIELDS if (values := getattr(config, name, None))
-    }
+    listed = {name: values for name in PER_LAYER_FIELDS if (values := getattr(config, name, None))}
+    per_layer = {name: [values[layer] for layer in kept] for name, values in listed.items()}
     all_changes = {**depth, **per_layer, **(changes or {})}
     changed = {config.attribute_map.get(name, name): value for name, value in all_changes.items()}
     type(config).from_dict(config.to_dict() | changed).save_pretrained(folder)
@@ -72,9 +71,8 @@ def _kept_parameters(
         yield new_name, cut(name, weights.tensor(name))
         heartbeat.beat()
     if renumbered != set(number.values()):
-        raise ValueError(
-            f"the layers of {weights.folder} ({config.model_type}) are not named as known, so they cannot be left out"
-        )
+        what = f"the layers of {weights.folder} ({config.model_type})"
+        raise ValueError(f"{what} are not named as known, so they cannot be left out")
 
 
 def _write_shards(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -112,9 +110,8 @@ def try_out(folder: Path, trust_remote_code: bool = False) -> None:
     config_file = json.loads((folder / "config.json").read_text())
     kind = AutoModelForSeq2SeqLM if config_file.get("is_encoder_decoder") else AutoModelForCausalLM
     try:
-        loaded: Any = kind.from_pretrained(
-            folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        how = dict(dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True)
+        loaded: Any = kind.from_pretrained(folder, **how)
         model, found = loaded
         # Extra tensors, such as masks that older versions of transformers saved, are in the teacher as well.
         wrong = {name: sorted(map(str, values)) for name, values in found.items() if values and name != UNEXPECTED}
