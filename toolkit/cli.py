@@ -126,7 +126,7 @@ def init_student(
     """
 
     def work() -> None:
-        from toolkit.pruning.command import init_student
+        from toolkit.pruning.made import init_student
 
         model = ModelConfig(path=teacher, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
         init = InitConfig(

@@ -77,16 +77,14 @@ def python_docs_rows(split: str, cache_dir: str | None = None) -> list[dict[str,
     """
     if split not in SPLITS:
         raise ValueError(f"python_docs has no split {split!r}; it has {', '.join(SPLITS)}")
-    return [dict(row) for row in _all_rows(cache_dir) if (split == "validation") == _is_validation(row)]
+    # A draw for each top-level module decides where its rows are.
+    draws = ((row, _draw(row["module"].split(".")[0], "split") % 100) for row in _all_rows(cache_dir))
+    return [dict(row) for row, draw in draws if (split == "validation") == (draw < 5)]
 
 
 def _draw(name: str, purpose: str) -> int:
     """A fixed number for a name; Python's own hash changes from run to run."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:8], "big")
-
-
-def _is_validation(row: dict[str, str]) -> bool:
-    return _draw(row["module"].split(".")[0], "split") % 100 < 5
 
 
 @functools.lru_cache(maxsize=4)

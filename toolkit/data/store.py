@@ -50,7 +50,11 @@ class StoredExamples(Sequence[Example]):
     def __init__(self, folder: Path):
         load = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "prompts", "start_ends")}
         self._ends, self._prompts, self._start_ends = load["ends"], load["prompts"], load["start_ends"]
-        self._tokens, self._starts = (_mapped(folder / f"{name}.bin") for name in ("tokens", "starts"))
+        for name in ("tokens", "starts"):
+            file = folder / f"{name}.bin"
+            is_empty = not file.stat().st_size  # which cannot be mapped
+            load[name] = np.empty(0, dtype=np.int32) if is_empty else np.memmap(file, dtype=np.int32, mode="r")
+        self._tokens, self._starts = load["tokens"], load["starts"]
         if len(self) and (self._ends[-1], self._start_ends[-1]) != (len(self._tokens), len(self._starts)):
             raise ValueError(f"{folder}: its files do not belong together")
 
@@ -179,7 +183,3 @@ def _remove_damaged(entry: Path) -> None:
             moved.rename(entry)
             return
     shutil.rmtree(moved, ignore_errors=True)
-
-
-def _mapped(file: Path) -> np.ndarray:
-    return np.memmap(file, dtype=np.int32, mode="r") if file.stat().st_size else np.empty(0, dtype=np.int32)

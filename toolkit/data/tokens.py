@@ -54,7 +54,7 @@ def tokenize_rows(
         responses = _ids([row["response"] for row in chunk], tokenizer)
         for number, (row, text, prompt, response) in enumerate(zip(chunk, texts, prompts, responses, strict=True), 1):
             response = response if response[-1:] == [tokenizer.eos_token_id] else [*response, tokenizer.eos_token_id]
-            name = partial(_name, start + number, row)
+            name = partial("usable row {} ({!r:.60})".format, start + number, row["prompt"])
             # The ending alone is no prompt, and EOS alone no response.
             if isinstance(text, Refused) or len(prompt) <= layout.prompt_ending or len(response) < 2:
                 if config.on_bad_row == "stop":
@@ -68,10 +68,6 @@ def tokenize_rows(
                 found.examples.append(example)
                 found.rows.append(row)
     return found
-
-
-def _name(number: int, row: Row) -> str:
-    return f"usable row {number} ({row['prompt']!r:.60})"
 
 
 def _fitted(prompt: list[int], response: list[int], name: Callable[[], str], config: DataConfig, counts: Counter[str],
@@ -113,8 +109,10 @@ def _prompt_text(template: Template, tokenizer: PreTrainedTokenizerBase, row: Ro
 def _prompt_ids(
     texts: list[str | Refused], template: Template, tokenizer: PreTrainedTokenizerBase, layout: RowLayout
 ) -> list[list[int]]:
-    """Whole, with BOS where the tokenizer puts it, ended as the layout has it."""
-    bos = _bos(template, tokenizer)
+    """Whole, with BOS where the tokenizer begins a text with it and the template does not, ended as the layout has it.
+    An EOS that the tokenizer adds is unwanted."""
+    begins = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = [tokenizer.bos_token_id] if begins and not template.has_specials else []
     found = _ids(["" if isinstance(text, Refused) else text for text in texts], tokenizer)
     return [layout.end_prompt(ids if ids[:1] == bos else bos + ids, tokenizer) for ids in found]
 
@@ -122,12 +120,6 @@ def _prompt_ids(
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     heartbeat.beat()
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _bos(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer begins a text with it and the template does not. An EOS it adds is unwanted."""
-    begins = tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id] if begins and not template.has_specials else []
 
 
 def _check_marker(
