@@ -125,17 +125,18 @@ def _checked(record: object, where: str, config: DataConfig) -> Row:
     found = _flattened(as_object(record, where), where)
     if config.messages_field is not None:
         return _conversation(field_of(found, config.messages_field, "data.messages_field", where, True), where)
-    row = Row(prompt="", input="", response="")
+    row: Any = {}  # a Row, field by field
     fields = {"prompt": config.prompt_field, "input": config.input_field, "response": config.response_field}
     for name, field in fields.items():
         if field is None:
+            row[name] = ""
             continue
         value = field_of(found, field, f"data.{name}_field", where, True)
         # Of several responses the first is learned, and all are references.
         if name == "response" and isinstance(value, list) and all(isinstance(text, str) for text in value):
             row["references"] = [text for text in value if text.strip()]
             value = next(iter(row["references"]), "")
-        row[name] = _text(value, name, field, where)  # type: ignore[literal-required]  # a key of `fields`
+        row[name] = _text(value, name, field, where)
     return row
 
 
