@@ -21,7 +21,9 @@ MOVED = {
 class Aliases(MetaPathFinder, Loader):
     """Finds a module of `MOVED` under its former name, as the very module that it is now."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """None for any other module."""
         return ModuleSpec(name, self) if name in MOVED else None
 

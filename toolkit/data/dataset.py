@@ -13,12 +13,10 @@ from toolkit.batch import Example
 class PromptDataset:
     """Training examples in a seeded order, a new permutation each epoch.
 
-    The order is one endless sequence of rows; step s takes rows [s * batch, (s + 1) * batch) of it, where
-    batch is world * per_rank. So a step's rows, and their order over all ranks, do not depend on the number
-    of ranks or on the micro-batch size, a batch that passes the end of an epoch goes on with the next one,
-    and a resumed run needs only the step.
-
-    Raises ValueError for no examples or a negative seed.
+    The order is one endless sequence of rows; step s takes rows [s * batch, (s + 1) * batch) of it, where batch is
+    world * per_rank. So a step's rows, and their order over all ranks, do not depend on the number of ranks or on the
+    micro-batch size, a batch that passes the end of an epoch goes on with the next one, and a resumed run needs only
+    the step. Raises ValueError for no examples or a negative seed.
     """
 
     def __init__(self, examples: Sequence[Example], seed: int) -> None:
@@ -33,11 +31,8 @@ class PromptDataset:
         return len(self.examples)
 
     def window_examples(self, step: int, rank: int, world: int, per_rank: int) -> list[Example]:
-        """The `per_rank` examples of `rank` at `step` (from 0); ranks 0, 1, ... joined: the global batch.
-
-        Raises ValueError if the global batch world * per_rank is larger than the data set, and for a step,
-        rank or size out of range.
-        """
+        """The `per_rank` examples of `rank` at `step` (from 0); ranks 0, 1, ... joined: the global batch. Raises
+        ValueError if the global batch is larger than the data set, and for a step, rank or size out of range."""
         if step < 0 or per_rank < 1 or not 0 <= rank < world:
             raise ValueError(
                 f"step = {step}, rank = {rank}, world = {world}, per_rank = {per_rank}; "
@@ -45,16 +40,11 @@ class PromptDataset:
             )
         if world * per_rank > len(self):
             raise ValueError(
-                f"a global batch of {world * per_rank} rows ({world} ranks x {per_rank}) with "
-                f"{len(self)} training rows; "
-                "use more data, fewer ranks, or a smaller batch"
+                f"a global batch of {world * per_rank} rows ({world} ranks x {per_rank}) with {len(self)} training "
+                "rows; use more data, fewer ranks, or a smaller batch"
             )
         start = (step * world + rank) * per_rank
         return [self._at(position) for position in range(start, start + per_rank)]
-
-    def epoch(self, step: int, batch_size: int) -> float:
-        """Epochs completed before `step` with this global batch size."""
-        return step * batch_size / len(self)
 
     def _at(self, position: int) -> Example:
         epoch, index = divmod(position, len(self))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import DECODER_ONLY, Example, RowLayout
 from toolkit.data.minillm import LAYOUT, has_test
-from toolkit.data.sources import Source, as_it_reads, content_sha256, load_rows
+from toolkit.data.sources import Row, Source, as_it_reads, content_sha256, load_rows
 from toolkit.data.store import Part, cached, tokenizer_sha256
 from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_identity
 from toolkit.data.tokens import tokenize_rows
@@ -36,7 +36,7 @@ class Data:
 
     train: Sequence[Example] | TextStream
     validation: Sequence[Example]
-    validation_rows: list[dict]
+    validation_rows: list[Row]
     counts: dict[str, int]
     sha256: str
 
@@ -57,18 +57,22 @@ def load_data(
     config.validate()
     if config.kind == "text" and config.streaming:
         return _streamed(config, tokenizer, seed)
+
+    def build() -> dict[str, Part]:
+        if config.kind == "text":
+            return _text_parts(config, tokenizer, seed)
+        return _row_parts(config, tokenizer, seed, layout)
+
     key = _key(config, tokenizer, seed) | {"layout": layout.name} if token_cache else {}
-    if config.kind == "text":
-        parts = cached(token_cache, key, lambda: _text_parts(config, tokenizer, seed))
-    else:
-        parts = cached(token_cache, key, lambda: _row_parts(config, tokenizer, seed, layout))
-    counts = {}
-    for name in ("train", "validation"):
-        if not len(parts[name].examples):
-            raise ValueError(f"{config.source}: no {name} text is left; use more documents")
-        counts[f"{name}_rows"] = len(parts[name].examples)
-        counts |= {f"{name}_{what}": count for what, count in parts[name].counts.items()}
+    parts = cached(token_cache, key, build)
     train, validation = parts["train"], parts["validation"]
+    # What the run's report says of them, and one hash for both.
+    counts = {}
+    for name, part in (("train", train), ("validation", validation)):
+        if not part.examples:
+            raise ValueError(f"{config.source}: no {name} text is left; use more documents")
+        counts[f"{name}_rows"] = len(part.examples)
+        counts |= {f"{name}_{what}": count for what, count in part.counts.items()}
     both = hashlib.sha256(f"{train.sha256} {validation.sha256}".encode()).hexdigest()
     return Data(train.examples, validation.examples, list(validation.rows), counts, both)
 
@@ -79,11 +83,9 @@ def load_text(
     cache_dir: str | None = None,
     token_cache: Path | None = None,
 ) -> tuple[Sequence[Example] | TextStream | None, str]:
-    """The blocks of plain text that are learned beside the distillation, and the hash of their tokens (of a stream:
-    of its files' names and sizes and its tokenizer); (None, "") where the config names no source.
-
-    Raises ValueError for anything wrong with the settings or the text.
-    """
+    """The blocks of plain text that are learned beside the distillation, and the hash of their tokens (of a stream: of
+    its files' names and sizes and its tokenizer); (None, "") where the config names no source. Raises ValueError for
+    anything wrong with the settings or the text."""
     config.validate()
     if not config.source:
         return None, ""
@@ -97,21 +99,17 @@ def load_text(
 
     key: dict[str, Any] = {}
     if token_cache:
-        names = ("field", "max_length", "max_rows")
-        key = {name: getattr(config, name) for name in names}
+        key = {name: getattr(config, name) for name in ("field", "max_length", "max_rows")}
         key |= {"text": content_sha256(source), "tokenizer": tokenizer_sha256(tokenizer)}
     part = cached(token_cache, key, build)["text"]
-    if not len(part.examples):
+    if not part.examples:
         raise ValueError(f"{config.source}: no text in it")
     return part.examples, part.sha256
 
 
-def split_rows(rows: list[dict], validation_fraction: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """(train, validation) by a hash of prompt and input, so equal prompts are on one side and row order does
-    not matter.
-
-    Raises ValueError if one side would be empty.
-    """
+def split_rows(rows: list[Row], validation_fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """(train, validation) by a hash of prompt and input: equal prompts are on one side, and row order does not matter.
+    Raises ValueError if one side would be empty."""
     keys = [hashlib.sha256(f"{seed}\0{row['prompt']}\0{row['input']}".encode()).digest() for row in rows]
     last = sorted(keys)[max(1, round(len(rows) * validation_fraction)) - 1]
     train = [row for row, key in zip(rows, keys, strict=True) if key > last]
@@ -119,17 +117,16 @@ def split_rows(rows: list[dict], validation_fraction: float, seed: int = 0) -> t
     if not train:
         raise ValueError(
             f"{len(rows)} rows with {len(set(keys))} different prompts and data.validation_fraction = "
-            f"{validation_fraction} leave {len(train)} training rows; use more rows or a "
-            "data.validation_source"
+            f"{validation_fraction} leave 0 training rows; use more rows or a data.validation_source"
         )
     return train, validation
 
 
 def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, layout: RowLayout) -> dict[str, Part]:
     rows, skipped = load_rows(config, config.source)
-    validation_skipped = 0
     if _is_split(config):
         rows, validation_rows = split_rows(rows, config.validation_fraction, seed)
+        validation_skipped = 0
     else:
         source = config.validation_source or PYTHON_DOCS
         validation_rows, validation_skipped = load_rows(config, source, is_validation=True)
@@ -143,6 +140,7 @@ def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
                 f'({config.max_prompt_length}), or set data.on_long_response and data.on_long_prompt to "truncate"; '
                 "data.on_bad_row=stop names the first bad row"
             )
+        # All counts are there, those that are 0 as well.
         names = ("truncated_prompts", "truncated_responses", "skipped_long", "skipped_long_prompts")
         counts = {what: part.counts[what] for what in names} | {"skipped_bad": bad + part.counts["skipped_bad"]}
         parts[name] = Part(part.examples, part.rows if name == "validation" else [], counts)
@@ -151,39 +149,33 @@ def _row_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 
 def _text_parts(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Part]:
     """Documents are split by a hash of their text, or validation has a source of its own."""
+    is_split, own = _is_split(config), config.validation_source or config.source
 
-    def documents(is_validation: bool) -> Iterator[str]:
-        if not _is_split(config):
-            name = (config.validation_source if is_validation else None) or config.source
-            found = read_documents(Source.of(config, name, is_validation), config.text_field)
-        else:
-            found = (
-                text
-                for text in read_documents(Source.of(config, config.source, False), config.text_field)
-                if is_held_out(text, config.validation_fraction, seed) == is_validation
-            )
-        return itertools.islice(found, config.max_rows)
+    def part(is_validation: bool) -> Part:
+        source = Source.of(config, own if is_validation else config.source, is_validation and not is_split)
+        found = read_documents(source, config.text_field)
+        if is_split:
+            found = (text for text in found if is_held_out(text, config.validation_fraction, seed) == is_validation)
+        return Part(blocks(itertools.islice(found, config.max_rows), tokenizer, config.max_length))
 
-    return {
-        name: Part(blocks(documents(name == "validation"), tokenizer, config.max_length))
-        for name in ("train", "validation")
-    }
+    return {"train": part(is_validation=False), "validation": part(is_validation=True)}
 
 
 def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
+    """Training reads a stream; validation is what the stream holds out, or comes from a source of its own."""
+    own, field, length = config.validation_source, config.text_field, config.max_length
+
     def is_validation(text: str) -> bool:
         return is_held_out(text, config.validation_fraction, seed)
 
-    source, own = Source.of(config, config.source, False), config.validation_source
+    source = Source.of(config, config.source, False)
     if own is None:
-        stream = TextStream(
-            source, config.text_field, tokenizer, config.max_length, lambda text: not is_validation(text)
-        )
-        held_out = first_documents(source, config.text_field, STREAM_VALIDATION_DOCUMENTS, is_validation)
+        stream = TextStream(source, field, tokenizer, length, lambda text: not is_validation(text))
+        held_out = first_documents(source, field, STREAM_VALIDATION_DOCUMENTS, is_validation)
     else:
-        stream = TextStream(source, config.text_field, tokenizer, config.max_length)
-        held_out = first_documents(Source.of(config, own, True), config.text_field, STREAM_VALIDATION_DOCUMENTS)
-    part = cached(None, {}, lambda: {"validation": Part(blocks(held_out, tokenizer, config.max_length))})["validation"]
+        stream = TextStream(source, field, tokenizer, length)
+        held_out = first_documents(Source.of(config, own, True), field, STREAM_VALIDATION_DOCUMENTS)
+    part = cached(None, {}, lambda: {"validation": Part(blocks(held_out, tokenizer, length))})["validation"]
     if not part.examples:
         raise ValueError(f"{own or source.name}: no validation text in it; raise data.validation_fraction")
     sha256 = f"{_stream_sha256(source, tokenizer)} {part.sha256}"
@@ -196,26 +188,23 @@ def _stream_sha256(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _is_split(config: DataConfig) -> bool:
+    """Whether validation rows are taken out of the source's own."""
     return config.validation_source is None and config.source != PYTHON_DOCS
 
 
 def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, Any]:
     """All that decides the tokens: content, tokenizer, settings; names and places do not."""
+    is_split, own = _is_split(config), config.validation_source or config.source
     settings = dataclasses.asdict(as_it_reads(config, config.source))
-    own = config.validation_source or config.source
-    settings["validation_reads"] = {
-        name: getattr(as_it_reads(config, own, True), name) for name in (*LAYOUT, "max_rows")
-    }
     for name in ("source", "subset", "split", "validation_source", "validation_split", "cache_dir", "packing"):
         del settings[name]
-    validation = None
-    if not _is_split(config):
-        validation = content_sha256(Source.of(config, own, True))
+    reads = as_it_reads(config, own, True)
+    settings["validation_reads"] = {name: getattr(reads, name) for name in (*LAYOUT, "max_rows")}
     if has_test(config.source) and config.kind == "instructions":
         settings["test"] = content_sha256(Source.of(config, config.source, True))
     return settings | {
-        "seed": seed if _is_split(config) else None,
+        "seed": seed if is_split else None,
         "train": content_sha256(Source.of(config, config.source, False)),
-        "validation": validation,
+        "validation": None if is_split else content_sha256(Source.of(config, own, True)),
         "tokenizer": tokenizer_sha256(tokenizer),
     }

@@ -6,10 +6,15 @@ them is templated already, and is not read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: fields of DataConfig that read MiniLLM's layout, from a file as from the hub
-LAYOUT = {"prompt_field": "instruction", "input_field": "input", "response_field": "output", "messages_field": None}
+LAYOUT: dict[str, Any] = {
+    "prompt_field": "instruction",
+    "input_field": "input",
+    "response_field": "output",
+    "messages_field": None,
+}
 _HUB = "hf://datasets/MiniLLM/"
 
 

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import pkgutil
@@ -67,22 +68,18 @@ QUESTIONS = {
 }
 
 
-def python_docs_rows(split: str, cache_dir: str | None = None) -> list[dict]:
+def python_docs_rows(split: str, cache_dir: str | None = None) -> list[dict[str, str]]:
     """Rows {"prompt", "response", "module"} of one split; "validation" is about 8 % of them.
 
-    The split goes by top-level module, so nothing in validation was seen in training. Rows, order and split
-    depend on Python version and platform only. With `cache_dir` the rows are kept there as jsonl; many
-    processes may do so at once.
-
-    Raises ValueError for an unknown split, RuntimeError if the child interpreter fails.
+    The split goes by top-level module, so nothing in validation was seen in training. Rows, order and split depend on
+    Python version and platform only. With `cache_dir` the rows are kept there as jsonl; many processes may do so at
+    once. Raises ValueError for an unknown split, RuntimeError if the child interpreter fails.
     """
     if split not in SPLITS:
         raise ValueError(f"python_docs has no split {split!r}; it has {', '.join(SPLITS)}")
-    return [dict(row) for row in _all_rows(cache_dir) if (split == "validation") == _is_validation(row["module"])]
-
-
-def _is_validation(module: str) -> bool:
-    return _draw(module.split(".")[0], "split") % 100 < 5
+    # A draw for each top-level module decides where its rows are.
+    draws = ((row, _draw(row["module"].split(".")[0], "split") % 100) for row in _all_rows(cache_dir))
+    return [dict(row) for row, draw in draws if (split == "validation") == (draw < 5)]
 
 
 def _draw(name: str, purpose: str) -> int:
@@ -91,12 +88,12 @@ def _draw(name: str, purpose: str) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _all_rows(cache_dir: str | None) -> tuple[dict, ...]:
+def _all_rows(cache_dir: str | None) -> tuple[dict[str, str], ...]:
+    # The name of the kept file changes with all that decides the rows: this file is one part of it.
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     version = ".".join(map(str, sys.version_info[:3]))
-    cached = (
-        Path(cache_dir).expanduser() / f"python_docs-{version}-{sys.platform}-{recipe}.jsonl" if cache_dir else None
-    )
+    name = f"python_docs-{version}-{sys.platform}-{recipe}.jsonl"
+    cached = Path(cache_dir).expanduser() / name if cache_dir else None
     if cached and cached.exists():
         return tuple(map(json.loads, cached.read_text(encoding="utf-8").splitlines()))
     # -I -S: no site-packages, so no installed package can stand in for, or add to, the standard library.
@@ -116,9 +113,10 @@ def _all_rows(cache_dir: str | None) -> tuple[dict, ...]:
 # ---- what the child does
 
 
-def collect_rows() -> list[dict]:
+def collect_rows() -> list[dict[str, str]]:
     """Every row of both splits. Imports most of the standard library: call it in a process of its own."""
     rows, seen = [], set()
+    # Things nearer to the top of a package come first: of several with one docstring the first is kept.
     for kind, name, module, doc in sorted(_documented(), key=lambda item: (item[1].count("."), item[1])):
         response = clean_docstring(doc, name)
         if response is None or response.lower() in seen:
@@ -131,7 +129,7 @@ def collect_rows() -> list[dict]:
     return rows
 
 
-def _documented() -> Iterator[tuple[str, str, str, str]]:
+def _documented() -> Iterator[tuple[str, str, str, str | None]]:
     """(kind, dotted name, module, docstring) of public things, where defined or listed in `__all__`."""
     seen: set[int] = set()
     for module in _modules():
@@ -186,7 +184,7 @@ def _modules() -> Iterator[types.ModuleType]:
 
 
 SIGNATURE = re.compile(r"^[\w.]+ ?\((?:[^()]|\([^()]*\))*\)(?: *(?:->|=>) *[^.:]*?)?(?: *(?:--|:) *(?P<rest>\S.*))?$")
-NOT_PROSE = re.compile(
+NOT_PROSE = re.compile(  # code, markup, addresses, tables
     r">>>|\.\. \w|@\w+|:param|:return|Args:|Copyright|\b0x[0-9a-f]{6}|https?://|[{}|<>]|\s{3}|={3}|-{3}|\$"
 )
 
@@ -196,7 +194,8 @@ def clean_docstring(doc: object, name: str) -> str | None:
     if not isinstance(doc, str):
         return None
     lines = inspect.cleandoc(doc).splitlines()
-    while lines:  # C docstrings, and some Python ones, begin with signatures
+    # C docstrings, and some Python ones, begin with signatures, which are taken away.
+    while lines:
         match = SIGNATURE.match(lines[0].strip())
         if match and match["rest"]:
             lines[0] = match["rest"]
@@ -204,23 +203,20 @@ def clean_docstring(doc: object, name: str) -> str | None:
         if lines[0].strip() and not match:
             break
         lines.pop(0)
-    paragraph = []
-    for line in lines:
-        if not line.strip():
-            break
-        if (
-            SIGNATURE.match(line.strip())
-            or re.match(r"\s*([-*+o]|\d+[.)])\s", line)
-            or (paragraph and line[:2] == "  ")
-        ):
-            return None  # a list, a table, or indented code
-        paragraph.append(line.strip())
-    text = " ".join(paragraph)
+    # The first paragraph, unless it is a list, a table, or indented code.
+    paragraph = list(itertools.takewhile(str.strip, lines))
+    for number, line in enumerate(paragraph):
+        is_indented = number > 0 and line.startswith("  ")
+        if is_indented or SIGNATURE.match(line.strip()) or re.match(r"\s*([-*+o]|\d+[.)])\s", line):
+            return None
+    text = " ".join(map(str.strip, paragraph))
+    # Markup for cross references becomes plain text, and the thing's own name in front goes.
     text = re.sub(r":[\w:]+:`~?([^`]+)`", r"`\1`", text)  # :class:`Foo`
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     text = re.sub(r" -- ", ", ", text) if text.count(" -- ") > 1 else text
     last = re.escape(name.rpartition(".")[2])
     text = re.sub(rf"^{re.escape(name)} ?(--?|:|,) |^{last} ?(--?|:) ", "", text)
+    # What is no English sentence, or too short or long a one, is left out.
     words = text.split()
     if not MIN_WORDS <= len(words) <= MAX_WORDS or NOT_PROSE.search(text) or not text.isascii():
         return None
@@ -229,6 +225,7 @@ def clean_docstring(doc: object, name: str) -> str | None:
     text = " ".join(words)
     if text[-1] in ":,;(-" or (text[0] == "`" and text.count("`") == 1):
         return None
+    # The rest gets the capital and the full stop that a sentence has.
     if re.match(r"[a-z]+ ", text):
         text = text[0].upper() + text[1:]
     return text if text[-1] in ".!?" or text[-2:] in (".)", '."', ".'") else text + "."

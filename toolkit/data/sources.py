@@ -1,7 +1,6 @@
 """Rows from the built-in data set, from files, or from the hub, and what they were made of as one hash.
 
-A row of instructions leaves here as {"prompt": str, "input": str, "response": str}, whatever the source calls its
-fields; "messages" beside them where it was a conversation, "references" where it has several responses.
+A row of instructions leaves here as a `Row`, whatever the source calls its fields.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from toolkit.data.minillm import LAYOUT, SETS, has_test
 from toolkit.data.python_docs import python_docs_rows
 from toolkit.ranks import heartbeat
 from toolkit.settings import PYTHON_DOCS, DataConfig
+from toolkit.storage.manifest import sha256
 
 #: ending -> builder of the `datasets` library
 BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -29,6 +29,20 @@ HUB_FILES = "hf://datasets/"
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: roles as ShareGPT and others write them
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+Turn = dict[str, str]  # of a conversation: role and content
+
+
+class Row(TypedDict):
+    """An instruction. messages: where it was a conversation, the turns before the response. references: of a row with
+    several responses, all of them."""
+
+    prompt: str
+    input: str
+    response: str
+    messages: NotRequired[list[Turn]]
+    references: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Source:
 
     @classmethod
     def of(cls, config: DataConfig, name: str, is_validation: bool) -> Source:
+        """The part of `name` that the settings train on, or validate on."""
         split = config.validation_split if is_validation else config.split
         if name == PYTHON_DOCS:
             split = "validation" if is_validation else "train"
@@ -58,70 +73,71 @@ def as_it_reads(config: DataConfig, source: str, is_validation: bool = False) ->
     return dataclasses.replace(config, max_rows=config.max_rows or most, **LAYOUT)
 
 
-def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> tuple[list[dict], int]:
+def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> tuple[list[Row], int]:
     """The usable rows of `source`, at most `config.max_rows`, and how many rows were skipped on the way.
 
     `is_validation` picks the validation split where a source has splits ("python_docs", the hub). Without it, rows
     whose prompts are in the papers' test of a set known by name are skipped: its file for training may hold them too.
-
-    Raises ValueError, naming the source and the line or row, for a missing or empty file, a broken line, a
-    row without a field, prompt or response (unless config.on_bad_row is "skip"), and where no usable row is
-    left.
+    Raises ValueError, naming the source and the line or row, for a missing or empty file, a broken line, a row without
+    a field, prompt or response (unless config.on_bad_row is "skip"), and where no usable row is left.
     """
     config = as_it_reads(config, source, is_validation)
     tested = set()
     if has_test(source) and not is_validation:
         whole = dataclasses.replace(config, max_rows=None, on_bad_row="skip")
         tested = {_words(row) for row in load_rows(whole, source, is_validation=True)[0]}
-    rows, skipped, first_reason = [], 0, ""
-    for where, row in records(Source.of(config, source, is_validation)):
+    rows: list[Row] = []
+    skipped, first_reason = 0, ""
+    for where, record in records(Source.of(config, source, is_validation)):
         if len(rows) == config.max_rows:
             break
+        reason = ""
         try:
-            checked = _checked(row, where, config)
-            if _words(checked) not in tested:
-                rows.append(checked)
-            else:
-                skipped, first_reason = skipped + 1, first_reason or f"{where}: its prompt is in the test of {source}"
+            row = _checked(record, where, config)
+            if _words(row) in tested:
+                reason = f"{where}: its prompt is in the test of {source}"
         except ValueError as error:
             if config.on_bad_row == "stop":
                 raise ValueError(f'{error}, or set data.on_bad_row to "skip"') from None
-            skipped, first_reason = skipped + 1, first_reason or str(error)
+            reason = str(error)
+        if reason:
+            skipped, first_reason = skipped + 1, first_reason or reason
+        else:
+            rows.append(row)
     if not rows:
         why = f"all {skipped} were skipped, the first because: {first_reason}" if skipped else "it holds none"
         raise ValueError(f"{source}: no usable row; {why}")
     return rows, skipped
 
 
-def _words(row: dict) -> tuple[str, ...]:
+def _words(row: Row) -> tuple[str, ...]:
+    """By which prompts are compared: white space does not count."""
     return (*row["prompt"].split(), "", *row["input"].split())
 
 
-def references(row: dict) -> list[str]:
+def references(row: Row) -> list[str]:
     """The texts that an answer to this row is held against, one at least."""
     return row.get("references") or [row["response"]]
 
 
-def _checked(row: object, where: str, config: DataConfig) -> dict:
-    """One row under the names used from here on; ValueError if it is of no use."""
-    row = _flattened(as_object(row, where), where)
+def _checked(record: object, where: str, config: DataConfig) -> Row:
+    """A record under the names used from here on. Raises ValueError if it is of no use."""
+    found = _flattened(as_object(record, where), where)
     if config.messages_field is not None:
-        return _conversation(field_of(row, config.messages_field, "data.messages_field", where, True), where)
-    out = {}
-    for name, field in (
-        ("prompt", config.prompt_field),
-        ("input", config.input_field),
-        ("response", config.response_field),
-    ):
+        return _conversation(field_of(found, config.messages_field, "data.messages_field", where, True), where)
+    row: Any = {}  # a Row, field by field
+    fields = {"prompt": config.prompt_field, "input": config.input_field, "response": config.response_field}
+    for name, field in fields.items():
         if field is None:
-            out[name] = ""
+            row[name] = ""
             continue
-        value = field_of(row, field, f"data.{name}_field", where, True)
+        value = field_of(found, field, f"data.{name}_field", where, True)
+        # Of several responses the first is learned, and all are references.
         if name == "response" and isinstance(value, list) and all(isinstance(text, str) for text in value):
-            out["references"] = [text for text in value if text.strip()]
-            value = next(iter(out["references"]), "")
-        out[name] = _text(value, name, field, where)
-    return out
+            row["references"] = [text for text in value if text.strip()]
+            value = next(iter(row["references"]), "")
+        row[name] = _text(value, name, field, where)
+    return row
 
 
 def _flattened(row: dict, where: str) -> dict:
@@ -161,73 +177,73 @@ def field_of(row: dict, field: str, setting: str, where: str, or_turns: bool = F
 
 def _is_turns(value: object) -> bool:
     """Whether `_conversation` may read it."""
-    return bool(value) and isinstance(value, list) and all(
-        isinstance(turn, dict) and (turn.keys() >= {"role", "content"} or turn.keys() >= {"from", "value"})
-        for turn in value
-    )  # fmt: skip
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return False
+    named = ({"role", "content"}, {"from", "value"})
+    return bool(value) and all(any(turn.keys() >= names for names in named) for turn in value)
 
 
 def _read_turns(field: str) -> str:
+    """What to do about a field with a conversation."""
     return f"{field!r} is a conversation, set data.messages_field={field}"
 
 
 def _text(value: object, name: str, field: str, where: str) -> str:
-    if name == "input" and value is None:
-        value = ""
-    if value is not None and not isinstance(value, str):
+    """A field's value, checked; only an input may be empty."""
+    text = "" if value is None else value
+    if not isinstance(text, str):
         advice = _read_turns(field) if _is_turns(value) else "make it a string"
         raise ValueError(f"{where}: {field!r} is {value!r:.60} ({type(value).__name__}), not text; {advice}")
-    if name != "input" and not (value or "").strip():
+    if name != "input" and not text.strip():
         raise ValueError(f"{where}: {field!r} is empty ({value!r:.60}); give the row a {name}")
-    return value
+    return text
 
 
-def _conversation(turns: object, where: str) -> dict:
+def _conversation(turns: object, where: str) -> Row:
     """[{"role", "content"}, ...] or ShareGPT's [{"from", "value"}, ...]: the assistant's last turn is the response, all
     before it the prompt."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"{where}: the conversation is {turns!r:.60}, not a list of turns")
-    messages = []
+    messages: list[Turn] = []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"{where}: a turn has {turn!r:.60}; it needs role and content (or from and value) as text")
         messages.append({"role": ROLES.get(role, role), "content": content})
+    # Turns after the last answer are left out: there is nothing to learn from them.
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if len(messages) < 2 or not messages[-1]["content"].strip():
         raise ValueError(f"{where}: no answer of the assistant after another turn; {len(turns)} turns")
     *before, last = messages
-    is_one = len(before) == 1
-    prompt = before[0]["content"] if is_one else "\n".join(f"{m['role']}: {m['content']}" for m in before)
+    prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in before)
+    if len(before) == 1:
+        prompt = before[0]["content"]
     return {"prompt": prompt, "input": "", "response": last["content"], "messages": before}
 
 
 def records(source: Source) -> Iterator[tuple[str, object]]:
     """(where, row) in the source's order; a row that could not be read is the exception that said so."""
-    name = source.name
+    name, path = source.name, Path(source.name).expanduser()
     if name == PYTHON_DOCS:
-        rows = python_docs_rows(source.split, source.cache_dir)
-        yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    if name.startswith(HUB_FILES):
-        yield from lines(name, hub_file(source))
-        return
-    path = Path(name).expanduser()
-    if not looks_like_path(name, path):
-        yield from numbered(name, load_table(source))
-        return
-    if not path.is_file():
+        yield from _numbered(name, python_docs_rows(source.split, source.cache_dir))
+    elif name.startswith(HUB_FILES):
+        yield from _lines(name, hub_file(source))
+    elif not looks_like_path(name, path):
+        yield from _numbered(name, load_table(source))
+    elif not path.is_file():
         what = "a folder" if path.is_dir() else "missing"
         raise ValueError(f"{name}: the file is {what} (looked at {path.absolute()}); give the path of a data file")
-    if path.suffix.lower() not in SUFFIXES:
+    elif path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name}: unknown ending {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
+    elif path.stat().st_size == 0:
         raise ValueError(f"{name}: the file is empty (0 bytes)")
-    yield from file_rows(name, path)
+    else:
+        yield from file_rows(name, path)
 
 
-def numbered(name: str, table: Iterable[dict]) -> Iterator[tuple[str, object]]:
+def _numbered(name: str, table: Iterable[object]) -> Iterator[tuple[str, object]]:
+    """(where, row) of a table."""
     for number, row in enumerate(table, 1):
         heartbeat.beat()
         yield f"{name} row {number}", row
@@ -242,13 +258,8 @@ def content_sha256(source: Source) -> str:
     path = hub_file(source) if is_hub_file else Path(source.name).expanduser()
     if not is_hub_file and not looks_like_path(source.name, path):
         return hashlib.sha256(load_table(source)._fingerprint.encode()).hexdigest()
-    whole = hashlib.sha256()
-    for file in files_below(path):
-        heartbeat.beat()
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        whole.update(f"{file.suffix} {digest}\n".encode())
-    return whole.hexdigest()
+    listed = "".join(f"{file.suffix} {sha256(file)}\n" for file in files_below(path))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def files_below(path: Path) -> list[Path]:
@@ -274,16 +285,18 @@ def hub_file(source: Source) -> Path:
 
 
 def looks_like_path(source: str, path: Path) -> bool:
+    """Whether a source is a file or folder, and no name of the hub."""
     return path.suffix.lower() in SUFFIXES or path.exists() or not HUB_NAME.fullmatch(source)
 
 
-def lines(source: str, path: Path) -> Iterator[tuple[str, object]]:
+def _lines(source: str, path: Path) -> Iterator[tuple[str, object]]:
     """jsonl, read here and not by `datasets`, so that a broken line can be named. Blank lines pass."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             heartbeat.beat()
             if not line.strip():
                 continue
+            row: object
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
@@ -296,30 +309,28 @@ def file_rows(name: str, path: Path) -> Iterator[tuple[str, object]]:
     the old rows where a file was written again and kept its time."""
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
-        yield from lines(name, path)
+        yield from _lines(name, path)
         return
     import datasets  # takes a second, and python_docs and jsonl do without
 
     try:
         options = _csv_options(path) if suffix == ".csv" else {}
         table = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), split="train", streaming=True, **options)
-        yield from numbered(name, table)
+        yield from _numbered(name, table)
     except Exception as error:  # the library raises a dozen kinds
         raise ValueError(f"{name}: could not be read as {suffix[1:]}: {_reason(error)}") from error
 
 
 def load_table(source: Source, streaming: bool = False) -> Any:
-    """A hub name as a table, or a stream, of the `datasets` library."""
+    """A hub name as a table, or a stream, of the `datasets` library. Raises ValueError where it cannot be loaded."""
     import datasets
 
+    name, split = source.name, source.split
     try:
-        return datasets.load_dataset(
-            source.name, source.subset, split=source.split, streaming=streaming, cache_dir=source.cache_dir
-        )
+        return datasets.load_dataset(name, source.subset, split=split, streaming=streaming, cache_dir=source.cache_dir)
     except Exception as error:  # the library raises a dozen kinds
         raise ValueError(
-            f"{source.name}: no such file here, and the hub's data set of that name (subset "
-            f"{source.subset}, split {source.split}) "
+            f"{name}: no such file here, and the hub's data set of that name (subset {source.subset}, split {split}) "
             f"could not be loaded: {_reason(error)}. Check the name and the network; {PYTHON_DOCS!r} needs neither"
         ) from error
 

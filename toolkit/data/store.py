@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from toolkit.batch import Example
 from toolkit.data.probe import PROBE
+from toolkit.data.sources import Row
 from toolkit.storage.appear import made_once
 
 DAMAGE = (OSError, ValueError, KeyError, TypeError)  # what reading a broken entry, or none, raises
@@ -25,13 +26,21 @@ FORMAT = 3  # of the files, and of what the tokens of a row are: raise it when e
 
 
 class Part(NamedTuple):
-    """rows: the texts of the examples, where they are kept. counts: what was cut or left out on the way. sha256: of the
-    tokens and where prompts and texts end, once the part is built."""
+    """What `cached` is given. rows: the texts of the examples, where they are kept. counts: what was cut or left out on
+    the way."""
 
     examples: Iterable[Example]
-    rows: Sequence[dict] = ()
+    rows: Sequence[Row] = ()
     counts: Mapping[str, int] = MappingProxyType({})
-    sha256: str = ""
+
+
+class Kept(NamedTuple):
+    """A part that is built. sha256: of the tokens, and of where prompts and texts end."""
+
+    examples: Sequence[Example]
+    rows: Sequence[Row]
+    counts: Mapping[str, int]
+    sha256: str
 
 
 class StoredExamples(Sequence[Example]):
@@ -41,14 +50,22 @@ class StoredExamples(Sequence[Example]):
     def __init__(self, folder: Path):
         load = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ends", "prompts", "start_ends")}
         self._ends, self._prompts, self._start_ends = load["ends"], load["prompts"], load["start_ends"]
-        self._tokens, self._starts = (_mapped(folder / f"{name}.bin") for name in ("tokens", "starts"))
+        for name in ("tokens", "starts"):
+            file = folder / f"{name}.bin"
+            is_empty = not file.stat().st_size  # which cannot be mapped
+            load[name] = np.empty(0, dtype=np.int32) if is_empty else np.memmap(file, dtype=np.int32, mode="r")
+        self._tokens, self._starts = load["tokens"], load["starts"]
         if len(self) and (self._ends[-1], self._start_ends[-1]) != (len(self._tokens), len(self._starts)):
             raise ValueError(f"{folder}: its files do not belong together")
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int | slice) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -70,29 +87,29 @@ def store(folder: Path, examples: Iterable[Example]) -> str:
     """Write them one after the other: they may be more than memory holds. Returns their SHA-256."""
     folder.mkdir(parents=True)
     whole = hashlib.sha256()
-    ends: list[int] = []
-    prompts: list[int] = []
-    start_ends: list[int] = []
+    lengths, starts_counts, prompts = [], [], []
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "starts.bin").open("wb") as starts:
         for example in examples:
             whole.update(_bytes(example))
             tokens.write(example.tokens.tobytes())
             starts.write(np.array(example.text_starts, dtype=np.int32).tobytes())
-            ends.append(len(example.tokens) + (ends[-1] if ends else 0))
-            start_ends.append(len(example.text_starts) + (start_ends[-1] if start_ends else 0))
+            lengths.append(len(example.tokens))
+            starts_counts.append(len(example.text_starts))
             prompts.append(example.prompt_length)
-    np.save(folder / "ends.npy", np.array(ends, dtype=np.int64))
-    np.save(folder / "start_ends.npy", np.array(start_ends, dtype=np.int64))
+    # Where each example ends in the files above; it begins where the one before ends.
+    np.save(folder / "ends.npy", np.cumsum(lengths, dtype=np.int64))
+    np.save(folder / "start_ends.npy", np.cumsum(starts_counts, dtype=np.int64))
     np.save(folder / "prompts.npy", np.array(prompts, dtype=np.int32))
     return whole.hexdigest()
 
 
 def _bytes(example: Example) -> bytes:
+    """What is hashed of an example."""
     head = f"{len(example.tokens)} {example.prompt_length} {example.text_starts}"
     return head.encode() + example.tokens.tobytes()
 
 
-def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict[str, Part]]) -> dict[str, Part]:
+def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict[str, Part]]) -> dict[str, Kept]:
     """`build()`'s parts by name, from `cache_dir` where a process has built them for an equal `key` (plain JSON types).
 
     Several processes may build the same ones at once. A damaged entry is built anew. Where it cannot be written the
@@ -102,6 +119,7 @@ def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict
         return {name: _in_memory(part) for name, part in build().items()}
     name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:32]
     entry = cache_dir / name
+    # One that is whole is used; what is left of a damaged one makes room.
     with contextlib.suppress(*DAMAGE):
         return _load(entry)
     _remove_damaged(entry)
@@ -134,27 +152,26 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
-def _in_memory(part: Part) -> Part:
+def _in_memory(part: Part) -> Kept:
     examples, whole = list(part.examples), hashlib.sha256()
     for example in examples:
         whole.update(_bytes(example))
-    return part._replace(examples=examples, sha256=whole.hexdigest())
+    return Kept(examples, part.rows, part.counts, whole.hexdigest())
 
 
-def _load(entry: Path) -> dict[str, Part]:
+def _load(entry: Path) -> dict[str, Kept]:
+    """The parts of an entry. Raises one of DAMAGE where it is not whole."""
     json.loads((entry / "key.json").read_text())
     parts = {}
     for folder in sorted(path.parent for path in entry.glob("*/part.json")):
         rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-        parts[folder.name] = Part(StoredExamples(folder), rows, **json.loads((folder / "part.json").read_text()))
+        parts[folder.name] = Kept(StoredExamples(folder), rows, **json.loads((folder / "part.json").read_text()))
     return parts
 
 
 def _remove_damaged(entry: Path) -> None:
-    """Takes away an entry that could not be read.
-
-    It is moved first and read again: another process may have put a whole one in its place since, which goes back.
-    """
+    """Takes away an entry that could not be read. It is moved first and read again: another process may have put a
+    whole one in its place since, which goes back."""
     moved = entry.with_name(f"{entry.name}.damaged-{secrets.token_hex(8)}")
     try:
         entry.rename(moved)
@@ -166,7 +183,3 @@ def _remove_damaged(entry: Path) -> None:
             moved.rename(entry)
             return
     shutil.rmtree(moved, ignore_errors=True)
-
-
-def _mapped(file: Path) -> np.ndarray:
-    return np.memmap(file, dtype=np.int32, mode="r") if file.stat().st_size else np.empty(0, dtype=np.int32)

@@ -1,7 +1,6 @@
 """How a row of text becomes a prompt for a model: an exact-name table.
 
-A template ends its prompts in a fixed marker after which the response begins. The paper's protocol uses
-"alpaca".
+A template ends its prompts in a fixed marker after which the response begins. The paper's protocol uses "alpaca".
 """
 
 from __future__ import annotations
@@ -10,11 +9,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+from toolkit.data.sources import Row, Turn
 from toolkit.settings import TEMPLATE_NAMES, DataConfig
 from toolkit.settings.overrides import unknown
 
@@ -45,7 +46,7 @@ class Template:
     has_specials: the prompt's text holds BOS and the like already, so the tokenizer must add none.
     """
 
-    prompt: Callable[[PreTrainedTokenizerBase, dict, DataConfig], str]
+    prompt: Callable[[PreTrainedTokenizerBase, Row, DataConfig], str]
     marker: Callable[[PreTrainedTokenizerBase, DataConfig], str]
     has_specials: bool
 
@@ -57,15 +58,15 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, row: dict, config: DataConfig) -> str:
+def _plain(tokenizer: PreTrainedTokenizerBase, row: Row, config: DataConfig) -> str:
     return f"{row['prompt']}\n\n{row['input']}" if row.get("input") else row["prompt"]
 
 
-def _alpaca(tokenizer: PreTrainedTokenizerBase, row: dict, config: DataConfig) -> str:
+def _alpaca(tokenizer: PreTrainedTokenizerBase, row: Row, config: DataConfig) -> str:
     return ALPACA_INPUT.format(**row) if row.get("input") else ALPACA.format(prompt=row["prompt"])
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, row: dict, config: DataConfig) -> str:
+def _chat(tokenizer: PreTrainedTokenizerBase, row: Row, config: DataConfig) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             f'data.template = "chat", but the tokenizer {tokenizer.name_or_path!r} has no chat template; '
@@ -74,15 +75,23 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: dict, config: DataConfig) -> 
     messages = row.get("messages") or [{"role": "user", "content": _plain(tokenizer, row, config)}]
     if config.system and all(turn["role"] != "system" for turn in messages):
         messages = [{"role": "system", "content": config.system}, *messages]
+    # Today's date stands still. transformers lets no function through as an argument, but keeps what it compiled.
     template = tokenizer.get_chat_template()
-    if "strftime_now" in template:  # transformers lets no function through as an argument, and keeps what it compiled
+    if "strftime_now" in template:
         chat_template_utils._compile_jinja_template(template).globals["strftime_now"] = TODAY.strftime
     args = {"date_string": TODAY.strftime("%d %b %Y")} | config.template_args
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **args)
+        return _text(tokenizer, messages, add_generation_prompt=True, **args)
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in messages)
         raise Refused(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], **args: Any) -> str:
+    """What the chat template makes of the turns."""
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **args)
+    assert isinstance(text, str)
+    return text
 
 
 def end_with_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
@@ -93,7 +102,7 @@ def end_with_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     answer = "An answer."
     turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:
-        _, found, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)
+        _, found, after = _text(tokenizer, turns).rpartition(answer)
     except Exception:  # a template that takes no such conversation says nothing of its turns
         return
     ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if found else []
@@ -106,21 +115,20 @@ def _chat_marker(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
     """What the chat template writes after the user's text, up to where the assistant begins."""
     probe = "the user's text"
     try:
-        text = _chat(tokenizer, {"prompt": probe}, config)
+        text = _chat(tokenizer, Row(prompt=probe, input="", response=""), config)
     except Refused as error:
-        raise ValueError(
-            f'{error}; change data.system ({config.system!r}), or set data.template to "alpaca" or "plain"'
-        ) from error
+        advice = f'change data.system ({config.system!r}), or set data.template to "alpaca" or "plain"'
+        raise ValueError(f"{error}; {advice}") from error
+    # A setting that the template passes over would be lost without a word.
+    theirs = f"the chat template of {tokenizer.name_or_path!r}"
     for name in config.template_args:
         if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
-            raise ValueError(
-                f"data.template_args = {config.template_args!r}, but the chat template of {tokenizer.name_or_path!r} "
-                f"does not read {name!r}; mend the name, or take it out"
-            )
+            told = f"data.template_args = {config.template_args!r}, but {theirs} does not read {name!r}"
+            raise ValueError(f"{told}; mend the name, or take it out")
     if config.system.strip() not in text:
         raise ValueError(
-            f"data.system = {config.system!r}, but the chat template of {tokenizer.name_or_path!r} leaves out a system "
-            'turn; set data.system to "", or write it into the prompts (data.prefix)'
+            f"data.system = {config.system!r}, but {theirs} leaves out a system turn; set data.system to "
+            '"", or write it into the prompts (data.prefix)'
         )
     return text.rpartition(probe)[2]
 

@@ -1,19 +1,6 @@
 """How good a model is: distance to a teacher on held-out rows, and scores of what it says."""
+# ruff: noqa: F401 (what is imported here is what other rooms may use)
 
-from toolkit.evaluation.answers import Answer, answer, row_seeds, score, score_rows
+from toolkit.evaluation.answers import answer, row_seeds, score
 from toolkit.evaluation.metrics import METRICS, metric, spread
 from toolkit.evaluation.validation import Best, Validation, Validator
-
-__all__ = [
-    "METRICS",
-    "Answer",
-    "Best",
-    "Validation",
-    "Validator",
-    "answer",
-    "metric",
-    "row_seeds",
-    "score",
-    "score_rows",
-    "spread",
-]

@@ -17,6 +17,8 @@ Result = TypeVar("Result")
 
 
 class Answer(NamedTuple):
+    """What a model said to a prompt."""
+
     text: str
     tokens: int  # EOS included
 
@@ -35,7 +37,7 @@ def answer(
     def share(rows: range) -> list[Answer]:
         settings = SeededSampling.of(sampling, max_new_tokens, [seeds[row] for row in rows])
         found = rollout.complete([prompts[row] for row in rows], settings)
-        texts = [tokenizer.decode(example.response, skip_special_tokens=True).strip() for example in found]
+        texts = [str(tokenizer.decode(example.response, skip_special_tokens=True)).strip() for example in found]
         return [Answer(text, len(example.response)) for text, example in zip(texts, found, strict=True)]
 
     return _dealt(share, len(prompts))
@@ -62,6 +64,7 @@ def score(name: str, texts: Sequence[str], references: References) -> float:
 
 
 def _dealt(work: Callable[[range], list[Result]], count: int) -> list[Result]:
+    """`work`'s results for `count` rows, in order, on every rank; each rank does every world-th row."""
     rank, world = collectives.rank(), collectives.world()
     dealt = collectives.gather_objects(work(range(rank, count, world)))
     return [dealt[row % world][row // world] for row in range(count)]

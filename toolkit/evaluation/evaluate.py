@@ -7,13 +7,16 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.batch import Example, RowLayout
 from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
+from toolkit.data.sources import Row
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
 from toolkit.evaluation.protocols import named_protocol
@@ -60,10 +63,10 @@ def evaluate(
     """The summary; on rank 0 it is printed as a table and written beside the answers. Collective.
 
     models: folders or hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds:
-    comma-separated. teacher: "" is none. settings: `key=value` over those of the protocol.
-
-    Raises ValueError for wrong input.
+    comma-separated. teacher: "" is none. settings: `key=value` over those of the protocol. Raises ValueError for wrong
+    input.
     """
+    # What is asked for, and the rows, checked before any model is loaded.
     request = collectives.together(
         lambda: Request.of(data, settings, metric=metric, seeds=seeds, protocol=protocol, teacher=teacher)
     )
@@ -71,13 +74,11 @@ def evaluate(
     records, source = Records(out.expanduser()), request.config.data
     rows, skipped = collectives.main_rank_first(lambda: load_rows(source, source.source, is_validation=True))
     made_with = request.settings(rows, skipped)
-    with (
-        sole_use(records.lock.parent, name=records.lock.name, instead="give --out another name"),
-        Watchdog(request.config.hang_s) as watchdog,
-    ):
+    alone = sole_use(records.lock.parent, name=records.lock.name, instead="give --out another name")
+    with alone, Watchdog(request.config.hang_s) as watchdog:
         watchdog.progress("loading")
         summary = collectives.from_main_rank(lambda: records.open(made_with))
-        loaded = _Loaded.load(teacher, request) if teacher else None
+        loaded = _Loaded.load(teacher, request.config) if teacher else None
         evaluation = Evaluation(request, rows, records, summary, loaded, watchdog)
         for name in models:
             watchdog.progress(f"model {name}")
@@ -120,19 +121,18 @@ class Request:
         """The metrics that need answers."""
         return [name for name in self.metrics if name != KL]
 
-    def settings(self, rows: list[dict], skipped: int) -> dict[str, Any]:
+    def settings(self, rows: list[Row], skipped: int) -> dict[str, Any]:
         """What an answer depends on beside its model, seed and row."""
         data = self.config.data
         text = json.dumps([[row["prompt"], row["input"], references(row)] for row in rows])
+        dtype = choose_dtype(self.config.precision, collectives.device())
         return {
             "rows": len(rows),
             "skipped_rows": skipped,
             "rows_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "template": data.template,
-            "max_length": data.max_length,
-            "max_prompt_length": data.max_prompt_length,
+            **{name: getattr(data, name) for name in ("template", "max_length", "max_prompt_length")},
             "max_new_tokens": self.config.new_tokens,
-            "precision": str(choose_dtype(self.config.precision, collectives.device())).removeprefix("torch."),
+            "precision": str(dtype).removeprefix("torch."),
             # where set: answers that are older than these settings go on
             **{name: value for name in ("template_args", "system") if (value := getattr(data, name))},
         } | asdict(self.config.sampling)
@@ -140,6 +140,8 @@ class Request:
 
 @dataclass(frozen=True)
 class _Loaded:
+    """A model with what belongs to it. ends: ids that end its answers."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sha256: str
@@ -147,20 +149,21 @@ class _Loaded:
     ends: list[int]
 
     @classmethod
-    def load(cls, name: str, request: Request) -> _Loaded:
-        config = request.config
+    def load(cls, name: str, config: EvaluationConfig) -> _Loaded:
+        """The model of a folder or hub name, on this rank's device. Collective."""
         given = ModelConfig(path=name, tokenizer=config.tokenizer, trust_remote_code=config.trust_remote_code)
         path = collectives.main_rank_first(lambda: materialize(given, default_cache_dir(config.cache_dir)))
         tokenizer = collectives.main_rank_first(lambda: load_tokenizer(given, path))
         end_with_turns(tokenizer, config.data.template)
         dtype = choose_dtype(config.precision, collectives.device())
         model = collectives.main_rank_first(lambda: load_model(given, path, None, dtype))
+        nn.Module.to(model, collectives.device())
         files = json.dumps(sorted(file_hashes(path).items()))
         sha256 = hashlib.sha256(files.encode()).hexdigest()
-        layout = row_layout(given, path)
-        return cls(model.to(collectives.device()), tokenizer, sha256, layout, generation_ends(path))
+        return cls(model, tokenizer, sha256, row_layout(given, path), generation_ends(path))
 
     def vocabulary(self, teacher: _Loaded | None) -> Vocabulary:
+        """What this model and the teacher, if there is one, have to share."""
         theirs = teacher or self
         layout = shared_layout(theirs.layout, self.layout)
         shared = shared_vocabulary(theirs.tokenizer, self.tokenizer, [*theirs.ends, *self.ends])
@@ -172,7 +175,7 @@ class Evaluation:
     """One call of `evaluate`: the same on every rank, but only rank 0 touches the files."""
 
     request: Request
-    rows: list[dict]
+    rows: list[Row]
     records: Records
     summary: dict[str, Any]
     teacher: _Loaded | None
@@ -180,46 +183,45 @@ class Evaluation:
 
     def measure(self, name: str) -> None:
         """Put the model's numbers into the summary. Collective."""
-        request, loaded = self.request, _Loaded.load(name, self.request)
+        request, config, judge = self.request, self.request.config, self.teacher
+        # The model has to be the one that gave the answers that are there.
+        loaded = _Loaded.load(name, config)
         self.watchdog.count_passes(loaded.model)
         entry = self.summary["models"].setdefault(name, {"sha256": loaded.sha256})
         before, now = ({"sha256 of the model": sha256} for sha256 in (entry["sha256"], loaded.sha256))
         collectives.together(lambda: refuse_changes(f"{self.records.rows} ({name})", before, now))
-        vocabulary = collectives.together(lambda: loaded.vocabulary(self.teacher))
+        vocabulary = collectives.together(lambda: loaded.vocabulary(judge))
         examples = collectives.together(lambda: self._examples(loaded, entry))
         student = collectives.together(lambda: whole_student(loaded.model, vocabulary))
+        # Scores need answers.
         if request.generated:
-            collectives.together(lambda: _check_room(loaded.model, examples, request.config.new_tokens))
-            rollout = GatheredRollout(student.engine, vocabulary, request.config.rows_at_once, request.config.cache_mib)
+            collectives.together(lambda: _check_room(loaded.model, examples, config.new_tokens))
+            rollout = GatheredRollout(student.engine, vocabulary, config.rows_at_once, config.cache_mib)
             check_generation("model", rollout)
             self._generate(name, examples, rollout, loaded.tokenizer)
             entry.setdefault("metrics", {}).update(collectives.from_main_rank(lambda: self._totals(name)))
-        if self.teacher is not None:
-            teacher = collectives.together(lambda: whole_teacher(self.teacher.model, vocabulary))
-            found = Validator(
-                examples, request.config.rows_per_pass, vocabulary.pad_id, teacher,
-                layout=vocabulary.layout,
-            ).measure(student)  # fmt: skip
-            score = {"mean": found.kl_nats, "deviation": None, "teacher_sha256": self.teacher.sha256}
+        # The distance to a teacher is measured on the data's own responses.
+        if judge is not None:
+            teacher = collectives.together(lambda: whole_teacher(judge.model, vocabulary))
+            pad_id, layout = vocabulary.pad_id, vocabulary.layout
+            found = Validator(examples, config.rows_per_pass, pad_id, teacher, layout=layout).measure(student)
+            score = {"mean": found.kl_nats, "deviation": None, "teacher_sha256": judge.sha256}
             entry.setdefault("metrics", {})[KL] = score
         self._save()
 
     def _examples(self, loaded: _Loaded, entry: dict[str, Any]) -> list[Example]:
+        """All rows in the model's tokens. Raises ValueError where one is left out, or answers are there to others."""
         found = tokenize_rows(self.rows, loaded.tokenizer, self.request.config.data, loaded.layout)
-        if len(found.rows) < len(self.rows):
+        if lost := len(self.rows) - len(found.rows):
             raise ValueError(
-                f"{len(self.rows) - len(found.rows)} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and "
-                'an evaluation leaves none out; set data.on_long_prompt and data.on_long_response to "truncate", or '
-                "change the file"
+                f"{lost} of {len(self.rows)} rows do not fit ({dict(found.counts)}), and an evaluation "
+                'leaves none out; set data.on_long_prompt and data.on_long_response to "truncate", or change the file'
             )
         entry["truncated_prompts"] = found.counts["truncated_prompts"]
         # The tokens themselves: template, prefix, fields, lengths and tokenizer all end in them.
-        prompts = hashlib.sha256()
-        for example in found.examples:
-            prompts.update(f"{example.prompt_length} ".encode() + example.prompt.tobytes())
-        before = entry.setdefault("prompts_sha256", prompts.hexdigest())
-        what = "sha256 of the tokenised prompts"
-        refuse_changes(f"{self.records.rows}", {what: before}, {what: prompts.hexdigest()})
+        prompts = b"".join(f"{one.prompt_length} ".encode() + one.prompt.tobytes() for one in found.examples)
+        sha256, what = hashlib.sha256(prompts).hexdigest(), "sha256 of the tokenised prompts"
+        refuse_changes(f"{self.records.rows}", {what: entry.setdefault("prompts_sha256", sha256)}, {what: sha256})
         return found.examples
 
     def _generate(
@@ -233,6 +235,7 @@ class Evaluation:
         wanted = [(seed, row) for seed in self.request.seeds for row in range(len(rows))]
         missing = [place for place in wanted if place not in there]
         for start in range(0, len(missing), config.save_rows):
+            # Answer so many, and score them.
             part = missing[start : start + config.save_rows]
             prompts = [examples[row].prompt for _, row in part]
             seeds = [row_seeds(seed, [row])[0] for seed, row in part]
@@ -242,6 +245,7 @@ class Evaluation:
             entry["generated_tokens"] += sum(one.tokens for one in answers)
             texts = [references(rows[row]) for _, row in part]
             scores = score_rows([one.text for one in answers], texts, self.request.generated)
+            # Put them into the file.
             lines = [
                 {
                     "model": name, "seed": seed, "row": row, "prompt": tokenizer.decode(prompt),
@@ -249,7 +253,7 @@ class Evaluation:
                 }
                 for (seed, row), prompt, ones, one, score in zip(part, prompts, texts, answers, scores, strict=True)
             ]  # fmt: skip
-            collectives.from_main_rank(lambda lines=lines: self.records.append(lines))
+            collectives.from_main_rank(partial(self.records.append, lines))
             self._save()
             if collectives.rank() == 0:
                 count = len(wanted) - len(missing) + start + len(part)
@@ -257,26 +261,26 @@ class Evaluation:
 
     def _totals(self, name: str) -> dict[str, Any]:
         """metric -> mean and deviation over the seeds, and each seed's own; from the file."""
-        lines, added, found = self.records.of_model(name), False, {}
-        for line in lines.values():
-            for missing in [wanted for wanted in self.request.generated if wanted not in line["scores"]]:
-                line["scores"][missing] = metric(missing).row(line["answer"], line["references"])
-                added = True
-        if added:
+        lines, found = self.records.of_model(name), {}
+        # Answers that are older than a metric get their scores by it.
+        missing = [
+            (line, one) for line in lines.values() for one in self.request.generated if one not in line["scores"]
+        ]
+        for line, one in missing:
+            line["scores"][one] = metric(one).row(line["answer"], line["references"])
+        if missing:
             self.records.replace(name, lines.values())
         for wanted in self.request.generated:
             by_seed = {}
             for seed in self.request.seeds:
                 part = [lines[seed, row] for row in range(len(self.rows))]
-                by_seed[str(seed)] = metric(wanted).total(
-                    [line["answer"] for line in part],
-                    [line["references"] for line in part],
-                    [line["scores"][wanted] for line in part],
-                )
+                texts, given = [line["answer"] for line in part], [line["references"] for line in part]
+                by_seed[str(seed)] = metric(wanted).total(texts, given, [line["scores"][wanted] for line in part])
             found[wanted] = spread(list(by_seed.values()))._asdict() | {"by_seed": by_seed}
         return found
 
     def _save(self) -> None:
+        """Write the summary. Collective."""
         collectives.from_main_rank(lambda: self.records.write_summary(self.summary))
 
 
@@ -307,6 +311,7 @@ def _tokens_per_s(entry: dict[str, Any]) -> float:
 
 
 def _check_room(model: PreTrainedModel, examples: list[Example], new_tokens: int) -> None:
+    """Raises ValueError where an answer would not fit behind the longest prompt."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(example.prompt_length for example in examples)
     if room is not None and longest + new_tokens > room:
@@ -317,6 +322,7 @@ def _check_room(model: PreTrainedModel, examples: list[Example], new_tokens: int
 
 
 def _unique(what: str, given: Sequence[str]) -> tuple[str, ...]:
+    """The names, trimmed. Raises ValueError for one that is empty or comes twice."""
     names = tuple(text.strip() for text in given)
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{what} {','.join(names)}: an empty or a repeated entry; give each once")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -53,26 +53,21 @@ def _mean(answers: Texts, references: References, rows: Sequence[float]) -> floa
     return statistics.fmean(rows)
 
 
-def _corpus(scorer: Callable[[], BLEU | CHRF]) -> Callable[[Texts, References, Sequence[float]], float]:
-    def total(answers: Texts, references: References, rows: Sequence[float]) -> float:
-        # sacrebleu wants the first reference of all answers, then the second, with None where there is none
-        return scorer().corpus_score(list(answers), [list(ones) for ones in zip_longest(*references)]).score
+def _of_sacrebleu(title: str, corpus: Callable[[], BLEU | CHRF], sentence: Callable[[], BLEU | CHRF]) -> Metric:
+    def row(answer: str, references: Texts) -> float:
+        return sentence().sentence_score(answer, list(references)).score
 
-    return total
+    def total(answers: Texts, references: References, rows: Sequence[float]) -> float:
+        # The library wants the first reference of all answers, then the second, with None where there is none.
+        return corpus().corpus_score(list(answers), [list(ones) for ones in zip_longest(*references)]).score
+
+    return Metric(title, row, total)
 
 
 METRICS = {
     "rouge_l": Metric("ROUGE-L", _rouge_l, _mean),
-    "bleu": Metric(
-        "BLEU",
-        lambda answer, references: BLEU(effective_order=True).sentence_score(answer, list(references)).score,
-        _corpus(BLEU),
-    ),
-    "chrf": Metric(
-        "chrF",
-        lambda answer, references: CHRF().sentence_score(answer, list(references)).score,
-        _corpus(CHRF),
-    ),
+    "bleu": _of_sacrebleu("BLEU", BLEU, partial(BLEU, effective_order=True)),
+    "chrf": _of_sacrebleu("chrF", CHRF, CHRF),
     "exact_match": Metric("exact match", _exact_match, _mean),
 }
 assert tuple(METRICS) == SCORES

@@ -25,9 +25,7 @@ class Records:
 
     def open(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The summary to go on with; a new one where nothing came of the last. A line that a kill cut off is taken out.
-
-        Raises ValueError, with both values, where the answers that are there were made with other settings.
-        """
+        Raises ValueError, with both values, where the answers that are there were made with other settings."""
         self.rows.parent.mkdir(parents=True, exist_ok=True)
         text = self.rows.read_bytes() if self.rows.is_file() else b""
         summary = read_json(self.summary) if self.summary.is_file() else {}

@@ -29,8 +29,10 @@ class Validation(NamedTuple):
     scores: Mapping[str, float] = {}
 
     def metrics(self) -> dict[str, float | None]:
+        """All of it by name, as it is logged."""
+        perplexity = math.exp(min(self.ce_nats, 700.0))  # more would overflow
         loss = {"kl_nats": self.kl_nats, "ce_nats": self.ce_nats, "top1_agreement": self.top1_agreement}
-        return loss | {"perplexity": math.exp(min(self.ce_nats, 700.0))} | self.scores
+        return {**loss, "perplexity": perplexity, **self.scores}
 
 
 class Best(NamedTuple):
@@ -43,6 +45,7 @@ class Best(NamedTuple):
     def of(cls, so_far: Best | None, found: Validation, by: str, step: int) -> Best | None:
         """`so_far`, or `found` where it is better by "kl", "ce" or a score. What is not a number is never best."""
         value = {"kl": found.kl_nats, "ce": found.ce_nats, **found.scores}[by]
+        assert value is not None, "validation.best is checked with the settings"
         sign = 1 if by in found.scores else -1
         if math.isnan(value) or (so_far is not None and sign * value <= sign * so_far.value):
             return so_far
@@ -51,8 +54,7 @@ class Best(NamedTuple):
 
 class Validator:
     """Measures on `examples`, dealt over the ranks, against `teacher`. Every rank makes as many passes, whatever its
-    share. scores: answers held-out prompts and scores the answers; None leaves it out. layout: of
-    both models' rows."""
+    share. scores: answers held-out prompts and scores the answers; None leaves it out. layout: of both models' rows."""
 
     def __init__(self, examples: list[Example], rows_per_pass: int, pad_id: int,
                  teacher: Teacher | NoTeacher | CachedTeacher, scores: Callable[[], Mapping[str, float]] | None = None,
@@ -70,7 +72,7 @@ class Validator:
     def measure(self, student: Student) -> Validation:
         """Every rank gets the same numbers. Temperature 1 and the forward KL, whatever training minimises, so that runs
         with different losses can be compared."""
-        sums = [0.0, 0.0, 0.0, 0.0]
+        sums = [0.0] * 4
         student.engine.eval()
         try:
             with self.teacher.head() as head:
@@ -78,10 +80,12 @@ class Validator:
                     (signal,) = self.teacher.signals([batch])
                     out = student.loss(batch, signal, head, Objective(Divergence("fkl")))
                     if index < len(self.batches):
-                        found = (out.divergence_nats, out.cross_entropy_nats, out.agreements, batch.num_targets)
-                        sums = [total + float(value) for total, value in zip(sums, found, strict=True)]
+                        found = [out.divergence_nats, out.cross_entropy_nats, out.agreements]
+                        counted = [*map(float, found), batch.num_targets]
+                        sums = [total + value for total, value in zip(sums, counted, strict=True)]
         finally:
             student.engine.train()
+        # Every rank counts in what it has seen; means are taken once, of the sums.
         kl, cross_entropy, agreements, tokens = collectives.sum_over_ranks(sums)
         scores = self.scores() if self.scores else {}
         if isinstance(self.teacher, NoTeacher):

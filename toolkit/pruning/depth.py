@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PretrainedConfig
 
 from toolkit.pruning.width import spread
 from toolkit.settings import DEPTHS
@@ -22,23 +21,13 @@ def listed(depth: str) -> tuple[int, ...] | None:
 
 
 def choose_layers(depth: str, count: int, keep: int, seed: int) -> tuple[int, ...]:
-    """For a choice that needs no measurement: "even" (first and last stay), "random", or a list.
-
-    Raises ValueError for a list that names layers which are not there.
-    """
-    layers = listed(depth)
-    if layers is not None:
-        check_layers(layers, count)
+    """For a choice that needs no measurement: "even" (first and last stay), "random", or a list."""
+    if (layers := listed(depth)) is not None:
         return layers
     if depth == "even":
         return tuple(spread(count, keep))
     draws = torch.Generator().manual_seed(seed)
     return tuple(torch.randperm(count, generator=draws)[:keep].sort().values.tolist())
-
-
-def check_layers(layers: Sequence[int], count: int) -> None:
-    if not layers or not set(layers) <= set(range(count)):
-        raise ValueError(f"layers {sorted(layers)} are to be kept, but the model has layers 0 to {count - 1}")
 
 
 def best_block(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...], dict[str, float]]:
@@ -47,9 +36,8 @@ def best_block(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...]
     Returns (layers to keep, KL in nats by "first-last" layer of the block left out).
     """
     size = count - keep
-    choices = {
-        start: tuple(layer for layer in range(count) if not start <= layer < start + size) for start in range(keep + 1)
-    }
+    starts = range(keep + 1)
+    choices = {at: tuple(layer for layer in range(count) if not at <= layer < at + size) for at in starts}
     kl_nats = measure(list(choices.values()))
     best = min(choices.values(), key=kl_nats.__getitem__)
     return best, {f"{start}-{start + size - 1}": kl_nats[choice] for start, choice in choices.items()}
@@ -67,8 +55,3 @@ def greedy(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...], di
         layer = min(without, key=lambda number: kl_nats[without[number]])
         kept, path[str(layer)] = without[layer], kl_nats[without[layer]]
     return kept, path
-
-
-def per_layer_fields(config: PretrainedConfig, kept: Sequence[int], fields: Sequence[str]) -> dict[str, list]:
-    found = {name: getattr(config, name, None) for name in fields}
-    return {name: [values[layer] for layer in kept] for name, values in found.items() if values}

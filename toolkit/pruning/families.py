@@ -28,72 +28,64 @@ Axes = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """layers, norm: path of the layers and of the last norm in the base model. axes: of each parameter, what its
-    dimensions count. norms: of a layer, by name. heads_out, mlp_out: the modules whose inputs are the heads' and the
-    channels' activations. heads_fill_hidden: hidden size = heads x head size, always (no head_dim of its own).
-    """
+    """Where an architecture keeps what. layers, norm: path of the layers and of the last norm in the base model.
+    embeddings: all that have hidden units as columns. norms, linears: of a layer, the latter with what their outputs
+    and inputs count. heads_out, mlp_out: the linears whose inputs are the heads' and the channels' activations.
+    heads_fill_hidden: hidden size = heads x head size, always (no head_dim of its own). transposed: weights are
+    [in, out]."""
 
     layers: str
     norm: str
-    axes: Mapping[str, Axes]
+    embeddings: tuple[str, ...]
     norms: tuple[str, ...]
+    linears: Mapping[str, tuple[str, str]]
     heads_out: str
     mlp_out: str
     heads_fill_hidden: bool
+    transposed: bool = False
 
     def axes_of(self, name: str) -> Axes:
-        """Of a parameter by its full name; () where none of its dimensions is cut."""
+        """Of a parameter by its full name, what its dimensions count; () where none of them is cut."""
         match = LAYER.match(name)
-        return self.axes.get(match["after"][1:] if match else ".".join(name.split(".")[-2:]), ())
-
-
-def _linear(name: str, rows: str, columns: str, transposed: bool = False) -> dict[str, Axes]:
-    return {f"{name}.weight": (columns, rows) if transposed else (rows, columns), f"{name}.bias": (rows,)}
-
-
-def _norm(name: str) -> dict[str, Axes]:
-    return {f"{name}.weight": (HIDDEN,), f"{name}.bias": (HIDDEN,)}
+        module, _, kind = (match["after"][1:] if match else ".".join(name.split(".")[-2:])).rpartition(".")
+        if module in (*self.norms, self.norm.rpartition(".")[2]):
+            return (HIDDEN,)
+        if module in self.embeddings and kind == "weight":
+            return (None, HIDDEN)
+        if module not in self.linears:
+            return ()
+        outputs, inputs = self.linears[module]
+        if kind == "bias":
+            return (outputs,)
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
 _LLAMA = Family(
-    layers="layers",
-    norm="norm",
-    axes={"embed_tokens.weight": (None, HIDDEN), "lm_head.weight": (None, HIDDEN)}
-    | _norm("norm") | _norm("input_layernorm") | _norm("post_attention_layernorm")
-    | _linear("self_attn.q_proj", QUERY, HIDDEN) | _linear("self_attn.k_proj", KEY_VALUE, HIDDEN)
-    | _linear("self_attn.v_proj", KEY_VALUE, HIDDEN) | _linear("self_attn.o_proj", HIDDEN, QUERY)
-    | _linear("mlp.gate_proj", MLP, HIDDEN) | _linear("mlp.up_proj", MLP, HIDDEN)
-    | _linear("mlp.down_proj", HIDDEN, MLP),
+    layers="layers", norm="norm", embeddings=("embed_tokens", "lm_head"),
     norms=("input_layernorm", "post_attention_layernorm"),
-    heads_out="self_attn.o_proj",
-    mlp_out="mlp.down_proj",
-    heads_fill_hidden=False,
+    linears={
+        "self_attn.q_proj": (QUERY, HIDDEN), "self_attn.k_proj": (KEY_VALUE, HIDDEN),
+        "self_attn.v_proj": (KEY_VALUE, HIDDEN), "self_attn.o_proj": (HIDDEN, QUERY),
+        "mlp.gate_proj": (MLP, HIDDEN), "mlp.up_proj": (MLP, HIDDEN), "mlp.down_proj": (HIDDEN, MLP),
+    },
+    heads_out="self_attn.o_proj", mlp_out="mlp.down_proj", heads_fill_hidden=False,
 )  # fmt: skip
-_GPT2 = Family(  # Conv1D keeps its weight as [in, out]; c_attn holds q, k and v one after another
-    layers="h",
-    norm="ln_f",
-    axes={"wte.weight": (None, HIDDEN), "wpe.weight": (None, HIDDEN), "lm_head.weight": (None, HIDDEN)}
-    | _norm("ln_f") | _norm("ln_1") | _norm("ln_2")
-    | _linear("attn.c_attn", FUSED, HIDDEN, transposed=True) | _linear("attn.c_proj", HIDDEN, QUERY, transposed=True)
-    | _linear("mlp.c_fc", MLP, HIDDEN, transposed=True) | _linear("mlp.c_proj", HIDDEN, MLP, transposed=True),
-    norms=("ln_1", "ln_2"),
-    heads_out="attn.c_proj",
-    mlp_out="mlp.c_proj",
-    heads_fill_hidden=True,
+_GPT2 = Family(  # c_attn holds q, k and v one after another
+    layers="h", norm="ln_f", embeddings=("wte", "wpe", "lm_head"), norms=("ln_1", "ln_2"),
+    linears={
+        "attn.c_attn": (FUSED, HIDDEN), "attn.c_proj": (HIDDEN, QUERY),
+        "mlp.c_fc": (MLP, HIDDEN), "mlp.c_proj": (HIDDEN, MLP),
+    },
+    heads_out="attn.c_proj", mlp_out="mlp.c_proj", heads_fill_hidden=True, transposed=True,
 )  # fmt: skip
 _OPT = Family(
-    layers="decoder.layers",
-    norm="decoder.final_layer_norm",
-    axes={"embed_tokens.weight": (None, HIDDEN), "embed_positions.weight": (None, HIDDEN),
-          "lm_head.weight": (None, HIDDEN)}
-    | _norm("self_attn_layer_norm") | _norm("final_layer_norm")
-    | _linear("self_attn.q_proj", QUERY, HIDDEN) | _linear("self_attn.k_proj", QUERY, HIDDEN)
-    | _linear("self_attn.v_proj", QUERY, HIDDEN) | _linear("self_attn.out_proj", HIDDEN, QUERY)
-    | _linear("fc1", MLP, HIDDEN) | _linear("fc2", HIDDEN, MLP),
-    norms=("self_attn_layer_norm", "final_layer_norm"),
-    heads_out="self_attn.out_proj",
-    mlp_out="fc2",
-    heads_fill_hidden=True,
+    layers="decoder.layers", norm="decoder.final_layer_norm",
+    embeddings=("embed_tokens", "embed_positions", "lm_head"), norms=("self_attn_layer_norm", "final_layer_norm"),
+    linears={
+        "self_attn.q_proj": (QUERY, HIDDEN), "self_attn.k_proj": (QUERY, HIDDEN), "self_attn.v_proj": (QUERY, HIDDEN),
+        "self_attn.out_proj": (HIDDEN, QUERY), "fc1": (MLP, HIDDEN), "fc2": (HIDDEN, MLP),
+    },
+    heads_out="self_attn.out_proj", mlp_out="fc2", heads_fill_hidden=True,
 )  # fmt: skip
 FAMILIES = {
     "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "smollm3": _LLAMA, "gpt2": _GPT2, "opt": _OPT,
@@ -120,9 +112,8 @@ def layer_count(config: PretrainedConfig) -> int:
     """Of one stack. Raises ValueError for encoder-decoders other than T5, and where the two stacks differ."""
     if config.is_encoder_decoder:
         if config.model_type not in ENCODER_DECODERS:
-            raise ValueError(
-                f"layers of encoder-decoders are known for {', '.join(ENCODER_DECODERS)}, not for {config.model_type!r}"
-            )
+            known = ", ".join(ENCODER_DECODERS)
+            raise ValueError(f"layers of encoder-decoders are known for {known}, not for {config.model_type!r}")
         if config.num_decoder_layers != config.num_layers:
             raise ValueError(
                 f"this {config.model_type} has {config.num_layers} encoder and {config.num_decoder_layers} decoder "

@@ -1,4 +1,5 @@
-"""Models that are made of others, once, and kept in the cache: GGUF converted, layers left out, a student cut."""
+"""Models that are made of others: GGUF converted, layers left out, a student cut. A run makes them once and keeps them
+in the cache; `init_student` (`python -m toolkit init-student`) writes one where the user says."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from toolkit.models.files import PICKLED, SAFETENSORS, TOKENIZER_FILES, hub_version, source_folder
 from toolkit.models.gguf import convert_gguf
-from toolkit.models.load import _is_local, resolve
+from toolkit.models.load import _is_local, default_cache_dir, resolve
 from toolkit.models.portable import make_portable
 from toolkit.models.tokenizer import TOKENIZERS_READ, check_saved, load_tokenizer
 from toolkit.pruning import leave_out_layers, prune
+from toolkit.ranks import collectives
 from toolkit.settings import PYTHON_DOCS, DataConfig, InitConfig, ModelConfig
 from toolkit.storage.appear import made_once
 
@@ -100,6 +102,39 @@ def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfi
     return record
 
 
+def init_student(out: Path, model: ModelConfig, init: InitConfig, data: DataConfig, text_field: str | None) -> None:
+    """Writes the part of `model` that `init` asks for to the folder `out`, by calibration text of `data`. Collective.
+
+    text_field: the field to read `data.source` as plain text from; None reads prompts and answers. Raises ValueError
+    for wrong input; nothing is left behind then.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another folder, or delete it")
+    init.validate("init-student")
+    if text_field is not None:
+        data = dataclasses.replace(data, kind="text", text_field=text_field, streaming=not is_at_hand(data.source))
+    data.validate()
+
+    def make() -> None:
+        path = materialize(model, default_cache_dir(""))
+        made_once(out, lambda folder: _report(prune_model(model, path, init, data, folder)))
+        print(f"student: {out}")
+
+    collectives.on_main_rank(make)
+
+
+def _report(record: dict[str, Any]) -> None:
+    """Prints what the record of a pruned model says: which layers it keeps, and how far it is from its teacher."""
+    for choice, kl_nats in record.get("depth_kl_nats", {}).items():
+        print(f"layers {choice}: KL {kl_nats:.3f} nats")
+    print(f"kept layers {','.join(map(str, record['kept']['layers']))}")
+    if found := record.get("calibration"):
+        print(
+            f"on {found['rows']} x {found['row_tokens']} tokens of {found['source']}: KL to the teacher "
+            f"{found['kl_nats']:.3f} nats, top-1 agreement {found['top1_agreement']:.1%}"
+        )
+
+
 def _check_folder(folder: Path) -> None:
     """Raises ValueError unless it holds a configuration and whole weights."""
     if not folder.is_dir():
@@ -107,9 +142,8 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ValueError(
-            f"{folder} has no weights ({' or '.join(WEIGHT_FILES)}); copy them there, or ask for random_weights=true"
-        )
+        known = " or ".join(WEIGHT_FILES)
+        raise ValueError(f"{folder} has no weights ({known}); copy them there, or ask for random_weights=true")
     for file in folder.glob(SAFETENSORS):
         try:
             with safe_open(file, framework="pt"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import torch
@@ -18,30 +17,26 @@ from toolkit.data.text import first_documents, read_documents
 LEAST_TOKENS_A_ROW = 8
 
 
-def calibration_ids(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int, row_tokens: int, validation: bool = False
-) -> Tensor:
+def calibration_ids(data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int, row_tokens: int) -> Tensor:
     """ids_RT, at most [rows, row_tokens]: the first texts, one after another, templates as in training.
 
     `data.source` is anything that training takes, or a .txt file. Raises ValueError for text that fills no row.
     """
+    most = rows * row_tokens // LEAST_TOKENS_A_ROW + 1
     if data.kind == "text" or Path(data.source).suffix.lower() == ".txt":
-        ids = []
-        source, documents = Source.of(data, data.source, validation), rows * row_tokens // LEAST_TOKENS_A_ROW + 1
-        for text in (
-            first_documents(source, data.text_field, documents)
-            if data.streaming
-            else read_documents(source, data.text_field)
-        ):
-            ids += tokenizer(text)["input_ids"]
-            if len(ids) >= rows * row_tokens:
-                break
+        source, field = Source.of(data, data.source, False), data.text_field
+        documents = first_documents(source, field, most) if data.streaming else read_documents(source, field)
+        texts = (tokenizer(text)["input_ids"] for text in documents)
     else:
-        most = rows * row_tokens // LEAST_TOKENS_A_ROW + 1
         data = dataclasses.replace(data, max_rows=min(most, data.max_rows or most))
-        texts, _ = load_rows(data, data.source, is_validation=validation)
-        examples = tokenize_rows(texts, tokenizer, data).examples
-        ids = list(itertools.chain.from_iterable(example.tokens.tolist() for example in examples))
+        examples = tokenize_rows(load_rows(data, data.source)[0], tokenizer, data).examples
+        texts = (example.tokens.tolist() for example in examples)
+    # A file may hold far more than is wanted.
+    ids: list[int] = []
+    for text in texts:
+        ids += text
+        if len(ids) >= rows * row_tokens:
+            break
     whole_rows = min(rows, len(ids) // row_tokens)
     if whole_rows < 1:
         raise ValueError(

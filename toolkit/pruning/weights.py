@@ -6,11 +6,12 @@ Legend: R rows of text, T tokens a row, N = R * T, H hidden units, V head rows.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ from toolkit.pruning.families import Family
 from toolkit.ranks import heartbeat
 
 TOKENS_A_PASS = 1024
+Choice = tuple[int, ...]  # layers to keep, ascending
+Watch = Callable[[int, nn.Module], AbstractContextManager[None]]
 
 
 class Weights:
     """The tensors of a folder of safetensors files, by name; nothing is kept in memory. Of a folder without any, those
-    of its pytorch_model*.bin, mapped too and read without running what is pickled in them.
-
-    Raises ValueError where the folder has neither, or a file is damaged.
-    """
+    of its pytorch_model*.bin, mapped too and read without running what is pickled in them. Raises ValueError where the
+    folder has neither, or a file is damaged."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -54,6 +55,7 @@ class Weights:
                 raise ValueError(f"{file} is missing, damaged or cut off: {error}; copy it again") from error
 
     def _read_pickled(self) -> None:
+        """Map what torch.save wrote."""
         found = sorted(self.folder.glob(PICKLED))
         if not found:
             raise ValueError(f"{self.folder} has neither .safetensors weights nor {PICKLED}; copy the missing files")
@@ -84,12 +86,6 @@ class Weights:
         with safe_open(self.files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
-    def shape(self, name: str) -> list[int]:
-        if self._pickled:
-            return list(self._pickled[name].shape)
-        with safe_open(self.files[name], framework="pt") as opened:
-            return opened.get_slice(name).get_shape()
-
 
 class LayerwiseModel:
     """A causal language model whose decoder layers are in memory one at a time.
@@ -98,30 +94,32 @@ class LayerwiseModel:
     """
 
     def __init__(self, folder: Path, family: Family, device: torch.device, dtype: torch.dtype):
+        # A model without memory: what is computed and not stored, as rotary tables, is made, and what is needed all the
+        # time, that is all parameters outside of the layers, is read.
         self.weights, self.family, self.device, self.dtype = Weights(folder), family, device, dtype
         self.config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config)).eval().requires_grad_(False)
         self.base = self.model.base_model
         self.prefix = f"{self.model.base_model_prefix}."
-        for name, module in self.base.named_children():  # rotary tables are computed, not stored
+        for name, module in self.base.named_children():
             if any(buffer.is_meta for buffer in module.buffers()) and name != family.layers.split(".")[0]:
                 setattr(self.base, name, type(module)(config=self.config).to(device))
         self.layers = self.base.get_submodule(family.layers)
         for name, parameter in self.base.named_parameters():
             if not name.startswith(f"{family.layers}.") and parameter.is_meta:
                 self._fill(self.base, name, self.stored(name))
-        head = self.model.get_output_embeddings()
+        # The head is often the embedding once more.
         embedding = self.model.get_input_embeddings().weight
         is_tied = self.config.tie_word_embeddings or "lm_head.weight" not in self.weights
         self.head_VH = embedding.data if is_tied else self._cast(self.weights.tensor("lm_head.weight"))
-        self.head_bias_V = None
-        if getattr(head, "bias", None) is not None:
+        if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
             raise ValueError(f"{folder}: a head with a bias is not known to pruning")
         self.norm = self.base.get_submodule(family.norm)
 
     @property
     def count(self) -> int:
+        """Number of layers."""
         return len(self.layers)
 
     def stored(self, name: str) -> Tensor:
@@ -141,37 +139,35 @@ class LayerwiseModel:
         entering: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = [((), {})] * self.count
 
-        def catcher(index: int) -> Callable[..., Tensor]:
-            def call(hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                if index == 0:
-                    entering.append(hidden_BTH)
-                calls[index] = args, kwargs
-                return hidden_BTH
+        def note(index: int, hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index == 0:
+                entering.append(hidden_BTH)
+            calls[index] = args, kwargs
+            return hidden_BTH
 
-            return call
+        def run(index: int, hidden_BTH: Tensor) -> Tensor:
+            args, kwargs = calls[index]
+            return self.layers[index](hidden_BTH, *args, **kwargs)
 
+        # One forward a row, in which the layers only note what they are given.
         forwards = [layer.forward for layer in self.layers]
         try:
             for index, layer in enumerate(self.layers):
-                layer.forward = catcher(index)
+                layer.forward = partial(note, index)
             for row_T in ids_RT:
                 self.base(input_ids=row_T[None].to(self.device), use_cache=False)
         finally:
             for layer, forward in zip(self.layers, forwards, strict=True):
                 layer.forward = forward
 
-        def bound(index: int) -> Callable[[Tensor], Tensor]:
-            args, kwargs = calls[index]
-            return lambda hidden_BTH: self.layers[index](hidden_BTH, *args, **kwargs)
+        return torch.cat(entering), [partial(run, index) for index in range(self.count)]
 
-        return torch.cat(entering), [bound(index) for index in range(self.count)]
-
-    @contextlib.contextmanager
+    @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
+        """The layer with its weights, which leave memory after the block."""
         layer = self.layers[index]
-        names = [name for name, _ in layer.named_parameters()]
         try:
-            for name in names:
+            for name, _ in list(layer.named_parameters()):
                 self._fill(layer, name, self.stored(f"{self.family.layers}.{index}.{name}"))
             yield layer
         finally:
@@ -180,9 +176,10 @@ class LayerwiseModel:
     @torch.no_grad()
     def finish(self, hidden_RTH: Tensor) -> Tensor:
         """[N, H]: after the last norm, what the head reads."""
-        return torch.cat([self.norm(part) for part in hidden_RTH.split(rows_a_pass(hidden_RTH))]).flatten(0, 1)
+        return _in_passes(self.norm, hidden_RTH).flatten(0, 1)
 
     def _fill(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        """Give a parameter its values. Raises ValueError for those of another shape."""
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
         if tensor.shape != getattr(owner, last).shape:
@@ -198,11 +195,8 @@ class LayerwiseModel:
 
 @torch.no_grad()
 def run_choices(
-    model: LayerwiseModel,
-    ids_RT: Tensor,
-    choices: Iterable[tuple[int, ...]],
-    watch: Callable[[int, nn.Module], contextlib.AbstractContextManager] | None = None,
-) -> tuple[dict[tuple[int, ...], Tensor], Tensor]:
+    model: LayerwiseModel, ids_RT: Tensor, choices: Iterable[Choice], watch: Watch = lambda index, layer: nullcontext()
+) -> tuple[dict[Choice, Tensor], Tensor]:
     """What the head reads, [N, H], for each choice of layers to keep, and for all layers. Each layer is loaded once.
 
     Choices that begin with the same layers share their states, so leaving out one block of a model costs, for all
@@ -213,24 +207,23 @@ def run_choices(
     whole = tuple(range(model.count))
     wanted = {*choices, whole}
     hidden_RTH, calls = model.embed(ids_RT)
-    states = {(): hidden_RTH}
+    states: dict[Choice, Tensor] = {(): hidden_RTH}
     for index in range(model.count):
+        # What each choice keeps of the layers up to this one; a beginning without this layer stays as it is.
         needed = {tuple(layer for layer in choice if layer <= index) for choice in wanted}
-        following: dict[tuple[int, ...], Tensor] = {}
+        following: dict[Choice, Tensor] = {}
         with model.loaded(index) as layer:
             for prefix in sorted(needed):
                 if not prefix or prefix[-1] != index:
                     following[prefix] = states[prefix]
                     continue
-                is_watched = watch is not None and prefix == whole[: index + 1]
-                with watch(index, layer) if is_watched else contextlib.nullcontext():
+                with watch(index, layer) if prefix == whole[: index + 1] else nullcontext():
                     following[prefix] = _in_passes(calls[index], states[prefix[:-1]])
         states = following
         heartbeat.beat()
     ended = {}
     for choice in sorted(wanted):
-        is_watched = watch is not None and choice == whole
-        with watch(model.count, model.norm) if is_watched else contextlib.nullcontext():
+        with watch(model.count, model.norm) if choice == whole else nullcontext():
             ended[choice] = model.finish(states.pop(choice))
     return ended, ended[whole]
 
@@ -247,9 +240,6 @@ def kl_to_teacher(
     return found.divergence_N.double().mean().item(), found.agreement_N.double().mean().item()
 
 
-def rows_a_pass(hidden_RTH: Tensor) -> int:
-    return max(1, TOKENS_A_PASS // hidden_RTH.shape[1])
-
-
 def _in_passes(call: Callable[[Tensor], Tensor], hidden_RTH: Tensor) -> Tensor:
-    return torch.cat([call(part) for part in hidden_RTH.split(rows_a_pass(hidden_RTH))])
+    """What `call` makes of all rows, so many at a time."""
+    return torch.cat([call(part) for part in hidden_RTH.split(max(1, TOKENS_A_PASS // hidden_RTH.shape[1]))])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from toolkit.pruning.families import FUSED, HIDDEN, KEY_VALUE, LAYER, MLP, QUERY
 
 
 class Sizes(NamedTuple):
+    """How large a model is. heads: of queries. mlp: channels of a layer's MLP. head_dim: numbers a head."""
+
     layers: int
     hidden: int
     heads: int
@@ -31,14 +34,12 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, config: PretrainedConfig, layers: int) -> Sizes:
+        """Those that a configuration says, and its architecture's defaults for what it leaves out."""
         hidden, heads = config.hidden_size, config.num_attention_heads
-        mlp = next(
-            (getattr(config, n) for n in ("intermediate_size", "ffn_dim", "n_inner") if getattr(config, n, 0)), 0
-        )
+        named = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+        mlp = next(filter(None, named), 4 * hidden)
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        return cls(
-            layers, hidden, heads, kv_heads, mlp or 4 * hidden, getattr(config, "head_dim", 0) or hidden // heads
-        )
+        return cls(layers, hidden, heads, kv_heads, mlp, getattr(config, "head_dim", 0) or hidden // heads)
 
 
 def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
@@ -48,9 +49,7 @@ def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
         if not 1 <= ours <= theirs:
             raise ValueError(f"{name} = {ours}, but the teacher has {theirs}; give a number from 1 to {theirs}")
     if student.heads % student.kv_heads:
-        raise ValueError(
-            f"heads = {student.heads} is not a multiple of kv_heads = {student.kv_heads}; change one of them"
-        )
+        raise ValueError(f"heads = {student.heads} is not a multiple of kv_heads = {student.kv_heads}; change one")
     if family.heads_fill_hidden and student.kv_heads != student.heads:
         raise ValueError(
             f"kv_heads = {student.kv_heads}, but this architecture has as many key-value heads as heads "
@@ -76,13 +75,13 @@ def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
 
 @dataclass
 class Statistics:
-    """Of the whole teacher on the calibration text; scores are larger for what matters more.
+    """Of the whole teacher on the calibration text: scores of units, heads and channels, larger for what matters more.
 
-    hidden_H; heads_LA; mlp_LM. shares_H: for each norm ("3.input_layernorm", "norm"), the mean over tokens of a
-    unit's share in the sum of squares that the norm divides by.
+    shares_H: for each norm ("3.input_layernorm", "norm"), the mean over tokens of a unit's share in the sum of squares
+    that the norm divides by.
     """
 
-    hidden_H: Tensor | None = None
+    hidden_H: Tensor
     heads_LA: list[Tensor] = field(default_factory=list)
     mlp_LM: list[Tensor] = field(default_factory=list)
     shares_H: dict[str, Tensor] = field(default_factory=dict)
@@ -93,55 +92,42 @@ class Meter:
 
     def __init__(self, family: Family, sizes: Sizes, row_tokens: int, centred: bool):
         self.family, self.sizes, self.row_tokens, self.centred = family, sizes, row_tokens, centred
-        self.found = Statistics(hidden_H=torch.zeros(sizes.hidden, dtype=torch.float64))
+        self.found = Statistics(torch.zeros(sizes.hidden, dtype=torch.float64))
 
     @contextmanager
-    def layer(self, index: int, layer: nn.Module) -> Iterator[None]:
-        """Around a layer, and around the last norm where `index` is the number of layers."""
-        norms = {f"{index}.{n}": layer.get_submodule(n) for n in self.family.norms}
+    def watch(self, index: int, module: nn.Module) -> Iterator[None]:
+        """Around the layer `index`, or around the last norm, whose index is the number of layers."""
+        heads_out, mlp_out, is_layer = self.family.heads_out, self.family.mlp_out, index < self.sizes.layers
+        norms = {f"{index}.{n}": module.get_submodule(n) for n in self.family.norms} if is_layer else {"norm": module}
+        # Sums over the passes of all rows: of norms by what comes out, of heads and channels by what their sum reads.
         sums: dict[str, Tensor] = {}
-        hooks = [norm.register_forward_hook(self._norm_hook(name, sums)) for name, norm in norms.items()]
-        for name in (self.family.heads_out, self.family.mlp_out):
-            hooks.append(layer.get_submodule(name).register_forward_pre_hook(self._input_hook(name, sums)))
+        hooks = [norm.register_forward_hook(partial(self._see_norm, sums, name)) for name, norm in norms.items()]
+        for name in (heads_out, mlp_out) if is_layer else ():
+            hooks.append(module.get_submodule(name).register_forward_pre_hook(partial(self._see_input, sums, name)))
         yield
         for hook in hooks:
             hook.remove()
-        self._close_norms(norms, sums)
-        heads_AD = sums[self.family.heads_out].sqrt().view(self.sizes.heads, self.sizes.head_dim)
-        self.found.heads_LA.append(heads_AD.norm(dim=1))
-        self.found.mlp_LM.append(sums[self.family.mlp_out].sqrt())
-
-    @contextmanager
-    def last_norm(self, norm: nn.Module) -> Iterator[None]:
-        sums: dict[str, Tensor] = {}
-        hook = norm.register_forward_hook(self._norm_hook("norm", sums))
-        yield
-        hook.remove()
-        self._close_norms({"norm": norm}, sums)
-
-    def _close_norms(self, names: dict[str, nn.Module], sums: dict[str, Tensor]) -> None:
-        for name in names:
+        # Scores of this layer's parts.
+        for name in norms:
             self.found.hidden_H += sums[name].sqrt()
             self.found.shares_H[name] = sums[f"{name} share"] / sums[f"{name} tokens"]
+        if is_layer:
+            heads_AD = sums[heads_out].sqrt().view(self.sizes.heads, self.sizes.head_dim)
+            self.found.heads_LA.append(heads_AD.norm(dim=1))
+            self.found.mlp_LM.append(sums[mlp_out].sqrt())
 
-    def _norm_hook(self, name: str, sums: dict[str, Tensor]):
-        def hook(module: nn.Module, args: tuple, out_BTH: Tensor) -> None:
-            _add(sums, name, self._row_squares(out_BTH))
-            x_NH = args[0].detach().flatten(0, -2).float()
-            if self.centred:
-                x_NH = x_NH - x_NH.mean(-1, keepdim=True)
-            squares_NH = x_NH.square()
-            share_NH = squares_NH / squares_NH.sum(-1, keepdim=True).clamp_min(1e-30)
-            _add(sums, f"{name} share", share_NH.sum(0))
-            _add(sums, f"{name} tokens", torch.tensor(float(len(x_NH))))
+    def _see_norm(self, sums: dict[str, Tensor], name: str, module: nn.Module, args: tuple, out_BTH: Tensor) -> None:
+        _add(sums, name, self._row_squares(out_BTH))
+        x_NH = args[0].detach().flatten(0, -2).float()
+        if self.centred:
+            x_NH = x_NH - x_NH.mean(-1, keepdim=True)
+        squares_NH = x_NH.square()
+        share_NH = squares_NH / squares_NH.sum(-1, keepdim=True).clamp_min(1e-30)
+        _add(sums, f"{name} share", share_NH.sum(0))
+        _add(sums, f"{name} tokens", torch.tensor(float(len(x_NH))))
 
-        return hook
-
-    def _input_hook(self, name: str, sums: dict[str, Tensor]):
-        def hook(module: nn.Module, args: tuple) -> None:
-            _add(sums, name, self._row_squares(args[0]))
-
-        return hook
+    def _see_input(self, sums: dict[str, Tensor], name: str, module: nn.Module, args: tuple) -> None:
+        _add(sums, name, self._row_squares(args[0]))
 
     def _row_squares(self, x_BTX: Tensor) -> Tensor:
         """Sum over rows of the squared mean over tokens of |x|."""
@@ -173,17 +159,19 @@ class Width:
         """The part of a parameter that stays; `name` and its layer's number are the teacher's."""
         match = LAYER.match(name)
         layer = int(match["index"]) if match else 0
+        # Each axis loses what is not kept of it.
         for dim, axis in enumerate(family.axes_of(name)):
             kept = self._kept(axis, layer)
             if kept is not None:
                 tensor = tensor.index_select(dim, kept)
+        # A norm makes up for what it no longer divides by.
         norm = f"{layer}.{match['after'][1:].rpartition('.')[0]}" if match else "norm"
-        is_weight = name.endswith(".weight") and tensor.dim() == 1
-        if is_weight and (norm in self.norm_factors):
+        if name.endswith(".weight") and tensor.dim() == 1 and norm in self.norm_factors:
             tensor = (tensor.float() * self.norm_factors[norm]).to(tensor.dtype)
         return tensor
 
     def _kept(self, axis: str | None, layer: int) -> Tensor | None:
+        """The places that stay on an axis of a layer's parameter; None is all of them."""
         d = self.sizes.head_dim
         if axis == HIDDEN:
             return self.hidden_H
@@ -192,15 +180,12 @@ class Width:
         if axis == KEY_VALUE:
             return None if self.kv_heads_LK is None else _of_heads(self.kv_heads_LK[layer], d)
         if axis in (QUERY, FUSED) and self.heads_LA is not None:
-            units = _of_heads(self.heads_LA[layer], d)
-            width = self.sizes.heads * d
+            units, width = _of_heads(self.heads_LA[layer], d), self.sizes.heads * d
             return units if axis == QUERY else torch.cat([units, units + width, units + 2 * width])
         return None
 
 
-def choose_width(
-    how: str, teacher: Sizes, student: Sizes, found: Statistics | None, seed: int, keep_scale: bool
-) -> Width:
+def choose_width(how: str, teacher: Sizes, student: Sizes, found: Statistics, seed: int, keep_scale: bool) -> Width:
     """`how`: "importance" (by `found`), "even" (spread over the numbers), or "random".
 
     Heads go by groups: the key-value heads whose query heads score highest together, then the highest of each group.
@@ -209,34 +194,29 @@ def choose_width(
     """
     draws = torch.Generator().manual_seed(seed)
 
-    def choose(scores: Tensor | None, count: int, keep: int) -> Tensor:
+    def choose(scores: Tensor, keep: int) -> Tensor:
         if how == "importance":
             return scores.topk(keep).indices.sort().values
         if how == "random":
-            return torch.randperm(count, generator=draws)[:keep].sort().values
-        return torch.tensor(spread(count, keep))
+            return torch.randperm(len(scores), generator=draws)[:keep].sort().values
+        return torch.tensor(spread(len(scores), keep))
 
     hidden = heads = kv_heads = mlp = None
     if student.hidden < teacher.hidden:
-        hidden = choose(None if found is None else found.hidden_H, teacher.hidden, student.hidden)
+        hidden = choose(found.hidden_H, student.hidden)
     if student.mlp < teacher.mlp:
-        scores = found.mlp_LM if found is not None else [None] * teacher.layers
-        mlp = [choose(scores_M, teacher.mlp, student.mlp) for scores_M in scores]
+        mlp = [choose(scores_M, student.mlp) for scores_M in found.mlp_LM]
+    # Key-value heads first, then as many query heads of each.
     if (student.heads, student.kv_heads) != (teacher.heads, teacher.kv_heads):
         heads, kv_heads, group = [], [], teacher.heads // teacher.kv_heads
-        for scores_A in found.heads_LA if found is not None else [None] * teacher.layers:
-            scores_KG = None if scores_A is None else scores_A.view(teacher.kv_heads, group)
-            totals_K = None if scores_KG is None else scores_KG.sum(1)
-            groups = choose(totals_K, teacher.kv_heads, student.kv_heads)
-            kept = [
-                group * k
-                + choose(None if scores_KG is None else scores_KG[k], group, student.heads // student.kv_heads)
-                for k in groups
-            ]
+        for scores_A in found.heads_LA:
+            scores_KG = scores_A.view(teacher.kv_heads, group)
+            groups = choose(scores_KG.sum(1), student.kv_heads)
+            kept = [group * k + choose(scores_KG[k], student.heads // student.kv_heads) for k in groups]
             heads.append(torch.cat(kept))
             kv_heads.append(groups)
     factors = {}
-    if hidden is not None and keep_scale and found is not None:
+    if hidden is not None and keep_scale:
         for name, shares_H in found.shares_H.items():
             factors[name] = (shares_H[hidden].sum() * teacher.hidden / student.hidden).sqrt().item()
     return Width(teacher, hidden, heads, kv_heads, mlp, factors)
@@ -250,4 +230,5 @@ def spread(count: int, keep: int) -> list[int]:
 
 
 def _of_heads(heads: Tensor, head_dim: int) -> Tensor:
+    """The places of these heads' numbers, one head after another."""
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
