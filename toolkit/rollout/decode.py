@@ -250,8 +250,8 @@ def cache_bytes_per_token(model: PreTrainedModel) -> int:
 
 
 class _Texts:
-    """What the rows of the cache say, a line for each: the tokens said, their number, the length of prompt and text, the
-    next input, the draws that choose tokens, and where a rule asks for it the ids seen."""
+    """What the rows of the cache say, a line for each: the tokens said, their number, the length of prompt and text,
+    the next input, the draws that choose tokens, and where a rule asks for it the ids seen."""
 
     def __init__(self, rows: int, room: int, sampling: SeededSampling, device: torch.device):
         self.sampling, most = sampling, sampling.max_new_tokens

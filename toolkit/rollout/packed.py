@@ -36,11 +36,11 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     layers = [part for part in model.modules() if isinstance(part, kinds) and type(part) in kinds]
     try:
         for layer in layers:
-            layer.forward = _packed_forward(layer)
+            vars(layer)["forward"] = _packed_forward(layer)
         yield
     finally:
         for layer in layers:
-            layer.__dict__.pop("forward", None)
+            vars(layer).pop("forward", None)
 
 
 def _packed_forward(layer: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
