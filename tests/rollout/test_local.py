@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.rollout import local_cases
 from toolkit.ranks.memory import cgroup_free_bytes
-from toolkit.rollout.local import GatheredRollout, SeededSampling, choose_tokens
+from toolkit.rollout.local import GatheredRollout, SeededSampling
+from toolkit.rollout.sampling import choose_tokens
 
 PROMPTS = [
     "Return the number",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from toolkit.settings import RunConfig
 
+#: the loop's monitor writes what these ask for; an engine that was given them would write there too, by samples
+MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: key of a DeepSpeed config -> the setting of RunConfig that owns it
 OWNED = {
@@ -35,9 +36,7 @@ def read_ds_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     for key, owner in OWNED.items():
         if key in config:
-            raise ValueError(
-                f"{file} sets {key!r}, which belongs to {owner} of the run's config; take it out of the file"
-            )
+            raise ValueError(f"{file} sets {key!r}, which belongs to {owner} of the run's config; take it out there")
     if '"auto"' in json.dumps(config):
         raise ValueError(f'{file} holds "auto": nothing fills it in here; write the value')
     return config
@@ -54,7 +53,7 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
         )
     rows, accumulation = config.train.rows_per_step + config.text_rows, config.accumulation(world)
     return {
-        **without_monitors(given),  # the loop's monitor writes there
+        **{key: value for key, value in given.items() if key not in MONITOR_SECTIONS},
         "train_micro_batch_size_per_gpu": rows // (accumulation * world),
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": rows,
@@ -75,17 +74,5 @@ def teacher_ds_config(config: RunConfig, dtype_name: str) -> dict[str, Any]:
             f"{config.teacher.ds_config}: zero_optimization.stage = {stage}, and a teacher is not trained: give 3, "
             "which shards its weights (ds_configs/teacher_zero3.json), or 0, which keeps it whole on every rank"
         )
-    return {
-        **given,
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": dtype_name == "bf16"},
-        "steps_per_print": 10**9,
-    }
-
-
-MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
-
-
-def without_monitors(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """`ds_config` for deepspeed.initialize: with them the engine would write there too, by samples."""
-    return {key: value for key, value in ds_config.items() if key not in MONITOR_SECTIONS}
+    own = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype_name == "bf16"}, "steps_per_print": 10**9}
+    return {**given, **own}

@@ -6,8 +6,9 @@ Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,17 @@ def both_logits(engine: Any, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return engine(batch.to(engine.module.model.device), answer="logits")
 
 
+@contextmanager
+def evaluation_mode(engine: Any) -> Iterator[None]:
+    """Inside, the engine's module is in eval mode; afterwards it is in the mode that it had."""
+    was_training = engine.module.training
+    engine.module.eval()
+    try:
+        yield
+    finally:
+        engine.module.train(was_training)
+
+
 @torch.no_grad()
 def hidden_states(engine: Any, batch: TokenBatch) -> Tensor:
     """hidden_NH at the positions that predict response tokens. Collective."""
@@ -141,16 +153,12 @@ class StudentForward(nn.Module):
         """answer: "loss" gives what `Student.loss` says, "hidden" hidden_NS, "logits" what `both_logits` says."""
         if answer == "logits":
             return _both_logits(self.model, batch)
-        hidden_NS = response_hidden(self.model, batch)
-        head = head_of(self.model)
-        # Not earlier: ZeRO-3 learns from a pass what the next one through the same modules is going to gather.
+        hidden_NS, head = response_hidden(self.model, batch), head_of(self.model)
+        # Not before the head: ZeRO-3 learns from a pass what the next one through the same modules is going to gather.
         if answer == "hidden":
             return hidden_NS
-        if isinstance(signal, Tensor):
-            assert teacher_head is not None, "hidden states come with the head that makes logits of them"
-            teacher: Hidden | TopKTeacher | None = Hidden(signal, teacher_head)
-        else:
-            teacher = signal
+        # Hidden states become logits by the teacher's head; a stored top k and no signal are taken as they are.
+        teacher = Hidden(signal, cast(Head, teacher_head)) if isinstance(signal, Tensor) else signal
         weights_N = hidden_NS.new_full((len(hidden_NS),), token_weight, dtype=torch.float32)
 
         def work(budget_mib: float | None) -> FusedLoss:
@@ -181,7 +189,7 @@ def _of_one_stack(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
             model.config, like_BT1, attention_mask=None, cache=None, position_ids=batch.position_ids_BT
         )
     elif batch.position_ids_BT is not None and "flash" in (model.config._attn_implementation or ""):
-        # transformers finds the texts for flash attention in a single row only; positions start over in each row too
+        # transformers finds the texts for flash attention in a single row only. Positions start over in each row too.
         inputs = {name: tensor_BT.reshape(1, -1) for name, tensor_BT in inputs.items()}
     hidden_BTH = stack_of(model)(**inputs, use_cache=False).last_hidden_state
     return hidden_BTH.reshape(*batch.predicts_BT.shape, -1)

@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_utils import load_state_dict
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from toolkit.models.files import weight_files
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
 
 NAMED = 4  # names in a message, before "and N more"
+#: a model's class, or an auto class that chooses one by the configuration
+Kind = type[PreTrainedModel] | type[_BaseAutoModelClass]
 
 
-def from_config(kind: type, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A model of random weights. `kind`: a model's class, or an auto class."""
+def from_config(kind: Kind, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of random weights."""
     if issubclass(kind, PreTrainedModel):
         return kind._from_config(config, dtype=dtype)
     return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def blank(kind: type, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def blank(kind: Kind, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The same on the meta device: names, shapes and dtypes without numbers."""
     with torch.device("meta"), initialization.meta_device_safe_creation_ops():
         return from_config(kind, config, dtype, trust_remote_code)
@@ -43,15 +49,16 @@ def rehearse(
 ) -> tuple[PreTrainedModel, dict[str, set]]:
     """The model that transformers would make of the weights in the folder `path`, on the meta device, and its loading
     info. Raises ValueError for weights that it cannot convert, such as experts of which some are missing."""
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for file in weight_files(Path(path), config):
         stored |= load_state_dict(file, map_location="meta")
     with quiet() as report:
         try:
-            return kind.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 None, config=config, state_dict=stored, dtype=dtype, device_map="meta", output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )  # fmt: skip
+            return loaded  # a pair, by output_loading_info
         except RuntimeError as error:
             raise ValueError(f"the weights at {path} could not be loaded: {error}\n{''.join(report)}") from error
 
@@ -66,8 +73,7 @@ def check_fit(path: str, model: PreTrainedModel, found: Mapping[str, set], keeps
         name, stored, wanted = wrong[0]
         raise ValueError(
             f"the weights at {path} have other shapes than the configuration asks for, {len(wrong)} of them: {name} is "
-            f"{list(stored)} in the files and {list(wanted)} by config.json; correct config.json, or copy the files "
-            "that belong to it"
+            f"{list(stored)} in the files and {list(wanted)} by config.json; correct it, or copy the files of it"
         )
     unexpected = sorted(found.get("unexpected_keys", ()))
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in them
@@ -88,6 +94,7 @@ def _beside_layers(path: str, model: PreTrainedModel, unexpected: list[str], kee
     """The names that are not of layers past the model's last one. Raises ValueError where there are such layers."""
     # DeepSeek-V3 and GLM-4.5 keep layers for multi-token prediction after the model's own: they are no part of it.
     predicting = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    # How many layers each stack of the model has, by the names of its tensors.
     counts: dict[str, int] = {}
     for name in model.state_dict():
         for stack, number in _numbers(name, model):
@@ -98,8 +105,7 @@ def _beside_layers(path: str, model: PreTrainedModel, unexpected: list[str], kee
         if not past:
             rest.append(name)
             continue
-        stack, number = past[0]
-        count = counts[stack]
+        (stack, number), count = past[0], counts[past[0][0]]
         if keeps_all_layers and number >= count + predicting:
             raise ValueError(
                 f"the weights at {path} hold {stack}.{number}, and by config.json the model has {count} of them "
@@ -118,10 +124,7 @@ def _numbers(name: str, model: PreTrainedModel) -> list[tuple[str, int]]:
 
 def _listed(names: list[str]) -> str:
     """Some of the names; the same name in several layers is one, with their number."""
-    counts: dict[str, int] = {}
-    for name in names:
-        alike = re.sub(r"\.\d+(?=\.)", ".*", name)
-        counts[alike] = counts.get(alike, 0) + 1
+    counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
     shown = [name if count == 1 else f"{name} ({count} times)" for name, count in counts.items()]
     more = f" and {len(shown) - NAMED} more" if len(shown) > NAMED else ""
     return ", ".join(shown[:NAMED]) + more
@@ -131,18 +134,18 @@ def _listed(names: list[str]) -> str:
 def quiet() -> Iterator[list[str]]:
     """transformers' own report of a load goes into the list, and no bar is drawn: what matters of it is told once."""
     report = _Report()
-    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
-    had_bars, propagates = transformers.utils.logging.is_progress_bar_enabled(), logger.propagate
-    transformers.utils.logging.disable_progress_bar()
+    logging_of = transformers.utils.logging
+    logger, had_bars = logging_of.get_logger("transformers.modeling_utils"), logging_of.is_progress_bar_enabled()
+    propagates, logger.propagate = logger.propagate, False
+    logging_of.disable_progress_bar()
     logger.addHandler(report)
-    logger.propagate = False
     try:
         yield report.said
     finally:
         logger.removeHandler(report)
         logger.propagate = propagates
         if had_bars:
-            transformers.utils.logging.enable_progress_bar()
+            logging_of.enable_progress_bar()
 
 
 class _Report(logging.Handler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
     # Gemma's files write spaces and scores in a way of their own, which transformers knows.
     if value("tokenizer.ggml.model") == "llama" and not value("general.architecture").startswith("gemma"):
-        return _of_sentencepiece(file, value)
+        return _of_sentencepiece(value)
+    # The others are read by transformers, and mended where it does not know the rules by which they split a text.
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     inner, rules = tokenizer.backend_tokenizer, value("tokenizer.ggml.pre")
     has_gpt2_split = isinstance(inner.pre_tokenizer, pre_tokenizers.ByteLevel)  # which may be for want of a better one
@@ -75,20 +77,19 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _of_sentencepiece(file: Path, value: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of the sentencepiece model that the file was made from; value: of a field, or what is given beside
-    its name."""
+def _of_sentencepiece(value: Callable[..., Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the sentencepiece model that a file was made from. value: of one of its fields, by name."""
     tokens = value("tokenizer.ggml.tokens")
-    model = sentencepiece_model_pb2.ModelProto()
-    for token, score, kind in zip(
-        tokens, value("tokenizer.ggml.scores"), value("tokenizer.ggml.token_type"), strict=True
-    ):
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+    scores, kinds = value("tokenizer.ggml.scores"), value("tokenizer.ggml.token_type")
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
         model.pieces.add(piece=token.replace(" ", SPACE), score=score, type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.byte_fallback = any(piece.type == BYTE_PIECE for piece in model.pieces)
     normalizer.add_dummy_prefix = value("tokenizer.ggml.add_space_prefix", True)
     normalizer.remove_extra_whitespaces = False
+    # BOS, EOS and the other special tokens as the file says; without a word of it a text begins with BOS.
     settings = {"chat_template": value("tokenizer.chat_template")}
     settings |= {f"add_{end}_token": value(f"tokenizer.ggml.add_{end}_token", end == "bos") for end in ("bos", "eos")}
     ids = {name: value(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL_TOKENS}

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -35,24 +35,25 @@ from toolkit.batch import RowLayout, layout_of
 from toolkit.divergences.products import cpu_has_bf16_products
 from toolkit.models.dtypes import dtypes_of
 from toolkit.models.files import hub_version
-from toolkit.models.fit import blank, check_fit, from_config, quiet, rehearse
+from toolkit.models.fit import Kind, blank, check_fit, from_config, quiet, rehearse
 from toolkit.models.zero import dtypes_under_init
 from toolkit.ranks import collectives
 from toolkit.settings import ModelConfig
 from toolkit.settings.overrides import unknown
 
 #: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows
-ENCODER_DECODERS = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}
+ENCODER_DECODERS: dict[str, type[PreTrainedModel]] = {
+    "t5": T5ForConditionalGeneration,
+    "mt5": MT5ForConditionalGeneration,
+}
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """ "auto" is bf16 where the device multiplies it in hardware: elsewhere it is many times slower than fp32."""
     if precision == "auto":
-        if device.type == "cpu":
-            has_bf16 = cpu_has_bf16_products()
-        else:
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float32
+        on_cpu = device.type == "cpu"
+        has_bf16 = cpu_has_bf16_products() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
@@ -89,11 +90,8 @@ def row_layout(model: ModelConfig, path: str) -> RowLayout:
 
     `path` is what `materialize` returned. Raises ValueError for a configuration that is not to be had or not known.
     """
-    try:
-        config = _configuration(model, path)
-    except (OSError, StrictDataclassError) as error:
-        raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
-    return layout_of(config)
+    with _told_plainly(model, path):
+        return layout_of(_configuration(model, path))
 
 
 def generation_ends(path: str) -> list[int]:
@@ -149,8 +147,7 @@ def load_model(
             f"the model at {path or model.shape!r}, a {plan.config.model_type} model, cannot be loaded under ZeRO-3, "
             f"where deepspeed partitions a weight as soon as it is made: {type(error).__name__}: {error} "
             f"({Path(place.filename).name}:{place.lineno}). Use a model of another family, or a ds_config that keeps "
-            "it whole on every rank: ds_configs/student_zero2.json for a student, a file with zero_optimization.stage "
-            "= 0 for a teacher"
+            "it whole on every rank: ds_configs/student_zero2.json for a student, ZeRO stage 0 for a teacher"
         ) from error
     finally:
         del keep_alive
@@ -164,7 +161,7 @@ class _Plan(NamedTuple):
     """A model as transformers would load it: by name, the dtypes of parameters and buffers, and the parameters that its
     own code does not train (which transformers forgets where it replaces them by those of a file)."""
 
-    kind: type
+    kind: Kind
     config: PretrainedConfig
     dtypes: dict[str, torch.dtype]
     frozen: list[str]
@@ -177,14 +174,12 @@ def _plan(model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dt
     if ds_config and is_quantised:
         raise ValueError(
             f"the weights at {path} are quantised (quantization_config of config.json), and such a model is not "
-            "sharded: every rank would hold all of it. Take the checkpoint in bf16, or write one with "
-            "transformers' dequantize()"
+            "sharded. Take the checkpoint in bf16, or write one with transformers' dequantize()"
         )
+    kind: Kind = AutoModelForCausalLM
     if config.is_encoder_decoder:
-        kind = ENCODER_DECODERS[config.model_type]
-        kind = _untied(kind) if _has_own_head(model, path) else kind
-    else:
-        kind = AutoModelForCausalLM
+        known = ENCODER_DECODERS[config.model_type]
+        kind = _untied(known) if _has_own_head(model, path) else known
     if is_quantised:
         return _Plan(kind, config, {}, [])
     shape = blank(kind, config, dtype, model.trust_remote_code)
@@ -200,9 +195,10 @@ def _made(plan: _Plan, model: ModelConfig, path: str, dtype: torch.dtype) -> Pre
     if model.random_weights:
         return from_config(kind, config, dtype, model.trust_remote_code)
     with quiet():
-        loaded, found = kind.from_pretrained(
+        pair: Any = kind.from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=model.trust_remote_code, output_loading_info=True
         )
+    loaded, found = pair
     # What is left out was told already, but for a quantised model's. ZeRO-3's own way to read may miss some more.
     is_known = not getattr(config, "quantization_config", None)
     check_fit(path, loaded, {"missing_keys": found["missing_keys"]} if is_known else found, model.num_layers is None)
@@ -215,22 +211,22 @@ def _told_plainly(model: ModelConfig, path: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"the pickled weights at {path} hold more than tensors, and code in them is not run; "
-            "save them as safetensors"
-        ) from error
+        told = f"the pickled weights at {path} hold more than tensors, and code in them is not run"
+        raise ValueError(f"{told}; save them as safetensors") from error
     except (OSError, RuntimeError, StrictDataclassError) as error:
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
 
 
 def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:
+    """The configuration that the model is loaded with: of its files, or of the settings' shape."""
     if model.random_weights and model.shape:
         shape = dict(model.shape)
         if "model_type" not in shape:
             raise ValueError(f"the shape of a random model has no model_type (for example 'llama'): {shape}")
         model_type = shape.pop("model_type")
+        # transformers keeps any name, and reads only those that it knows.
         known = AutoConfig.for_model(model_type)
-        for name in shape:  # transformers keeps any name and reads only those it knows
+        for name in shape:
             if not hasattr(known, name):
                 raise unknown(f"the shape's field of a {model_type}", name, sorted(vars(known)))
         config = AutoConfig.for_model(model_type, **shape)
@@ -259,10 +255,8 @@ def _has_own_head(model: ModelConfig, path: str) -> bool:
 
 def _weight_names(path: str) -> set[str]:
     """Names of the tensors in the safetensors files of a folder or hub name; empty where it has none."""
-    index, single = (
-        cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        for name in ("model.safetensors.index.json", "model.safetensors")
-    )
+    names = "model.safetensors.index.json", "model.safetensors"
+    index, single = (cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names)
     if index:
         return set(json.loads(Path(index).read_text())["weight_map"])
     if not single:
@@ -277,7 +271,7 @@ def _untied(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     transformers 5 ties every T5, unless the checkpoint's head differs from its embeddings. Under ZeRO-3 it compares
     what is left of two partitioned parameters, finds nothing equal to nothing, and drops the head.
     """
-    ties = {name: source for name, source in kind._tied_weights_keys.items() if name != "lm_head.weight"}
+    ties = {name: source for name, source in (kind._tied_weights_keys or {}).items() if name != "lm_head.weight"}
     return type(kind.__name__, (kind,), {"_tied_weights_keys": ties})
 
 

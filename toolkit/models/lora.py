@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -42,17 +42,16 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base_path: str, see
 
     Raises ValueError for target modules that the model does not have, and for an adapter of another shape.
     """
-    head = model.get_output_embeddings()
-    linear = {
-        name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and part is not head
-    }
+    # Every target has to name a linear layer of the model. The head is none: the loss multiplies with it as it is.
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    linear = {name: part for name, part in modules.items() if isinstance(part, nn.Linear | Conv1D) and part is not head}
     for target in config.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise unknown("student.lora.target_modules", target, known)
     settings = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft asks for an int, and multiplies by any number
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules) or "all-linear",
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
@@ -68,8 +67,8 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, base_path: str, see
             names = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear}))
             raise ValueError(
                 f"student.lora.target_modules = {list(config.target_modules)} reaches {name} of this "
-                f"{model.config.model_type} model, where peft would adapt experts or a router, which are one tensor "
-                f"and no linear layer: such adapters are not merged here. Name the attention's layers alone, of {names}"
+                f"{model.config.model_type} model, where peft would adapt experts or a router, which are no linear "
+                f"layers: such adapters are not merged here. Name the attention's layers alone, of {names}"
             )
     if config.adapter:
         _load(model, config.adapter)
@@ -84,7 +83,8 @@ def adapted(model: nn.Module) -> dict[str, Linear]:
 @contextmanager
 def merged_weight(layer: Linear) -> Iterator[Tensor]:
     """The gathered W + alpha / rank * B A of one layer, computed in fp32, in the dtype of W. Collective."""
-    weight, a_RI, b_OR = layer.base_layer.weight, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    parts = layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME]
+    weight, a_RI, b_OR = (cast(nn.Parameter, part.weight) for part in parts)
     with zero.gathered([weight, a_RI, b_OR]), torch.no_grad():
         change_OI = layer.scaling[NAME] * (b_OR.float() @ a_RI.float())
         change = change_OI.T if isinstance(layer.base_layer, Conv1D) else change_OI
@@ -103,19 +103,24 @@ def plain_name(name: str) -> str:
 
 def save_adapter(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
     """A folder that PeftModel.from_pretrained puts on the base. weights: the adapter's, by their names in `model`."""
-    settings: peft.LoraConfig = model.peft_config[NAME]
     folder.mkdir(parents=True)
-    named = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": weight for name, weight in weights.items()}
-    save_file(
-        {name: weight.contiguous() for name, weight in named.items()}, folder / WEIGHTS, metadata={"format": "pt"}
-    )
-    settings.save_pretrained(folder)
+    named = {_name_in_file(name): weight.contiguous() for name, weight in weights.items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    _settings(model).save_pretrained(str(folder))
+
+
+def _settings(model: PreTrainedModel) -> peft.LoraConfig:
+    return cast(peft.LoraConfig, model.peft_config[NAME])
+
+
+def _name_in_file(name: str) -> str:
+    """What peft calls the adapter's parameter `name` of the model in a file."""
+    return f"base_model.model.{name.replace(f'.{NAME}.', '.')}"
 
 
 def _load(model: PreTrainedModel, path: str) -> None:
     """Fill the adapters, which are not partitioned yet, from a peft folder."""
-    file = Path(path).expanduser() / WEIGHTS
-    settings: peft.LoraConfig = model.peft_config[NAME]
+    file, settings = Path(path).expanduser() / WEIGHTS, _settings(model)
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor]]:
         try:
@@ -128,11 +133,8 @@ def _load(model: PreTrainedModel, path: str) -> None:
 
     theirs, saved = collectives.together(read)
     _refuse_other_settings(file.parent / SETTINGS, theirs, settings)
-    own = {
-        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": parameter
-        for name, parameter in model.named_parameters()
-        if is_adapter(name)
-    }
+    own = {_name_in_file(name): parameter for name, parameter in model.named_parameters() if is_adapter(name)}
+    # Both have to name the same matrices, each of the same shape.
     for name in sorted(own.keys() | saved.keys()):
         found = tuple(saved[name].shape) if name in saved else None
         wanted = tuple(own[name].shape) if name in own else None
@@ -148,10 +150,7 @@ def _load(model: PreTrainedModel, path: str) -> None:
 
 
 def _refuse_other_settings(file: Path, theirs: dict[str, Any], settings: peft.LoraConfig) -> None:
-    """What the weights mean: of another alpha or scaling they are another change of the base.
-
-    Raises ValueError, with both values, for each that differs from those of `settings`.
-    """
+    """Raises ValueError, with both values, for settings by which the weights would be another change of the base."""
     names = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
     ours = {name: getattr(settings, name) for name in names}
     there = {name: theirs.get(name, value) for name, value in ours.items()}

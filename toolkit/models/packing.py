@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from toolkit.batch import Example, TokenBatch
-from toolkit.models.engines import hidden_states
+from toolkit.models.engines import evaluation_mode, hidden_states
 from toolkit.models.vocabulary import Vocabulary
 
 TEXT_TOKENS, TEXTS, ROWS = 6, 5, 6  # of a text, of a row, of a pass
@@ -31,13 +30,9 @@ class Moved(NamedTuple):
 def check_packing(role: str, engine: Any, vocabulary: Vocabulary) -> None:
     """Three small passes of the engine's model, in eval mode; collective. Raises ValueError for a model that does not
     keep texts apart."""
-    model, was_training = engine.module.model, engine.module.training
-    engine.eval()
-    try:
+    model = engine.module.model
+    with evaluation_mode(engine):
         moved = measure(engine, vocabulary)
-    finally:
-        if was_training:
-            engine.train()
     limit, alone = max(ROUNDING[model.dtype], RATIO * moved.of_first), ALONE[model.dtype]
     if not (moved.by_neighbours <= limit and moved.from_alone <= alone):
         raise ValueError(
@@ -56,13 +51,18 @@ def measure(engine: Any, vocabulary: Vocabulary) -> Moved:
     convolution reaches the first tokens of the next text alone, rounding sends some token to another expert.
     """
     draw = np.random.default_rng(0)
-    rows_RT = [[_text(draw, vocabulary) for _ in range(TEXTS)] for _ in range(ROWS)]
-    changed_RT = [[_text(draw, vocabulary) if place % 2 else text for place, text in enumerate(row)] for row in rows_RT]
+
+    def new_text() -> Example:
+        return Example(draw.integers(0, vocabulary.size, TEXT_TOKENS), 1)
+
+    rows_RT = [[new_text() for _ in range(TEXTS)] for _ in range(ROWS)]
+    changed_RT = [[new_text() if place % 2 else text for place, text in enumerate(row)] for row in rows_RT]
     watched = [text for row in rows_RT for text in row[::2]]
     alone, packed, changed = (
         hidden_states(engine, TokenBatch.from_rows(rows, vocabulary.pad_id)).float()
         for rows in ([[text] for text in watched], rows_RT, changed_RT)
     )
+    # W watched texts, each of L hidden states: in the row, in the row with other neighbours, and alone.
     shape = TEXTS, TEXT_TOKENS - 1, packed.shape[-1]
     alone_WLH = alone.unflatten(0, (-1, TEXT_TOKENS - 1))
     packed_WLH, changed_WLH = (hidden.view(ROWS, *shape)[:, ::2].flatten(0, 1) for hidden in (packed, changed))
@@ -70,14 +70,7 @@ def measure(engine: Any, vocabulary: Vocabulary) -> Moved:
         (packed_WLH - other_WLH).norm(dim=2) / packed_WLH.square().sum(2).mean().sqrt()  # the size of all: some are 0
         for other_WLH in (changed_WLH, alone_WLH)
     )
+    # The first text of each row, and the later ones.
     by_neighbours_RPL = by_neighbours_WL.unflatten(0, (ROWS, -1))
-    later_WL = by_neighbours_RPL[:, 1:].flatten(0, 1)
-    return Moved(*map(_largest_median, (later_WL, by_neighbours_RPL[:, 0], from_alone_WL)))
-
-
-def _text(draw: np.random.Generator, vocabulary: Vocabulary) -> Example:
-    return Example(draw.integers(0, vocabulary.size, TEXT_TOKENS), 1)
-
-
-def _largest_median(moved_WL: Tensor) -> float:
-    return float(moved_WL.median(0).values.max())
+    moved = by_neighbours_RPL[:, 1:].flatten(0, 1), by_neighbours_RPL[:, 0], from_alone_WL
+    return Moved(*(float(moved_WL.median(0).values.max()) for moved_WL in moved))

@@ -63,7 +63,8 @@ def with_former_names(config: dict[str, Any]) -> dict[str, Any]:
     `rope_parameters`. It still reads files of transformers 4, and knows which family spells them how.
     """
     config = {name: with_former_names(part) if isinstance(part, dict) else part for name, part in config.items()}
-    family = config.get("model_type")
+    family = config.get("model_type", "")
+    # Fields and kinds of layers that have another name.
     config |= {former: config[name] for former, name in FORMER_FIELDS.get(family, {}).items() if name in config}
     if family in FORMER_LAYER_TYPES and "layer_types" in config:
         config["layer_types"] = [FORMER_LAYER_TYPES[family].get(kind, kind) for kind in config["layer_types"]]
@@ -77,6 +78,7 @@ def with_former_names(config: dict[str, Any]) -> dict[str, Any]:
         return next(_former_ropes(config)) | config
     if (ropes := _ropes_read(config)) is None:
         return config
+    # Of the spellings, the first from which transformers 5 reads the same positions, alone and beside its own.
     not_bare = {"rope_parameters", "rope_scaling"}.union(*SPELLINGS)
     bare = {name: value for name, value in config.items() if name not in not_bare}
     for former in _former_ropes(config):
@@ -88,17 +90,18 @@ def with_former_names(config: dict[str, Any]) -> dict[str, Any]:
 def _former_ropes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What transformers 4 may call the configuration's `rope_parameters`, the commonest spelling first."""
     ropes, is_strict = config["rope_parameters"], config.get("model_type") in STRICT_SCALING
-    full, sliding = ropes, {}
+    full, sliding = ropes, dict[str, Any]()
     if all(rope is None or isinstance(rope, dict) for rope in ropes.values()):  # by type of layer
         full = ropes.get("full_attention") or next(filter(None, ropes.values()))
         sliding = ropes.get("sliding_attention") or {}
+    # What transformers 4 has in `rope_scaling`: everything but what stands beside it.
     kind = full.get("rope_type", "default")
     elsewhere = {"rope_type", "rope_theta", "partial_rotary_factor"} | (config.keys() if is_strict else set())
     scaling = {name: value for name, value in full.items() if name not in elsewhere}
     scaling |= {"type" if is_strict else "rope_type": kind}
     values = full.get("rope_theta"), sliding.get("rope_theta"), full.get("partial_rotary_factor")
-    common = {"original_max_position_embeddings": full.get("original_max_position_embeddings")}
-    common = common if kind == "longrope" else {}
+    trained = {"original_max_position_embeddings": full.get("original_max_position_embeddings")}
+    common = trained if kind == "longrope" else {}
     # A family that scales its positions by default has to be told where they are not scaled.
     for said, names in itertools.product([None, scaling] if kind == "default" else [scaling], SPELLINGS):
         found = dict(zip(names, values, strict=True)) | common | {"rope_scaling": said}
@@ -122,6 +125,7 @@ def _without_type(ropes: Any) -> Any:
 
 
 def _with_former_tokenizer(config: dict[str, Any], tokenizer_file: Path) -> dict[str, Any]:
+    """The values of a tokenizer_config.json of transformers 5, with names that transformers 4 knows as well."""
     config = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -131,10 +135,10 @@ def _with_former_tokenizer(config: dict[str, Any], tokenizer_file: Path) -> dict
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if config.get("tokenizer_class") in ENDS_BY_SETTING and tokenizer_file.is_file():
         tokens = Tokenizer.from_file(str(tokenizer_file)).encode("a").tokens
-        for setting, name, place in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", -1)):
+        for name, place in (("bos_token", 0), ("eos_token", -1)):
             token = config.get(name)
             token = token["content"] if isinstance(token, dict) else token
-            config.setdefault(setting, tokens[place] == token)
+            config.setdefault(f"add_{name}", tokens[place] == token)
     return config
 
 

@@ -1,10 +1,9 @@
 """A model's tokenizer, held against the file that defines it.
 
-transformers builds most tokenizers anew: it reads a vocabulary and takes the rules (how spaces, digits and words are
-split, which pieces are merged first) from a class that it chooses by names in the configuration. Where that class does
-not go with the file, texts get other ids than the model was trained on, and nothing says so. So each tokenizer is asked
-for the ids of some texts (`PROBE`), and so is the file: the sentencepiece file by the sentencepiece library,
-tokenizer.json by the tokenizers library.
+transformers takes the rules of most tokenizers (how words are split, which pieces are merged first) from a class that
+it chooses by names in the configuration. Where that class does not go with the file, texts get other ids than the model
+was trained on, and nothing says so. So the ids of some texts (`PROBE`) are asked of each tokenizer and of its file, which
+the sentencepiece or the tokenizers library reads.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import transformers
 from google.protobuf.message import DecodeError
@@ -61,7 +60,7 @@ class Difference(NamedTuple):
         """The text and both lists of ids, cut to where they part."""
         pairs = itertools.zip_longest(self.ids, self.others)
         start = max(0, next(at for at, (one, other) in enumerate(pairs) if one != other) - 1)
-        return repr(self.text), *(_part(ids, start) for ids in (self.ids, self.others))
+        return repr(self.text), _part(self.ids, start), _part(self.others, start)
 
 
 def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
@@ -92,9 +91,11 @@ def check_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     found = first_difference(lambda text: tokenizer(text)["input_ids"], lambda text: again(text)["input_ids"], texts)
     if found:
         text, ids, others = found.shown()
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         raise ValueError(
             f"transformers {transformers.__version__} reads the saved tokenizer back as {type(again).__name__}, which "
-            f"gives {text} the ids {others}, and here they are {ids}; {_remedy(folder)}"
+            f"gives {text} the ids {others}, and here they are {ids}; beside a config.json of model_type "
+            f"{model_type!r} it reads no such tokenizer: take a student of another family, or this family's tokenizer"
         )
     if tokenizer.eos_token_id != again.eos_token_id:
         raise ValueError(
@@ -176,7 +177,7 @@ def _as_json_says(folder: Path, first: PreTrainedTokenizerBase, settings: dict[s
 
 def _agreeing(readings: Iterable[PreTrainedTokenizerBase], truth: Truth) -> PreTrainedTokenizerBase:
     """The first of the readings that gives the ids that the file says. Raises ValueError where none does."""
-    refused = None
+    refused: list[tuple[str, str, str, str]] = []
     for tokenizer in readings:
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         own = [token for token in added if token not in truth.entries]  # the file cannot know them
@@ -184,12 +185,11 @@ def _agreeing(readings: Iterable[PreTrainedTokenizerBase], truth: Truth) -> PreT
         found = first_difference(plain_ids(tokenizer), truth.ids, texts)
         if found is None:
             return tokenizer
-        refused = refused or (type(tokenizer).__name__, *found.shown())
-    kind, text, ids, others = refused
+        refused.append((type(tokenizer).__name__, *found.shown()))
+    kind, text, ids, others = refused[0]
     raise ValueError(
         f"transformers reads it as {kind}, which gives {text} the ids {ids}, and by {truth.file.name} they are "
-        f"{others}; if {truth.file.name} is not what the model was trained with, take it away and put the right "
-        f"{JSON_FILE} in its place"
+        f"{others}; if {truth.file.name} is not what the model had, take it away and put the right {JSON_FILE} there"
     )
 
 
@@ -208,7 +208,7 @@ def _sentencepiece_truth(
 ) -> Truth | None:
     """None where the file is not sentencepiece's (tiktoken's have the same name), or is not that of `tokenizer`, which
     has entries beside it that were not added."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     try:
         proto.ParseFromString(file.read_bytes())
         if settings.get("add_prefix_space") is False:
@@ -230,7 +230,7 @@ def _from_sentencepiece(
     """The tokenizer of `file` alone, with the settings that lie beside it. (LlamaTokenizer would rank merges by ids in
     place of scores, and T5Tokenizer leaves out mT5's bytes.) added: tokens that its class has, in the order of ids."""
     adds_bos, adds_eos = _wanted_frame(settings, frame)
-    more = {"extra_special_tokens": list(added)} if added else {}
+    more: dict[str, Any] = {"extra_special_tokens": list(added)} if added else {}
     return PreTrainedTokenizerFast.from_pretrained(
         file.parent, vocab_file=str(file), tokenizer_file="",  # no tokenizer.json
         legacy=settings.get("legacy") is not False, add_bos_token=adds_bos, add_eos_token=adds_eos, **more,
@@ -242,13 +242,12 @@ def _with_leading_spaces(tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrai
     text, Metaspace only before one that does not begin with a space."""
     yield tokenizer
     inner = tokenizer.backend_tokenizer
-    rules = list(inner.pre_tokenizer) if isinstance(inner.pre_tokenizer, pre_tokenizers.Sequence) else [
-        inner.pre_tokenizer
-    ]  # fmt: skip
+    before = inner.pre_tokenizer
+    rules: list[Any] = [*cast(Any, before)] if isinstance(before, pre_tokenizers.Sequence) else [before]
     if not isinstance(rules[0], Metaspace) or rules[0].split or rules[0].prepend_scheme == "never":
         return
-    before = [] if inner.normalizer is None else [inner.normalizer]
-    inner.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
+    normal = [] if inner.normalizer is None else [inner.normalizer]
+    inner.normalizer = normalizers.Sequence([*normal, normalizers.Replace(" ", SPACE)])
     # No text begins with a space now, so a space goes before each, and then becomes the piece's sign.
     prefix = Metaspace(" ", rules[0].prepend_scheme, split=False), Metaspace(SPACE, "never", split=False)
     inner.pre_tokenizer = pre_tokenizers.Sequence([*prefix, *rules[1:]])
@@ -268,6 +267,7 @@ def _framed(
 
 
 def _wanted_frame(settings: dict[str, Any], otherwise: tuple[bool, bool]) -> tuple[bool, ...]:
+    """Whether BOS and EOS are added by the settings; where they say nothing, as `otherwise`."""
     says = (settings.get(name) for name in ("add_bos_token", "add_eos_token"))
     return tuple(other if said is None else said for said, other in zip(says, otherwise, strict=True))
 
@@ -286,14 +286,6 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _is_of_transformers(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether its class is one of the library's, not code that came with a model."""
     return type(tokenizer).__module__.startswith("transformers.")
-
-
-def _remedy(folder: Path) -> str:
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    return (
-        f"beside a config.json of model_type {model_type!r} it does not read such a tokenizer: take a student of "
-        "another family, or the tokenizer that this family has"
-    )
 
 
 def _part(ids: Sequence[int], start: int) -> str:

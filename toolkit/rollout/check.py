@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from toolkit.models.engines import both_logits
+from toolkit.models.engines import both_logits, evaluation_mode
 from toolkit.models.head import TOLERANCE
-from toolkit.rollout.local import GatheredRollout, evaluation_mode
+from toolkit.rollout.local import GatheredRollout
 from toolkit.rollout.sampling import SeededSampling
 
 LENGTHS, NEW_TOKENS, ROWS = (3, 8, 1, 6, 5), 6, 3
@@ -16,13 +16,13 @@ DIFFERING = {torch.float32: 0.0, torch.bfloat16: 0.2}
 
 
 def check_generation(role: str, rollout: GatheredRollout) -> None:
-    """Greedy text after prompts of several lengths, in fewer rows than prompts, where every third id ends a text: each
-    token has to be the likeliest by a pass over the whole text as well; in bf16, most of them. Some small passes;
-    collective.
+    """Each token of some greedy texts has to be the likeliest by one pass over the whole text too; in bf16, most.
 
-    Raises ValueError for a model that the decode loops do not fit, and where its own code fails in one.
+    A few small passes; collective. Raises ValueError for a model that the decode loops do not fit, and where its own
+    code fails in one.
     """
     vocabulary, model = rollout.vocabulary, rollout.engine.module.model
+    # Prompts of several lengths, in fewer rows than prompts, and every third id ends a text: rows end, move and refill.
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, vocabulary.size, length).astype(np.int32) for length in LENGTHS]
     several_ends = vocabulary._replace(eos_ids=tuple(range(0, vocabulary.size, 3)))
@@ -37,6 +37,7 @@ def check_generation(role: str, rollout: GatheredRollout) -> None:
         examples = trial.complete(prompts, greedy)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(about.format(f"{type(error).__name__}: {error}")) from error
+    # The same texts in one pass: by how much of a logit each chosen token falls short of the likeliest.
     batch = vocabulary.layout.batch(examples, vocabulary.pad_id)
     with evaluation_mode(rollout.engine):
         logits_NV = both_logits(rollout.engine, batch)[0][:, : vocabulary.size].float()

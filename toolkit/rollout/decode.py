@@ -10,20 +10,23 @@ longest running row holds, G query heads to each of the K key heads, D head size
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 
 from toolkit.models.head import logits_of, stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, uniform_draws
+
+if TYPE_CHECKING:
+    from toolkit.rollout.seq2seq import Seq2SeqCache
 
 ATTENTION = "ragged_rows"  # the name under which transformers' models find `_attend`
 
@@ -44,8 +47,7 @@ class RaggedCache(Cache):
 
     def __init__(self, rows: int, tokens: int):
         self.layers, self.rows, self.tokens = [], rows, tokens
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}  # (keys, values) by layer
 
     def start_pass(self, row_N: Tensor, position_N: Tensor, lengths: Sequence[int], is_prompt: bool) -> None:
         """Say what the next pass holds: for each token its row and position; for each row its tokens after the pass.
@@ -56,21 +58,27 @@ class RaggedCache(Cache):
         self.width = max(lengths) if is_prompt else min(self.tokens, row_tokens(max(lengths)))
         self.made: dict[object, Tensor] = {}  # indices and masks that all layers of this pass share
 
-    def update(self, key_1KND: Tensor, value_1KND: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Write the new tokens; what attention has to read, all of it or only the prompt itself, comes back."""
-        if layer_idx not in self.keys:
-            for store, new in ((self.keys, key_1KND), (self.values, value_1KND)):
-                # Zeros: an unwritten place is masked, but a NaN in it would not be.
-                store[layer_idx] = new.new_zeros(self.rows, new.shape[1], self.tokens, new.shape[3])
-        for store, new in ((self.keys, key_1KND), (self.values, value_1KND)):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' keys and values, [1, K, N, D]. Returns what attention reads: all that the running rows
+        hold, or in a pass over prompts the new ones alone."""
+        pair = key_states, value_states
+        if layer_idx not in self.stored:
+            # Zeros: an unwritten place is masked, but a NaN in it would not be.
+            keys, values = (new.new_zeros(self.rows, new.shape[1], self.tokens, new.shape[3]) for new in pair)
+            self.stored[layer_idx] = keys, values
+        for store, new in zip(self.stored[layer_idx], pair, strict=True):
             places = self._places(new.shape[1])
-            store[layer_idx].view(-1, new.shape[3]).index_copy_(0, places, new[0].reshape(-1, new.shape[3]))
+            store.view(-1, new.shape[3]).index_copy_(0, places, new[0].reshape(-1, new.shape[3]))
         if self.is_prompt:
-            return key_1KND, value_1KND
-        running = len(self.lengths)
-        return self.keys[layer_idx][:running, :, : self.width], self.values[layer_idx][:running, :, : self.width]
+            return pair
+        keys, values = (store[: len(self.lengths), :, : self.width] for store in self.stored[layer_idx])
+        return keys, values
 
-    def attend(self, query_1HND: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    def attend(
+        self, module: nn.Module, query_1HND: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
         """Causal attention of each row to itself alone, [1, N, H, D]; `window`: the last tokens that are seen."""
         if self.is_prompt:
             return self._attend_prompts(query_1HND, key, value, scale, window)
@@ -81,16 +89,14 @@ class RaggedCache(Cache):
         out_BKGD = F.scaled_dot_product_attention(query_BKGD, key, value, mask, scale=scale)
         return out_BKGD.reshape(1, rows, query_1HND.shape[1], -1)
 
-    def _attend_prompts(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None):
-        count, width = len(self.lengths), self.width
-        at_N = self._padded_places()
+    def _attend_prompts(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        count, width, at_N = len(self.lengths), self.width, self._padded_places()
 
         def padded(new_1hND: Tensor) -> Tensor:
-            heads, size = new_1hND.shape[1], new_1hND.shape[3]
-            whole = new_1hND.new_zeros(count * width, heads, size)
-            return (
-                whole.index_copy_(0, at_N, new_1hND[0].transpose(0, 1)).view(count, width, heads, size).transpose(1, 2)
-            )
+            whole = new_1hND.new_zeros(count * width, new_1hND.shape[1], new_1hND.shape[3])
+            return whole.index_copy_(0, at_N, new_1hND[0].transpose(0, 1)).unflatten(0, (count, width)).transpose(1, 2)
 
         query, key, value = padded(query), padded(key), padded(value)
         mask = None if window is None or window >= width else self._mask(("prompt", window), query.dtype)
@@ -102,8 +108,9 @@ class RaggedCache(Cache):
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
         """Copy what the rows `source` hold to the rows `target`, both int64 [M]."""
-        for store in (*self.keys.values(), *self.values.values()):
-            store[target, :, : self.width] = store[source, :, : self.width]
+        for pair in self.stored.values():
+            for store in pair:
+                store[target, :, : self.width] = store[source, :, : self.width]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: transformers asks it for positions and masks, and both are given here."""
@@ -112,7 +119,7 @@ class RaggedCache(Cache):
     @property
     def bytes(self) -> int:
         """What keys and values take."""
-        return sum(store.numel() * store.element_size() for store in (*self.keys.values(), *self.values.values()))
+        return sum(store.nbytes for pair in self.stored.values() for store in pair)
 
     def _places(self, heads: int) -> Tensor:
         """Index of each new (head, token) among all R x K x C places."""
@@ -141,12 +148,26 @@ class RaggedCache(Cache):
         return self.made[kind]
 
 
-_cache: RaggedCache | None = None  # of the pass that runs now; a registered attention function has no other way to it
+_cache: RaggedCache | Seq2SeqCache | None = None  # of the pass that runs now: `_attend` has no other way to it
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+@contextmanager
+def serving(cache: RaggedCache | Seq2SeqCache) -> Iterator[None]:
+    """Inside, layers that attend by `ATTENTION` attend to `cache`."""
+    global _cache
+    _cache = cache
+    try:
+        yield
+    finally:
+        _cache = None
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     assert _cache is not None, "ragged attention outside of a decode loop"
-    return _cache.attend(query, key, value, scaling, sliding_window), None
+    return _cache.attend(module, query, key, value, scaling, sliding_window), None
 
 
 AttentionInterface.register(ATTENTION, _attend)  # and no mask under this name: models then make none
@@ -155,18 +176,23 @@ AttentionInterface.register(ATTENTION, _attend)  # and no mask under this name: 
 class Passes:
     """The model's passes over the rows of a cache: what `decode` has to know of a kind of model. All give hidden_BH.
 
-    begins: for each prompt the tokens that its row starts with.
+    begins: for each prompt the tokens that its row starts with. attending: the configuration of the layers that attend
+    by way of the cache.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
-        self.model, self.begins, self.rows = model, prompts, rows
-        self.device = model.device
+        self.model, self.begins, self.device, self.attending = model, prompts, model.device, model.config
         self.room = row_tokens(max((len(begin) for begin in self.begins), default=1) + max_new_tokens)
-        self.cache = RaggedCache(rows, self.room)
+        self.cache: RaggedCache | Seq2SeqCache = RaggedCache(rows, self.room)
 
-    def attention(self) -> Any:
-        """A context in which the model's layers attend by way of the cache."""
-        return _attention(self.model.config, ATTENTION)
+    @contextmanager
+    def attention(self) -> Iterator[None]:
+        """Inside, the model's layers attend by way of the cache."""
+        kept, self.attending._attn_implementation = self.attending._attn_implementation, ATTENTION
+        try:
+            yield
+        finally:
+            self.attending._attn_implementation = kept
 
     def prompt(self, new: list[int], first: int) -> Tensor:
         """After the prompts `new`, which become the rows `first`, `first` + 1, ... of the cache."""
@@ -223,16 +249,52 @@ def cache_bytes_per_token(model: PreTrainedModel) -> int:
     return numbers * next(model.parameters()).element_size()
 
 
+class _Texts:
+    """What the rows of the cache say, a line for each: the tokens said, their number, the length of prompt and text,
+    the next input, the draws that choose tokens, and where a rule asks for it the ids seen."""
+
+    def __init__(self, rows: int, room: int, sampling: SeededSampling, device: torch.device):
+        self.sampling, most = sampling, sampling.max_new_tokens
+        self.tokens_RT = torch.zeros(rows, most, dtype=torch.long, device=device)
+        self.said_R = torch.zeros(rows, dtype=torch.long, device=device)
+        self.length_R, self.next_R = torch.zeros_like(self.said_R), torch.zeros_like(self.said_R)
+        self.draws_RT = torch.zeros(rows, most, dtype=torch.float64, device=device)
+        self.seen_RC = torch.zeros(rows, room if sampling.looks_back else 1, dtype=torch.long, device=device)
+
+    def begin(self, at_B: Tensor, begins: Sequence[np.ndarray], seeds: Sequence[int]) -> None:
+        """The rows `at_B` begin anew, each with these ids."""
+        draws_BT = np.stack([uniform_draws(seed, self.sampling.max_new_tokens) for seed in seeds])
+        self.draws_RT[at_B] = torch.from_numpy(draws_BT).to(at_B.device)
+        self.said_R[at_B], self.length_R[at_B] = 0, torch.tensor([len(begin) for begin in begins], device=at_B.device)
+        if self.sampling.looks_back:
+            for row, begin in zip(at_B.tolist(), begins, strict=True):
+                ids = torch.from_numpy(begin.astype(np.int64)).to(at_B.device)
+                self.seen_RC[row] = ids[0]  # behind the row's tokens stands its first one, which is there anyway
+                self.seen_RC[row, : len(ids)] = ids
+
+    def say(self, at_B: Tensor, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the next token of the rows `at_B`. Returns it, and the row's number of tokens, both int64 [B]."""
+        said_B, length_B = self.said_R[at_B], self.length_R[at_B]
+        seen_BC = self.seen_RC[at_B] if self.sampling.looks_back else None
+        next_B = choose_tokens(logits_BV, self.sampling, self.draws_RT[at_B, said_B], seen_BC, length_B)
+        self.tokens_RT[at_B, said_B], self.next_R[at_B] = next_B, next_B
+        if self.sampling.looks_back:
+            self.seen_RC[at_B, length_B] = next_B
+        self.said_R[at_B] += 1
+        self.length_R[at_B] += 1
+        return next_B, said_B + 1
+
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copy the lines `source` to the lines `target`, both int64 [M]."""
+        for lines in (self.tokens_RT, self.said_R, self.length_R, self.next_R, self.draws_RT, self.seen_RC):
+            lines[target] = lines[source]
+
+
 @torch.no_grad()
 def decode(
-    model: PreTrainedModel,
-    prompts: Sequence[np.ndarray],
-    sampling: SeededSampling,
-    vocabulary: Vocabulary,
-    rows: int,
-    anyone_going: Callable[[bool], bool] | None = None,
-    passes_of: type[Passes] = Passes,
-) -> tuple[list[np.ndarray], DecodeStats]:
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], sampling: SeededSampling, vocabulary: Vocabulary, rows: int,
+    anyone_going: Callable[[bool], bool] | None = None, passes_of: type[Passes] = Passes,
+) -> tuple[list[np.ndarray], DecodeStats]:  # fmt: skip
     """What `model` says after each prompt (int32 [L], EOS included where it came), order kept.
 
     rows: running at once, at most. A row that ends is replaced by a waiting prompt, shortest prompts first.
@@ -241,22 +303,16 @@ def decode(
     """
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))[::-1]
     rows = min(rows, max(1, len(prompts)))
-    most = sampling.max_new_tokens
-    passes = passes_of(model, prompts, rows, most)
-    begins, cache, device = passes.begins, passes.cache, passes.device
+    passes = passes_of(model, prompts, rows, sampling.max_new_tokens)
+    texts = _Texts(rows, passes.room, sampling, passes.device)
     found, stats = [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
-    eos_ids = torch.tensor(vocabulary.eos_ids, device=device)
-    every = torch.arange(rows, device=device)
-    # One line of each for every row of the cache: said tokens, their number, the next token's input and its draws.
-    texts_RT = torch.zeros(rows, most, dtype=torch.long, device=device)
-    said_R = torch.zeros(rows, dtype=torch.long, device=device)
-    length_R, next_R = torch.zeros_like(said_R), torch.zeros_like(said_R)
-    draws_RT = torch.zeros(rows, most, dtype=torch.float64, device=device)
-    seen_RC = torch.zeros(rows, passes.room if sampling.looks_back else 1, dtype=torch.long, device=device)
+    eos_ids = torch.tensor(vocabulary.eos_ids, device=passes.device)
+    every = torch.arange(rows, device=passes.device)
     running: list[int] = []  # which prompt each row is
-    lengths: list[int] = []  # length_R, without asking the device
+    lengths: list[int] = []  # tokens that each row holds, without asking the device
     with passes.attention():
         while anyone_going(bool(waiting or running)) if anyone_going else waiting or running:
+            # New prompts come in once a quarter of the rows is free: a pass for each of them would cost more.
             free = rows - len(running)
             fills = bool(waiting) and (not running or 4 * free >= rows)
             # Where the two kinds of passes differ, ranks whose passes are collectives agree on which it is.
@@ -264,54 +320,37 @@ def decode(
             if not (waiting or running) or (anyone_fills and not fills):
                 logits_of(model, passes.idle(anyone_fills), None)
                 continue
+            # One pass of the model: over new prompts, or over the last token of each running row.
             if fills:
                 first, new = len(running), [waiting.pop() for _ in range(min(free, len(waiting)))]
                 running += new
-                lengths += [len(begins[index]) for index in new]
+                begins = [passes.begins[index] for index in new]
+                lengths += [len(begin) for begin in begins]
                 logits_BV = logits_of(model, passes.prompt(new, first), vocabulary.size)
                 at_B = every[first : len(running)]
-                draws_RT[at_B] = torch.from_numpy(
-                    np.stack([uniform_draws(sampling.seeds[index], most) for index in new])
-                ).to(device)  # fmt: skip
-                said_R[at_B], length_R[at_B] = 0, torch.tensor(lengths[first:], device=device)
-                if sampling.looks_back:
-                    _write_begins(seen_RC[first:], [begins[index] for index in new])
+                texts.begin(at_B, begins, [sampling.seeds[index] for index in new])
                 stats.prefills += 1
             else:
                 at_B = every[: len(running)]
                 lengths = [length + 1 for length in lengths]
-                logits_BV = logits_of(model, passes.step(next_R[at_B], length_R[at_B] - 1, lengths), vocabulary.size)
+                hidden_BH = passes.step(texts.next_R[at_B], texts.length_R[at_B] - 1, lengths)
+                logits_BV = logits_of(model, hidden_BH, vocabulary.size)
                 stats.steps += 1
-            said_B = said_R[at_B]
-            seen_BC = seen_RC[at_B] if sampling.looks_back else None
-            next_B = choose_tokens(logits_BV, sampling, draws_RT[at_B, said_B], seen_BC, length_R[at_B])
-            texts_RT[at_B, said_B], next_R[at_B] = next_B, next_B
-            if sampling.looks_back:
-                seen_RC[at_B, length_R[at_B]] = next_B
-            said_R[at_B] += 1
-            length_R[at_B] += 1
+            next_B, said_B = texts.say(at_B, logits_BV)
             stats.tokens += len(at_B)
             stats.peak_rows = max(stats.peak_rows, len(running))
-            ended = at_B[torch.isin(next_B, eos_ids) | (said_B + 1 >= most)].tolist()
+            # Texts that end are taken out, and the last rows move into the gaps.
+            ended = at_B[torch.isin(next_B, eos_ids) | (said_B >= sampling.max_new_tokens)].tolist()
             if ended:
-                for row, text, said in zip(ended, texts_RT[ended].cpu().numpy(), said_R[ended].tolist(), strict=True):
-                    found[running[row]] = text[:said].astype(np.int32)
-                moves = _close_gaps(ended, running, lengths)
-                if moves:
-                    source, target = torch.tensor(moves, device=device).unbind(1)
-                    cache.move_rows(source, target)
-                    for state in (texts_RT, said_R, length_R, next_R, draws_RT, seen_RC):
-                        state[target] = state[source]
-    stats.cache_bytes = cache.bytes
+                tokens, said = texts.tokens_RT[ended].cpu().numpy(), texts.said_R[ended].tolist()
+                for row, text, count in zip(ended, tokens, said, strict=True):
+                    found[running[row]] = text[:count].astype(np.int32)
+                if moves := _close_gaps(ended, running, lengths):
+                    source, target = torch.tensor(moves, device=passes.device).unbind(1)
+                    passes.cache.move_rows(source, target)
+                    texts.move_rows(source, target)
+    stats.cache_bytes = passes.cache.bytes
     return found, stats
-
-
-def _write_begins(seen_RC: Tensor, begins: Sequence[np.ndarray]) -> None:
-    """Into each row its tokens, and its first one behind them, which is there anyway."""
-    for row_C, begin in zip(seen_RC, begins, strict=False):
-        ids = torch.from_numpy(begin.astype(np.int64)).to(row_C.device)
-        row_C[:] = ids[0]
-        row_C[: len(ids)] = ids
 
 
 def _close_gaps(ended: list[int], *per_row: list[int]) -> list[tuple[int, int]]:
@@ -335,24 +374,10 @@ def idle_pass(model: PreTrainedModel) -> None:
     logits_of(model, stack_of(model)(input_ids=token, use_cache=False).last_hidden_state[:, -1], None)
 
 
-def _hidden(model: PreTrainedModel, cache: RaggedCache, ids_N: Tensor, position_N: Tensor) -> Tensor:
-    global _cache
-    _cache = cache
-    try:
-        return stack_of(model)(
-            input_ids=ids_N[None], position_ids=position_N[None], use_cache=True, **{_cache_name(model): cache}
-        ).last_hidden_state[0]
-    finally:
-        _cache = None
-
-
-@contextmanager
-def _attention(config: Any, name: str):
-    kept, config._attn_implementation = config._attn_implementation, name
-    try:
-        yield
-    finally:
-        config._attn_implementation = kept
+def _hidden(model: PreTrainedModel, cache: RaggedCache | Seq2SeqCache, ids_N: Tensor, position_N: Tensor) -> Tensor:
+    caching = {"use_cache": True, _cache_name(model): cache}
+    with serving(cache):
+        return stack_of(model)(input_ids=ids_N[None], position_ids=position_N[None], **caching).last_hidden_state[0]
 
 
 def _cache_name(model: PreTrainedModel) -> str:
@@ -366,41 +391,41 @@ def plain_decode(
     anyone_going: Callable[[bool], bool] | None = None,
 ) -> tuple[list[np.ndarray], DecodeStats]:  # fmt: skip
     """`decode` for any causal model of transformers, and its readable twin: padded to the left, a cache that grows."""
-    device = model.device
-    eos_ids = torch.tensor(vocabulary.eos_ids)
+    device, eos_ids = model.device, torch.tensor(vocabulary.eos_ids)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found, stats = [np.zeros(0, np.int32)] * len(prompts), DecodeStats()
     parts = [order[start : start + rows] for start in range(0, len(order), rows)]
-    part, said = None, 0
+    part: list[int] | None = None  # the prompts of the batch at hand
     while anyone_going(bool(parts or part)) if anyone_going else parts or part:
         if part is None and not parts:  # another rank still needs this one in its collectives
             idle_pass(model)
             continue
+        # A batch of prompts begins.
         if part is None:
             part, said, cache = parts.pop(0), 0, DynamicCache(config=model.config)
-            width = max(len(prompts[index]) for index in part)
-            padded = [[vocabulary.pad_id] * (width - len(prompts[i])) + prompts[i].tolist() for i in part]
-            ids_BT = torch.tensor(padded, device=device)
-            mask_BT = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part]).to(device)
-            draws = [uniform_draws(sampling.seeds[i], sampling.max_new_tokens) for i in part]
+            begins = [prompts[index].tolist() for index in part]
+            width = max(map(len, begins))
+            ids_BT = torch.tensor([[vocabulary.pad_id] * (width - len(ids)) + ids for ids in begins], device=device)
+            mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in begins]).to(device)
+            draws = {index: uniform_draws(sampling.seeds[index], sampling.max_new_tokens) for index in part}
             texts: dict[int, list[int]] = {index: [] for index in part}
             running, stats.peak_rows, stats.prefills = list(part), max(stats.peak_rows, len(part)), stats.prefills + 1
+        # One pass of the model, over all of the batch's tokens or the last ones.
         new_BT = ids_BT if said == 0 else ids_BT[:, -1:]
         positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -new_BT.shape[1] :]
-        hidden_BTH = stack_of(model)(
-            input_ids=new_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=True,
-            **{_cache_name(model): cache},
-        ).last_hidden_state  # fmt: skip
-        logits_BV = logits_of(model, hidden_BTH[:, -1], vocabulary.size)
-        # Padding stands in `seen`, after the row's own tokens, as the last of them, which is there anyway.
+        caching = {"use_cache": True, _cache_name(model): cache}
+        out = stack_of(model)(input_ids=new_BT, attention_mask=mask_BT, position_ids=positions_BT, **caching)
+        logits_BV = logits_of(model, out.last_hidden_state[:, -1], vocabulary.size)
+        # Each row's next token. In `seen` padding follows the row's own tokens, and repeats the last of them.
         seen_BT, length_B = torch.where(mask_BT.bool(), ids_BT, ids_BT[:, -1:]), mask_BT.sum(1)
         seen_BT = torch.stack([row.roll(length) for row, length in zip(seen_BT, length_B.tolist(), strict=True)])
-        drawn_B = torch.tensor([draws[part.index(index)][said] for index in running], dtype=torch.float64).to(device)
+        drawn_B = torch.tensor([draws[index][said] for index in running], dtype=torch.float64).to(device)
         next_B = choose_tokens(logits_BV, sampling, drawn_B, seen_BT, length_B).cpu()
         for index, token in zip(running, next_B.tolist(), strict=True):
             texts[index].append(token)
         said, stats.tokens = said + 1, stats.tokens + len(running)
         stats.steps += said > 1
+        # The batch ends, or goes on without the rows that have.
         keep = (~torch.isin(next_B, eos_ids)).nonzero().squeeze(1)
         if said == sampling.max_new_tokens or not len(keep):
             for index in part:
@@ -408,8 +433,8 @@ def plain_decode(
             part = None
             continue
         running, next_B, keep = [running[row] for row in keep.tolist()], next_B[keep].to(device), keep.to(device)
-        cache.reorder_cache(keep)  # which the states of linear attention and convolutions know as well
-        ids_BT, mask_BT = ids_BT[keep], mask_BT[keep]
-        ids_BT = torch.cat([ids_BT, next_B[:, None]], 1)
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(running), 1)], 1)
+        # The states of linear attention and convolutions know no other selection.
+        cache.reorder_cache(keep)  # type: ignore[arg-type]  # a LongTensor to torch's own stubs is any int64 tensor
+        ids_BT = torch.cat([ids_BT[keep], next_B[:, None]], 1)
+        mask_BT = torch.cat([mask_BT[keep], mask_BT.new_ones(len(running), 1)], 1)
     return found, stats

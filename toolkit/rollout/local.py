@@ -18,7 +18,9 @@ from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutReques
 from transformers import PreTrainedModel
 
 from toolkit.batch import DecoderOnly, EncoderDecoder, Example, RowLayout
+from toolkit.batch.token_batch import padded
 from toolkit.models import zero
+from toolkit.models.engines import evaluation_mode
 from toolkit.models.head import stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.ranks import collectives
@@ -33,23 +35,13 @@ from toolkit.rollout.decode import (
     row_tokens,
 )
 from toolkit.rollout.packed import packed_weights, packs
-from toolkit.rollout.sampling import SeededSampling, choose_tokens, sequence_seed
+from toolkit.rollout.sampling import SeededSampling, sequence_seed
 from toolkit.rollout.seq2seq import decode_seq2seq
 
-__all__ = [
-    "GatheredRollout",
-    "Rollout",
-    "RolloutStats",
-    "SeededSampling",
-    "choose_tokens",
-    "sequence_seed",
-    "whole_model",
-]
+__all__ = ["GatheredRollout", "Rollout", "RolloutStats", "SeededSampling", "sequence_seed", "whole_model"]
 
 MIB = 2**20
 ROOM = 0.8  # of the free memory, for weights and what the cache takes at least
-
-
 DecodeLoop = Callable[..., tuple[list[np.ndarray], DecodeStats]]
 #: layout of rows -> the loop that makes text of a model of it
 LOOPS: dict[type[RowLayout], Callable[[PreTrainedModel], DecodeLoop]] = {
@@ -101,12 +93,10 @@ class Rollout(RolloutEngine):
             raise ValueError(f"{rows} texts asked for with {len(seeds)} seeds; give one seed for each text")
         prompts = [ids[mask.bool()].cpu().numpy() for ids, mask in zip(ids_BT, mask_BT, strict=True)]
         texts = [e.response for e in self.complete(prompts, SeededSampling(**{**vars(sampling), "seeds": seeds}))]
-        longest = max(len(text) for text in texts)
-        padded = [[*text.tolist(), *[self.vocabulary.pad_id] * (longest - len(text))] for text in texts]
-        is_text = [[1] * len(text) + [0] * (longest - len(text)) for text in texts]
+        new_ids, is_text = padded(texts, self.vocabulary.pad_id, multiple=1)
         return RolloutBatch(
-            input_ids=torch.cat([ids_BT, ids_BT.new_tensor(padded)], 1),
-            attention_mask=torch.cat([mask_BT, mask_BT.new_tensor(is_text)], 1),
+            input_ids=torch.cat([ids_BT, new_ids.to(ids_BT)], 1),
+            attention_mask=torch.cat([mask_BT, is_text.to(mask_BT)], 1),
             response_start_idx=ids_BT.new_full((rows,), width),
         )
 
@@ -138,21 +128,22 @@ class GatheredRollout(Rollout):
         gathers once."""
         collectives.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
         started_s = time.perf_counter()
+        # What a row of the cache takes decides how many run at once, and whether the whole model fits beside them.
         longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
         row_bytes = cache_bytes_per_token(self.engine.module.model) * row_tokens(longest)
         if self._gathers(row_bytes):
+            # Between the gathering and its end nothing communicates, so a failure waits until the ranks meet again.
             mode, failure = "gathered", None
             packing = packed_weights if self._packs(row_bytes) else nullcontext
             with whole_model(self.engine) as model:
                 try:
                     with packing(model):
                         texts, stats = self._decode_or_split(model, prompts, sampling, self._rows(row_bytes))
-                except Exception as error:  # told below, where the other ranks listen
+                except Exception as error:
                     failure = error
             _agree(False, failure)
         else:
-            mode = "sharded"
-            model = self.engine.module.model
+            mode, model = "sharded", self.engine.module.model
             with evaluation_mode(self.engine), _InStep(model, self.vocabulary.layout) as ranks:
                 texts, stats = self._loop(model)(
                     model, prompts, sampling, self.vocabulary, self._rows(row_bytes), ranks.anyone_going
@@ -199,14 +190,13 @@ class GatheredRollout(Rollout):
         return sum(zero.whole_numel(p) * p.element_size() for p in parameters if not zero.is_whole(p))
 
     def _fits(self, weight_bytes: int, row_bytes: int) -> bool:
-        return collectives.everywhere(weight_bytes + self._cache_bytes(row_bytes) <= ROOM * free_bytes())
-
-    def _cache_bytes(self, row_bytes: int) -> int:
-        """What the cache takes at least."""
-        return self.cache_mib * MIB if self.cache_mib else row_bytes
+        """Whether every rank has room for these weights and what the cache takes at least."""
+        cache_bytes = self.cache_mib * MIB if self.cache_mib else row_bytes
+        return collectives.everywhere(weight_bytes + cache_bytes <= ROOM * free_bytes())
 
 
 def check_prompts(prompts: Sequence[np.ndarray], sampling: SeededSampling, vocabulary: Vocabulary) -> None:
+    """Raises ValueError unless there is a seed a prompt, and for prompts without tokens or with unknown ones."""
     if len(sampling.seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts with {len(sampling.seeds)} seeds; give one seed for each prompt")
     if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
@@ -215,15 +205,13 @@ def check_prompts(prompts: Sequence[np.ndarray], sampling: SeededSampling, vocab
         if not 0 <= np.min(prompt) <= np.max(prompt) < vocabulary.size:
             raise ValueError(
                 f"prompt {index} of {len(prompts)} holds the ids {np.min(prompt)} to {np.max(prompt)}, the vocabulary "
-                f"ends at {vocabulary.size - 1}; the prompts have to come from the student's tokenizer"
+                f"ends at {vocabulary.size - 1}; take prompts of the student's tokenizer"
             )
 
 
 def joined(prompts: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> list[Example]:
-    return [
-        Example(np.concatenate([prompt, text]).astype(np.int32), len(prompt))
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    """Each prompt with its text as the response."""
+    return [Example(np.concatenate(pair), len(pair[0])) for pair in zip(prompts, texts, strict=True)]
 
 
 class _InStep:
@@ -251,16 +239,14 @@ class _InStep:
         def leave(*_: Any) -> None:
             self.owes_pass = self.is_inside = False
 
-        self.hooks = []
-        if self.tells:
-            self.hooks.append(stack_of(self.model).register_forward_pre_hook(enter))
-            self.hooks.append(self.model.get_output_embeddings().register_forward_hook(leave))
+        stack, head = stack_of(self.model), self.model.get_output_embeddings()
+        self.hooks = [stack.register_forward_pre_hook(enter), head.register_forward_hook(leave)] if self.tells else []
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
-            told = isinstance(error, _GenerationFailed)
-            if isinstance(error, Exception) and self.tells and not self.is_inside and not told:
+            is_told = isinstance(error, _GenerationFailed)
+            if isinstance(error, Exception) and self.tells and not self.is_inside and not is_told:
                 if self.owes_pass:
                     idle_pass(self.model)
                 _agree(False, error)
@@ -281,16 +267,6 @@ def _agree(going: bool, error: Exception | None) -> bool:
 
 class _GenerationFailed(RuntimeError):
     """Raised on all ranks alike: nobody has to be told again."""
-
-
-@contextmanager
-def evaluation_mode(engine: Any) -> Iterator[None]:
-    was_training = engine.module.training
-    engine.module.eval()
-    try:
-        yield
-    finally:
-        engine.module.train(was_training)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ of training. Making it costs one pass over the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,17 +32,18 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
     It takes as much memory again as those weights. Nothing is done where `packs` says no.
     """
-    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)] if packs(model) else []
+    kinds = (nn.Linear, Conv1D) if packs(model) else ()
+    layers = [part for part in model.modules() if isinstance(part, kinds) and type(part) in kinds]
     try:
         for layer in layers:
-            layer.forward = _packed_forward(layer)
+            vars(layer)["forward"] = _packed_forward(layer)
         yield
     finally:
         for layer in layers:
-            layer.__dict__.pop("forward", None)
+            vars(layer).pop("forward", None)
 
 
-def _packed_forward(layer: nn.Linear | Conv1D):
+def _packed_forward(layer: nn.Linear | Conv1D) -> Callable[[Tensor], Tensor]:
     weight_OI = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().t().contiguous()
     packed_OI, bias_O = torch.ops.mkldnn._reorder_linear_weight(weight_OI, ROWS), layer.bias
 
