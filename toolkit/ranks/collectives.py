@@ -1,7 +1,5 @@
 """What ranks say to each other: sums, agreements, errors of one that end all, and turns that they take."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import secrets

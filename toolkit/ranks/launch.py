@@ -1,7 +1,5 @@
 """Start the ranks, stop them, and tell wrong input once."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import socket

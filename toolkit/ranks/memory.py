@@ -1,7 +1,5 @@
 """Memory of this rank: what is free, what was used at most, and work that is cut in halves where it does not fit."""
 
-from __future__ import annotations
-
 import gc
 import os
 import resource

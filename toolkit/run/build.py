@@ -1,7 +1,5 @@
 """Builds everything that a run works with from its config, once; the only place that does."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

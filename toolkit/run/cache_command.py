@@ -1,7 +1,5 @@
 """`python -m toolkit cache-teacher`: a teacher's answers to a recipe's data, for `teacher.cache=DIR` of that recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 import runpy
 import time

@@ -1,8 +1,6 @@
 """What a run reads before it builds an engine: models, tokenizer, data, plain text, the teacher's stored answers;
 each is checked on one rank and refused on all."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

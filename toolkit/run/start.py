@@ -1,7 +1,5 @@
 """Where a run begins: at its first step, at a checkpoint of an earlier start, or nowhere, since it is finished."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the ranks tell each other within an optimizer step, so that all of them do the same with it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Shapes: N response positions of a micro-batch, Ht the teacher's hidden size, V head rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
