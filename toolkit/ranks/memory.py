@@ -22,7 +22,7 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_AL
 class Halving:
     """A size, rows or MiB, that is halved where memory runs out, said each time, and stays at what fitted.
 
-    size: what to begin with; None is a whole of `whole`, which `run` is told each time. It does not go below `least`.
+    size: what to begin with; None is all of the work, whose size `run` is told. It does not go below `least`.
     """
 
     def __init__(self, what: str, unit: str, size: float | None = None, least: float = 1):

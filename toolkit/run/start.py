@@ -30,8 +30,8 @@ class Start(NamedTuple):
 def find_start(config: RunConfig, checkpoints: Checkpoints, identity: RunIdentity) -> Start:
     """The newest whole checkpoint, unless resume is "never". Collective.
 
-    identity: of the run as it would be now. Raises ValueError where it would be another one than that of the
-    checkpoint, and where there are checkpoints and none is whole.
+    identity: what the run would be made of now. Raises ValueError where the checkpoint's run was made of something else
+    or had other settings, and where there are checkpoints and none is whole.
     """
     fresh = LoopState(ScheduleState(config.schedule.phi_initial))
     if config.resume == "never":
