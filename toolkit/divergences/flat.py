@@ -6,8 +6,6 @@
 The functions here turn its arguments into those of today's form. New code has no reason to use it.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar

@@ -5,8 +5,6 @@ log-probabilities. Every value is in nats per token, includes the teacher's entr
 q), and is formed in log space: `fused` computes the same numbers without anything of size [N, V].
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

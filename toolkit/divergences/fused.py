@@ -8,8 +8,6 @@ budget whatever the numbers of tokens and vocabulary entries are.
 Legend: N tokens, B sequences, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

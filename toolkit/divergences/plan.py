@@ -1,7 +1,5 @@
 """How large a tile is: the memory budget becomes rows, columns and block sizes."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ because there the bf16 product is the faster one. Without them torch's bf16 prod
 fp32 one, so blocks of the head are widened to fp32, which is exact.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator

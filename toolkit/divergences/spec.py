@@ -1,7 +1,5 @@
 """What is minimised: a divergence, by exact name and with its parameters, and a cross entropy beside it."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from dataclasses import KW_ONLY, dataclass

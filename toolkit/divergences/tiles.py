@@ -9,8 +9,6 @@ Softmax and row sums are fp32 (float64 for float64 inputs). So is the head gradi
 of a single tile is one product, which sums in fp32 and is rounded once, to the head's own dtype.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Iterator

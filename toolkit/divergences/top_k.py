@@ -29,8 +29,8 @@ class TopKTeacher:
 
     ids_NK: token ids, different from each other in a row. log_probs_NK: their log-probabilities in nats, at the
     temperature of the loss. tail_mass_N: the probability of all other tokens together; float64 where that may be below
-    e^-87. offset_N: nats that are added to the divergence; a constant, as the entropy that random draws of a
-    distribution have too little of.
+    e^-87. offset_N: nats that are added to the divergence; a constant, for instance the entropy by which random draws
+    fall short of the distribution's.
     """
 
     ids_NK: Tensor

@@ -4,8 +4,6 @@ Beside `toolkit/models/zero.py` this is the only file that relies on DeepSpeed's
 start before any model is imported.
 """
 
-from __future__ import annotations
-
 import fcntl
 import functools
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What ranks say to each other: sums, agreements, errors of one that end all, and turns that they take."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import secrets
@@ -86,7 +84,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 def together(work: Callable[[], Result]) -> Result:
     """Run `work`, which may not communicate, on every rank; if it fails on any, every rank raises `Told` with the
-    first error. No kind of error may leave alone the ranks that wait here for the one that has it."""
+    first error. Errors of every kind are caught: no rank may wait here for one that has raised."""
     error = None
     try:
         result = work()

@@ -1,7 +1,5 @@
 """When this process last made progress. Long work on one rank says so here, and the watchdog reads it."""
 
-from __future__ import annotations
-
 import time
 
 _last_s = time.monotonic()

@@ -1,7 +1,5 @@
 """Start the ranks, stop them, and tell wrong input once."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import socket
@@ -82,7 +80,7 @@ def one_message() -> Iterator[None]:
     """Wrong input (ValueError) ends every rank with exit code 2 and one message, a run that a signal has stopped
     (GoOnLater) with EXIT_LATER and another.
 
-    The group is left where all ranks come to leave it: after an error of one rank alone, leaving would wait for the
+    Ranks leave the group only where all of them do: after an error of one rank alone, leaving would wait for the
     others, which wait for it.
     """
     key = f"error {next(_entered)}"

@@ -1,7 +1,5 @@
 """Memory of this rank: what is free, what was used at most, and work that is cut in halves where it does not fit."""
 
-from __future__ import annotations
-
 import gc
 import os
 import resource
@@ -24,7 +22,7 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_AL
 class Halving:
     """A size, rows or MiB, that is halved where memory runs out, said each time, and stays at what fitted.
 
-    size: what to begin with; None is a whole of `whole`, which `run` is told each time. It does not go below `least`.
+    size: what to begin with; None is all of the work, whose size `run` is told. It does not go below `least`.
     """
 
     def __init__(self, what: str, unit: str, size: float | None = None, least: float = 1):

@@ -1,7 +1,5 @@
 """Lines on a terminal or in a log that may be gone."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

@@ -148,7 +148,7 @@ class StopSignals:
 
 
 def _forget_signals() -> None:
-    """In a forked child, of data loading for instance: its signals are its own."""
+    """A forked child, of data loading for instance, handles signals as this process did before the run."""
     if StopSignals._watched is not None:
         signal.set_wakeup_fd(-1)
         for number, handler in StopSignals._watched._previous.items():

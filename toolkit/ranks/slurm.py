@@ -1,7 +1,5 @@
 """What SLURM tells a process that srun started, in the variables that torch and deepspeed read."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

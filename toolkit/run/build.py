@@ -1,7 +1,5 @@
 """Builds everything that a run works with from its config, once; the only place that does."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -73,8 +71,8 @@ def checked(config: RunConfig) -> RunConfig:
 def build(
     config: RunConfig, inputs: RunInputs, cache: TeacherCache | None, state: LoopState, watchdog: Watchdog
 ) -> Parts:
-    """All parts of the run that `state` has got to. Its weights are those of the student before training: what a
-    checkpoint has of them is loaded by who resumes. Collective.
+    """Builds all parts of a run that is at `state`. The student has its weights from before training; those of a
+    checkpoint are loaded later, by `DistillationLoop.resume`. Collective.
 
     Raises ValueError on every rank for models that do not fit the settings, the data, or what is asked of them.
     """

@@ -1,7 +1,5 @@
 """`python -m toolkit cache-teacher`: a teacher's answers to a recipe's data, for `teacher.cache=DIR` of that recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 import runpy
 import time
@@ -29,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def cache_teacher(
     recipe: str, settings: Sequence[str], out: Path, *, top_k: int, draws: int, shard_tokens: int
 ) -> dict[str, Any]:
-    """The manifest of the cache of `recipe` with `settings` in the folder `out`. Collective.
+    """Makes the cache of `recipe` with `settings` in the folder `out`, unless it is there, and returns its manifest.
+    Collective.
 
     top_k, draws: see Form. shard_tokens: response tokens of a file.
 

@@ -1,7 +1,5 @@
 """The Python way in: a run in this process, alone or as one of a launcher's ranks."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Steps that are not taken: loss or gradient is not finite, or the loss jumps."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass, field

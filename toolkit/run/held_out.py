@@ -1,7 +1,5 @@
 """The validation prompts that models answer before and after training."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase

@@ -1,8 +1,6 @@
 """What a run reads before it builds an engine: models, tokenizer, data, plain text, the teacher's stored answers;
 each is checked on one rank and refused on all."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,8 +182,8 @@ def load_plain_text(
 def cache_identity(
     config: RunConfig, parts: RunIdentity, data: Data, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary
 ) -> RunIdentity:
-    """What the cache makes of the run's identity `parts`. It is checked to be this run's, by its manifest alone; one
-    that was deleted after the run was finished is what the run's summary says. Collective."""
+    """The run's identity `parts`, with what the cache says of its teacher. Only the manifest is read, and checked to be
+    for this run. Where the cache was deleted after the run had finished, the run's summary says it. Collective."""
     folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / "summary.json"
 
     def known() -> dict[str, Any]:

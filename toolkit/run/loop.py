@@ -1,7 +1,5 @@
 """The engine loop: one optimizer step, from prompts to weights, in the order in which it happens."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

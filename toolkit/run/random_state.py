@@ -1,7 +1,5 @@
 """The generators of a process as tensors, for checkpoints."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 

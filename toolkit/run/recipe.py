@@ -1,7 +1,5 @@
 """What a recipe calls: its command line, the choice among its runs, its stages one after another."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a run prints at its end: before and after, answers beside each other, where the time went."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

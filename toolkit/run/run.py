@@ -1,7 +1,5 @@
 """One run from its config to its summary: read, build, train, measure, export."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import time

@@ -150,8 +150,8 @@ class Stages:
         """Make the first student, where it is not there yet; returns its summary. No communication; rank 0 goes first.
 
         path, hashes: of the teacher, from `materialize` and `file_hashes`; not used for one of random weights. Without
-        hashes a student that is there is of any teacher. Raises ValueError for sizes that cannot be, and where the one
-        that is there was made with other settings.
+        hashes nothing is asked about the teacher of a student that is there. Raises ValueError for sizes that cannot
+        be, and where the student that is there was made with other settings.
         """
         # What the student depends on, which is written beside it.
         config, data = self.first, calibration_data(self.first.data, self.init)

@@ -1,7 +1,5 @@
 """Where a run begins: at its first step, at a checkpoint of an earlier start, or nowhere, since it is finished."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -32,8 +30,8 @@ class Start(NamedTuple):
 def find_start(config: RunConfig, checkpoints: Checkpoints, identity: RunIdentity) -> Start:
     """The newest whole checkpoint, unless resume is "never". Collective.
 
-    identity: of the run as it would be now. Raises ValueError where it would be another one than that of the
-    checkpoint, and where there are checkpoints and none is whole.
+    identity: what the run would be made of now. Raises ValueError where the checkpoint's run was made of something else
+    or had other settings, and where there are checkpoints and none is whole.
     """
     fresh = LoopState(ScheduleState(config.schedule.phi_initial))
     if config.resume == "never":

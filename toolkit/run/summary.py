@@ -1,7 +1,5 @@
 """What a finished run says of itself: summary.json."""
 
-from __future__ import annotations
-
 from typing import Any, TypedDict
 
 from toolkit.data import Data

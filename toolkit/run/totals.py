@@ -1,7 +1,5 @@
 """What the ranks tell each other within an optimizer step, so that all of them do the same with it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,8 +28,8 @@ def count_tokens(window: Sequence[TokenBatch], text: Sequence[TokenBatch]) -> To
 
 
 class StepTotals(NamedTuple):
-    """Sums over all ranks. The first four are over response tokens too: of the rows that are distilled, and of plain
-    text."""
+    """Sums over all ranks. The first three are sums over the response tokens of the distilled rows, the fourth is one
+    over the tokens of plain text."""
 
     divergence_nats: float
     cross_entropy_nats: float

@@ -2,6 +2,8 @@
 
 Imports `divergences` alone, for what a divergence may be given."""
 
+# ruff: noqa: F401 - the names imported here are what the room offers
+
 from toolkit.settings.data import PYTHON_DOCS, TEMPLATE_NAMES, DataConfig, TextConfig
 from toolkit.settings.loss import NO_DIVERGENCE, LossConfig
 from toolkit.settings.model import DEPTHS, WIDTHS, InitConfig, LoraConfig, ModelConfig
@@ -10,31 +12,3 @@ from toolkit.settings.run import RunConfig, free_settings
 from toolkit.settings.schedule import POLICIES, ScheduleConfig
 from toolkit.settings.training import CheckpointConfig, FaultsConfig, OptimizerConfig, TrainConfig
 from toolkit.settings.validation import PRECISIONS, SCORES, EvaluationConfig, ValidationConfig
-
-__all__ = [
-    "DEPTHS",
-    "NO_DIVERGENCE",
-    "POLICIES",
-    "PRECISIONS",
-    "PYTHON_DOCS",
-    "SCORES",
-    "TEMPLATE_NAMES",
-    "WIDTHS",
-    "CheckpointConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "FaultsConfig",
-    "InitConfig",
-    "LoraConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SamplingSettings",
-    "ScheduleConfig",
-    "TextConfig",
-    "TrainConfig",
-    "ValidationConfig",
-    "free_settings",
-]

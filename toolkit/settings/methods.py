@@ -1,7 +1,5 @@
 """Methods of distillation by name: each is some settings of the one loop, and nothing else."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """`key=value` from a command line: values are YAML, and take the type that a setting is annotated with."""
 
-from __future__ import annotations
-
 import difflib
 import types
 import typing

@@ -1,7 +1,5 @@
 """Settings for readers: the page of `--help`, and docs/configuration.md, which `python -m toolkit settings` prints."""
 
-from __future__ import annotations
-
 import inspect
 import shutil
 import textwrap

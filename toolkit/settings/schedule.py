@@ -50,3 +50,7 @@ class ScheduleConfig(Section):
         "at the last rise, or the first one (the authors' code), so that a loss which first falls and then rises by "
         "less than it fell leaves phi as it is.", choices=REFERENCE_LOSSES)
     # fmt: on
+
+    def validate(self, section: str = "schedule") -> None:
+        """Raises ValueError for the first setting that cannot work."""
+        super().validate(section)

@@ -3,8 +3,6 @@
 The checks, `--help` and docs/configuration.md all read these same words.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

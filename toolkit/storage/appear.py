@@ -10,8 +10,6 @@
 What a kill leaves beside it ends with `UNFINISHED` or `DELETING`, and the next job that makes the same thing removes it.
 """  # noqa: E501 (a row of a table is one line)
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

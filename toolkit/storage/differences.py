@@ -1,7 +1,5 @@
 """What differs between what is there and what is wanted, told name by name with both values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 #: how a file's contents, given as their SHA-256, are told to differ: 16 digits are enough for a reader

@@ -1,7 +1,5 @@
 """JSON files, and manifests: a JSON file in a folder that lists the folder's files with their sizes and hashes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

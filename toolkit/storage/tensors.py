@@ -1,7 +1,5 @@
 """safetensors files: written one tensor at a time, and mapped into memory instead of read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Shapes: N response positions of a micro-batch, Ht the teacher's hidden size, V head rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,8 +42,8 @@ class Teacher:
     def signals(self, window: list[TokenBatch]) -> list[Tensor]:
         """For each micro-batch its hidden_NT, in the order of `targets_N`. Every rank has as many micro-batches in its
         window, so every rank makes as many passes, and enters as many all-gathers."""
-        # All ranks have to make as many passes. Micro-batches may have other numbers of rows on other ranks, so how
-        # many of them share a pass follows from settings alone.
+        # How many micro-batches share a pass follows from settings alone: on other ranks they may have other numbers of
+        # rows.
         per_pass = max(1, (self.rows_per_pass or self.window_rows) * len(window) // self.window_rows)
         found: list[Tensor] = []
         for start in range(0, len(window), per_pass):

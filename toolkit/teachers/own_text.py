@@ -4,8 +4,6 @@ It is generated once and kept in files of some hundred rows each. A run that is 
 rows of one file at most.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Which kernel makes a tile's row passes: torch's, the C++ one or Triton's."""
 
-from __future__ import annotations
-
 import os
 
 import torch

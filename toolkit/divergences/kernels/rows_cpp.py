@@ -5,8 +5,6 @@ torch; under a name of its own that is renamed when it is whole: ranks that star
 leave nothing that another would wait for.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

@@ -3,8 +3,6 @@
 Legend: r rows of a row block, B columns of a tile. Buffers without a suffix are [r, B].
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ done and `plan.json`, which says of what they are shards. Once all are there the
 to OUT.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence

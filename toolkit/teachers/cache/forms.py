@@ -7,8 +7,6 @@ Numbers have 16 bits. A log-probability in fp16 has a relative error of 2^-11, s
 logarithm of its mass, summed from the tokens that are left out and not by 1 - sum, so small ones keep their digits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -62,8 +60,8 @@ class Form:
         """Raises ValueError for a divergence that cannot be computed, or not without bias, from this form."""
         name, alpha = divergence.name, divergence.alpha
         if name not in WITH_TOP_K:
-            allowed = ", ".join(WITH_TOP_K)
-            raise ValueError(f"loss.divergence = {name!r} needs the teacher's whole distribution; a cache has {allowed}")
+            needs = "needs the teacher's whole distribution"
+            raise ValueError(f"loss.divergence = {name!r} {needs}; from a cache: {', '.join(WITH_TOP_K)}")
         if self.draws and name != "fkl" and not (name == "skl" and alpha == 0):
             raise ValueError(
                 f"loss.divergence = {name!r} with a cache of {self.draws} draws: counts stand for probabilities only "

@@ -4,8 +4,6 @@ A folder of `shard-000012.safetensors` files and `manifest.json`. What is found 
 predicted, and the temperature are its key. So rows may be sorted, packed or dealt over ranks as they like.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
