@@ -93,6 +93,7 @@ def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfi
     tokenizer that `model` names; returns what pruning.json holds. Raises ValueError as `prune` does."""
     record = prune(path, init, data, folder, lambda: load_tokenizer(model, path), model.trust_remote_code)
     if model.tokenizer:
+        # The teacher's tokenizer makes room.
         for file in [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]:
             file.unlink()
         tokenizer = load_tokenizer(model, path)
