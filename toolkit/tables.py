@@ -13,11 +13,8 @@ Cell = str | int | float | None
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """An aligned table: columns of numbers to the right, None as "-".
-
-    Floats get four significant digits, and no decimals from 1,000 on. Raises ValueError for a row of another length
-    than `headers`.
-    """
+    """An aligned table: columns of numbers to the right, None as "-". Floats get four significant digits, and no
+    decimals from 1,000 on. Raises ValueError for a row of another length than `headers`."""
     for row in rows:
         if len(row) != len(headers):
             raise ValueError(f"a row of {len(row)} cells under {len(headers)} headers: {list(row)}")

@@ -60,12 +60,9 @@ def evaluate(
     teacher: str,
     settings: Sequence[str],
 ) -> dict[str, Any]:
-    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective.
-
-    models: folders or hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds:
-    comma-separated. teacher: "" is none. settings: `key=value` over those of the protocol. Raises ValueError for wrong
-    input.
-    """
+    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective. models: folders or
+    hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds: comma-separated. teacher: "" is
+    none. settings: `key=value` over those of the protocol. Raises ValueError for wrong input."""
     # What is asked for, and the rows, checked before any model is loaded.
     request = collectives.together(
         lambda: Request.of(data, settings, metric=metric, seeds=seeds, protocol=protocol, teacher=teacher)

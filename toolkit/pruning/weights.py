@@ -85,10 +85,8 @@ class Weights:
 
 
 class LayerwiseModel:
-    """A causal language model whose decoder layers are in memory one at a time.
-
-    The computing dtype is fp32, or bf16 where the device multiplies it in hardware. Frozen, no dropout.
-    """
+    """A causal language model whose decoder layers are in memory one at a time. The computing dtype is fp32, or bf16
+    where the device multiplies it in hardware. Frozen, no dropout."""
 
     def __init__(self, folder: Path, family: Family, device: torch.device, dtype: torch.dtype):
         # The model begins without any values. What it computes and does not store, as rotary tables, is made anew; all
@@ -124,11 +122,9 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def embed(self, ids_RT: Tensor) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
-        """(hidden states that enter the first layer, the layers as functions of hidden states).
-
-        The model's own forward says what each layer is called with: masks, positions, rotary tables. They are those
-        of one row, and all rows have as many tokens and no padding.
-        """
+        """(hidden states that enter the first layer, the layers as functions of hidden states). The model's own forward
+        says what each layer is called with: masks, positions, rotary tables. They are those of one row, and all rows
+        have as many tokens and no padding."""
         entering: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = [((), {})] * self.count
 
