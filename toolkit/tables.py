@@ -13,23 +13,16 @@ Cell = str | int | float | None
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """An aligned table: columns of numbers to the right, None as "-".
-
-    Floats get four significant digits, and no decimals from 1,000 on. Raises ValueError for a row of another length
-    than `headers`.
-    """
+    """An aligned table: columns of numbers to the right, None as "-". Floats get four significant digits, and no
+    decimals from 1,000 on. Raises ValueError for a row of another length than `headers`."""
     for row in rows:
         if len(row) != len(headers):
             raise ValueError(f"a row of {len(row)} cells under {len(headers)} headers: {list(row)}")
     columns = zip(*rows, strict=True)
     alignment = ["left" if any(isinstance(cell, str) for cell in column) else "right" for column in columns]
-    return tabulate.tabulate(
-        [[_text(cell) for cell in row] for row in rows],
-        headers,
-        tablefmt="pipe",
-        colalign=alignment,
-        disable_numparse=True,  # the cells are text already
-    )
+    # The library gets text, and is to look for no numbers in it.
+    cells = [[_text(cell) for cell in row] for row in rows]
+    return tabulate.tabulate(cells, headers, tablefmt="pipe", colalign=alignment, disable_numparse=True)
 
 
 def _text(cell: Cell) -> str:

@@ -30,7 +30,6 @@ HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 #: roles as ShareGPT and others write them
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
-
 Turn = dict[str, str]  # of a conversation: role and content
 
 
@@ -66,7 +65,7 @@ class Source:
 
 
 def as_it_reads(config: DataConfig, source: str, is_validation: bool = False) -> DataConfig:
-    """`config` for this source: a set of MiniLLM, by name, has fields of its own, and so many rows of validation."""
+    """`config` for this source: a set of MiniLLM has its own fields, and a limit to its validation rows."""
     if source not in SETS:
         return config
     most = SETS[source].max_rows if is_validation else None
@@ -82,10 +81,12 @@ def load_rows(config: DataConfig, source: str, is_validation: bool = False) -> t
     a field, prompt or response (unless config.on_bad_row is "skip"), and where no usable row is left.
     """
     config = as_it_reads(config, source, is_validation)
+    # Prompts that may not be trained on.
     tested = set()
     if has_test(source) and not is_validation:
         whole = dataclasses.replace(config, max_rows=None, on_bad_row="skip")
         tested = {_words(row) for row in load_rows(whole, source, is_validation=True)[0]}
+    # Each row is used, skipped for a reason, or ends the run.
     rows: list[Row] = []
     skipped, first_reason = 0, ""
     for where, record in records(Source.of(config, source, is_validation)):
@@ -163,6 +164,7 @@ def as_object(row: object, where: str) -> dict:
 def field_of(row: dict, field: str, setting: str, where: str, or_turns: bool = False) -> object:
     """`a.b` is the field b of the object in a. Raises ValueError, with the fields there are, where there is none;
     or_turns: a field that holds a conversation is pointed at."""
+    # A name with a dot is taken as it stands first.
     if field not in row:
         outer, _, inner = field.partition(".")
         if inner and isinstance(row.get(outer), dict):

@@ -111,10 +111,8 @@ def _bytes(example: Example) -> bytes:
 
 def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict[str, Part]]) -> dict[str, Kept]:
     """`build()`'s parts by name, from `cache_dir` where a process has built them for an equal `key` (plain JSON types).
-
     Several processes may build the same ones at once. A damaged entry is built anew. Where it cannot be written the
-    parts are used from memory, with a warning.
-    """
+    parts are used from memory, with a warning."""
     if cache_dir is None:
         return {name: _in_memory(part) for name, part in build().items()}
     name = hashlib.sha256(json.dumps({"format": FORMAT, **key}, sort_keys=True).encode()).hexdigest()[:32]

@@ -42,9 +42,7 @@ class Refused(ValueError):
 class Template:
     """prompt(tokenizer, row, config) is the prompt's text, or raises Refused; marker(tokenizer, config) is the tail
     that all its prompts share, or raises ValueError where the tokenizer's template does not go with the settings.
-
-    has_specials: the prompt's text holds BOS and the like already, so the tokenizer must add none.
-    """
+    has_specials: the prompt's text holds BOS and the like already, so the tokenizer must add none."""
 
     prompt: Callable[[PreTrainedTokenizerBase, Row, DataConfig], str]
     marker: Callable[[PreTrainedTokenizerBase, DataConfig], str]

@@ -20,10 +20,8 @@ CHUNK_ROWS = 1024
 
 
 class Tokenized(NamedTuple):
-    """examples[i] is rows[i] in tokens.
-
-    counts: truncated_prompts, truncated_responses, skipped_long (responses), skipped_long_prompts, skipped_bad.
-    """
+    """examples[i] is rows[i] in tokens. counts: truncated_prompts, truncated_responses, skipped_long (responses),
+    skipped_long_prompts, skipped_bad."""
 
     examples: list[Example]
     rows: list[Row]

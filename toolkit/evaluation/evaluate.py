@@ -60,12 +60,9 @@ def evaluate(
     teacher: str,
     settings: Sequence[str],
 ) -> dict[str, Any]:
-    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective.
-
-    models: folders or hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds:
-    comma-separated. teacher: "" is none. settings: `key=value` over those of the protocol. Raises ValueError for wrong
-    input.
-    """
+    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective. models: folders or
+    hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds: comma-separated. teacher: "" is
+    none. settings: `key=value` over those of the protocol. Raises ValueError for wrong input."""
     # What is asked for, and the rows, checked before any model is loaded.
     request = collectives.together(
         lambda: Request.of(data, settings, metric=metric, seeds=seeds, protocol=protocol, teacher=teacher)
@@ -133,7 +130,7 @@ class Request:
             **{name: getattr(data, name) for name in ("template", "max_length", "max_prompt_length")},
             "max_new_tokens": self.config.new_tokens,
             "precision": str(dtype).removeprefix("torch."),
-            # where set: answers that are older than these settings go on
+            # Only where they are set, so that answers which are older than these settings are gone on with.
             **{name: value for name in ("template_args", "system") if (value := getattr(data, name))},
         } | asdict(self.config.sampling)
 
@@ -231,6 +228,7 @@ class Evaluation:
         config, entry, rows = self.request.config, self.summary["models"][name], self.rows
         entry.setdefault("generated_tokens", 0)
         entry.setdefault("generation_s", 0.0)
+        # A run that was stopped has left some of them.
         there = collectives.from_main_rank(lambda: set(self.records.of_model(name)))
         wanted = [(seed, row) for seed in self.request.seeds for row in range(len(rows))]
         missing = [place for place in wanted if place not in there]
@@ -263,20 +261,19 @@ class Evaluation:
         """metric -> mean and deviation over the seeds, and each seed's own; from the file."""
         lines, found = self.records.of_model(name), {}
         # Answers that are older than a metric get their scores by it.
-        missing = [
-            (line, one) for line in lines.values() for one in self.request.generated if one not in line["scores"]
-        ]
+        wanted = self.request.generated
+        missing = [(line, one) for line in lines.values() for one in wanted if one not in line["scores"]]
         for line, one in missing:
             line["scores"][one] = metric(one).row(line["answer"], line["references"])
         if missing:
             self.records.replace(name, lines.values())
-        for wanted in self.request.generated:
+        for one in wanted:
             by_seed = {}
             for seed in self.request.seeds:
                 part = [lines[seed, row] for row in range(len(self.rows))]
                 texts, given = [line["answer"] for line in part], [line["references"] for line in part]
-                by_seed[str(seed)] = metric(wanted).total(texts, given, [line["scores"][wanted] for line in part])
-            found[wanted] = spread(list(by_seed.values()))._asdict() | {"by_seed": by_seed}
+                by_seed[str(seed)] = metric(one).total(texts, given, [line["scores"][one] for line in part])
+            found[one] = spread(list(by_seed.values()))._asdict() | {"by_seed": by_seed}
         return found
 
     def _save(self) -> None:

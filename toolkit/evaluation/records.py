@@ -29,6 +29,7 @@ class Records:
         self.rows.parent.mkdir(parents=True, exist_ok=True)
         text = self.rows.read_bytes() if self.rows.is_file() else b""
         summary = read_json(self.summary) if self.summary.is_file() else {}
+        # Answers are of use with their summary, and a summary with answers or a score.
         whole = text.rfind(b"\n") + 1
         if whole and not summary:
             raise ValueError(f"{self.rows} has answers, but {self.summary} is missing, which says how they were made")
@@ -75,11 +76,8 @@ class Records:
 
 def refuse_changes(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises ValueError that names each setting with both values."""
-    refuse(
-        f"{what} holds answers that were made with other settings",
-        differences(old, new).values(),
-        "set these back, or give --out another name",
-    )
+    remedy = "set these back, or give --out another name"
+    refuse(f"{what} holds answers that were made with other settings", differences(old, new).values(), remedy)
 
 
 def _write(path: Path, text: str) -> None:

@@ -31,10 +31,8 @@ def choose_layers(depth: str, count: int, keep: int, seed: int) -> tuple[int, ..
 
 
 def best_block(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...], dict[str, float]]:
-    """Leave out the contiguous block whose absence changes the teacher's next-token distribution least.
-
-    Returns (layers to keep, KL in nats by "first-last" layer of the block left out).
-    """
+    """Leave out the contiguous block whose absence changes the teacher's next-token distribution least. Returns (layers
+    to keep, KL in nats by "first-last" layer of the block left out)."""
     size = count - keep
     starts = range(keep + 1)
     choices = {at: tuple(layer for layer in range(count) if not at <= layer < at + size) for at in starts}
@@ -44,10 +42,8 @@ def best_block(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...]
 
 
 def greedy(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...], dict[str, float]]:
-    """Leave out one layer after another, each time the one whose absence costs least now.
-
-    Returns (layers to keep, KL in nats after each removal, by the layer removed, in that order).
-    """
+    """Leave out one layer after another, each time the one whose absence costs least now. Returns (layers to keep, KL
+    in nats after each removal, by the layer removed, in that order)."""
     kept, path = tuple(range(count)), {}
     while len(kept) > keep:
         without = {layer: tuple(other for other in kept if other != layer) for layer in kept}

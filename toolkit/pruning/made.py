@@ -27,11 +27,8 @@ WEIGHT_FILES = (SAFETENSORS, PICKLED)
 
 def materialize(model: ModelConfig, cache_dir: Path, data: DataConfig | None = None) -> str:
     """The folder to load `model` from, after what has to be made of it once; of a hub model that of its newest commit.
-    No communication; run it on rank 0 first.
-
-    `data` is the calibration text of `model.init`, where that names none. Raises ValueError for a local path that is
-    not a model, and for sizes that cannot be cut out of it.
-    """
+    No communication; run it on rank 0 first. `data` is the calibration text of `model.init`, where that names none.
+    Raises ValueError for a local path that is not a model, and for sizes that cannot be cut out of it."""
 
     def once(name: str, make: Callable[[Path], object]) -> str:
         return str(made_once(cache_dir / name, make))
@@ -93,6 +90,7 @@ def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfi
     tokenizer that `model` names; returns what pruning.json holds. Raises ValueError as `prune` does."""
     record = prune(path, init, data, folder, lambda: load_tokenizer(model, path), model.trust_remote_code)
     if model.tokenizer:
+        # The teacher's tokenizer makes room.
         for file in [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]:
             file.unlink()
         tokenizer = load_tokenizer(model, path)
@@ -104,10 +102,8 @@ def prune_model(model: ModelConfig, path: str, init: InitConfig, data: DataConfi
 
 def init_student(out: Path, model: ModelConfig, init: InitConfig, data: DataConfig, text_field: str | None) -> None:
     """Writes the part of `model` that `init` asks for to the folder `out`, by calibration text of `data`. Collective.
-
     text_field: the field to read `data.source` as plain text from; None reads prompts and answers. Raises ValueError
-    for wrong input; nothing is left behind then.
-    """
+    for wrong input; nothing is left behind then."""
     if out.exists():
         raise ValueError(f"{out} is there already; name another folder, or delete it")
     init.validate("init-student")

@@ -170,7 +170,8 @@ def _choose_depth(
 def _student_sizes(teacher: Sizes, init: InitConfig, layers: int, heads_fill_hidden: bool) -> Sizes:
     """What is not given stays, but that fewer heads never keep more query heads to a group than the teacher has."""
     heads, hidden, kv_heads = init.heads, init.hidden, init.kv_heads
-    if heads_fill_hidden:  # each follows from the other
+    # Heads and hidden size follow from each other in some architectures.
+    if heads_fill_hidden:
         if heads is None and hidden is not None:
             heads = max(1, hidden // teacher.head_dim)
         hidden = heads * teacher.head_dim if hidden is None and heads is not None else hidden

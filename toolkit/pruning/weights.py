@@ -76,9 +76,6 @@ class Weights:
                     seen.add(place)
                     self._pickled[name], self.files[name] = tensor, file
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file: pages leave memory with the last reference, or where memory is short."""
         if self._pickled:
@@ -88,14 +85,12 @@ class Weights:
 
 
 class LayerwiseModel:
-    """A causal language model whose decoder layers are in memory one at a time.
-
-    The computing dtype is fp32, or bf16 where the device multiplies it in hardware. Frozen, no dropout.
-    """
+    """A causal language model whose decoder layers are in memory one at a time. The computing dtype is fp32, or bf16
+    where the device multiplies it in hardware. Frozen, no dropout."""
 
     def __init__(self, folder: Path, family: Family, device: torch.device, dtype: torch.dtype):
-        # A model without memory: what is computed and not stored, as rotary tables, is made, and what is needed all the
-        # time, that is all parameters outside of the layers, is read.
+        # The model begins without any values. What it computes and does not store, as rotary tables, is made anew; all
+        # parameters outside of the layers are read.
         self.weights, self.family, self.device, self.dtype = Weights(folder), family, device, dtype
         self.config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -106,36 +101,30 @@ class LayerwiseModel:
             if any(buffer.is_meta for buffer in module.buffers()) and name != family.layers.split(".")[0]:
                 setattr(self.base, name, type(module)(config=self.config).to(device))
         self.layers = self.base.get_submodule(family.layers)
+        self.count = len(self.layers)
         for name, parameter in self.base.named_parameters():
             if not name.startswith(f"{family.layers}.") and parameter.is_meta:
                 self._fill(self.base, name, self.stored(name))
         # The head is often the embedding once more.
         embedding = self.model.get_input_embeddings().weight
-        is_tied = self.config.tie_word_embeddings or "lm_head.weight" not in self.weights
+        is_tied = self.config.tie_word_embeddings or "lm_head.weight" not in self.weights.files
         self.head_VH = embedding.data if is_tied else self._cast(self.weights.tensor("lm_head.weight"))
         if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
             raise ValueError(f"{folder}: a head with a bias is not known to pruning")
         self.norm = self.base.get_submodule(family.norm)
 
-    @property
-    def count(self) -> int:
-        """Number of layers."""
-        return len(self.layers)
-
     def stored(self, name: str) -> Tensor:
         """A parameter of the base model; some checkpoints, GPT-2's on the hub for one, leave the base's name out."""
-        full = self.prefix + name if self.prefix + name in self.weights else name
-        if full not in self.weights:
+        full = self.prefix + name if self.prefix + name in self.weights.files else name
+        if full not in self.weights.files:
             raise ValueError(f"{self.weights.folder} lacks the parameter {self.prefix}{name}; copy the missing files")
         return self.weights.tensor(full)
 
     @torch.no_grad()
     def embed(self, ids_RT: Tensor) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
-        """(hidden states that enter the first layer, the layers as functions of hidden states).
-
-        The model's own forward says what each layer is called with: masks, positions, rotary tables. They are those
-        of one row, and all rows have as many tokens and no padding.
-        """
+        """(hidden states that enter the first layer, the layers as functions of hidden states). The model's own forward
+        says what each layer is called with: masks, positions, rotary tables. They are those of one row, and all rows
+        have as many tokens and no padding."""
         entering: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = [((), {})] * self.count
 
@@ -159,7 +148,6 @@ class LayerwiseModel:
         finally:
             for layer, forward in zip(self.layers, forwards, strict=True):
                 layer.forward = forward
-
         return torch.cat(entering), [partial(run, index) for index in range(self.count)]
 
     @contextmanager
@@ -204,6 +192,7 @@ def run_choices(
     [R, T, H] are in memory as there are different beginnings. `watch(index, layer)` is a context around the whole
     model's own pass through a layer, and through the last norm as `watch(model.count, norm)`.
     """
+    # Each layer is run once for each different beginning, which is what a choice keeps of the layers before it.
     whole = tuple(range(model.count))
     wanted = {*choices, whole}
     hidden_RTH, calls = model.embed(ids_RT)
@@ -221,6 +210,7 @@ def run_choices(
                     following[prefix] = _in_passes(calls[index], states[prefix[:-1]])
         states = following
         heartbeat.beat()
+    # What is left are the choices themselves.
     ended = {}
     for choice in sorted(wanted):
         with watch(model.count, model.norm) if choice == whole else nullcontext():

@@ -76,10 +76,8 @@ def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
 @dataclass
 class Statistics:
     """Of the whole teacher on the calibration text: scores of units, heads and channels, larger for what matters more.
-
     shares_H: for each norm ("3.input_layernorm", "norm"), the mean over tokens of a unit's share in the sum of squares
-    that the norm divides by.
-    """
+    that the norm divides by."""
 
     hidden_H: Tensor
     heads_LA: list[Tensor] = field(default_factory=list)
@@ -142,11 +140,9 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Width:
-    """What is kept, by the teacher's own numbers, ascending; None where an axis is kept whole.
-
-    heads_LA, kv_heads_LK and mlp_LM have an entry for each layer of the teacher. norm_factors: for a norm, what its
-    weight is multiplied with.
-    """
+    """What is kept, by the teacher's own numbers, ascending; None where an axis is kept whole. heads_LA, kv_heads_LK
+    and mlp_LM have an entry for each layer of the teacher. norm_factors: for a norm, what its weight is multiplied
+    with."""
 
     sizes: Sizes
     hidden_H: Tensor | None
