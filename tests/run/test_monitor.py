@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from toolkit.models.ds_config import without_monitors
+from toolkit.models.ds_config import student_ds_config
 from toolkit.ranks.memory import peak_device_gib, peak_rss_gib
 from toolkit.run.monitor import Monitor, read_metrics
 from toolkit.run.timer import PhaseTimer
+from toolkit.settings import ModelConfig, RunConfig
 from toolkit.tables import format_table
 
 
@@ -208,8 +209,11 @@ def test_deepspeed_monitor_gets_every_number_from_rank_0_only(tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path)] == [1.0, 0.5]
 
 
-def test_without_monitors_leaves_the_rest():
-    assert without_monitors({"wandb": {"enabled": True}, "bf16": {"enabled": True}}) == {"bf16": {"enabled": True}}
+def test_an_engine_is_given_no_monitors(tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "wandb": {"enabled": True}}))
+    config = RunConfig(student=ModelConfig(path="x", ds_config=str(tmp_path / "ds.json")))
+    given = student_ds_config(config, "fp32", world=1)
+    assert given["zero_optimization"] == {"stage": 2} and "wandb" not in given
 
 
 def test_phases_and_other_sum_to_the_wall_time(monkeypatch):

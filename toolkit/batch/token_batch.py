@@ -21,12 +21,9 @@ import torch
 class Example:
     """One prompt and its response as token ids.
 
-    tokens: int32 [L], prompt then response; the response includes its EOS where it has one (a truncated one
-    has none).
-    prompt_length: number of prompt tokens, 1 <= prompt_length < L, so that at least one response token is
-    predicted.
-    text_starts: where further texts begin in a block of plain text, ascending, in (0, L). They do not see each other,
-    and the first token of each is a prompt of its own.
+    tokens: int32 [L], prompt then response; the response includes its EOS where it has one (a truncated one has none).
+    prompt_length: number of prompt tokens, 1 <= prompt_length < L. text_starts: where further texts begin in a block of
+    plain text, ascending, in (0, L). They do not see each other, and the first token of each is a prompt of its own.
 
     Raises ValueError if `tokens` is not one-dimensional, holds a negative id, if `prompt_length` or `text_starts` is
     out of range, or if no token is predicted.
@@ -43,9 +40,7 @@ class Example:
         if tokens.size and not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError(f"Example.tokens has dtype {tokens.dtype}; give integer token ids")
         if tokens.size and tokens.min() < 0:
-            raise ValueError(
-                f"Example.tokens holds the id {tokens.min()}; ids are 0 or more, masks are not kept in them"
-            )
+            raise ValueError(f"Example.tokens holds the id {tokens.min()}; ids are 0 or more, and masks lie elsewhere")
         if not 1 <= self.prompt_length < len(tokens):
             raise ValueError(
                 f"Example.prompt_length = {self.prompt_length} with {len(tokens)} tokens; "
@@ -80,12 +75,11 @@ Rows = list[list[Example]]
 class TokenBatch:
     """One micro-batch, padded on the right.
 
-    input_ids_BT: int64. attention_mask_BT: int64, 1 on real tokens; it comes from lengths, so pad == eos is
-    harmless. predicts_BT: bool, True at t iff token t + 1 is a response token of the same row. This is the
-    one place in the project that shifts labels: logits at predicts_BT[b, t] are held against input_ids_BT[b,
-    t + 1].
-    position_ids_BT: int64, only where a row holds several texts: 0, 1, ... in each of them, and in the padding.
-    transformers makes the block-diagonal mask of it, or flash attention its sequence bounds.
+    input_ids_BT: int64. attention_mask_BT: int64, 1 on real tokens; it comes from lengths, so pad == eos is harmless.
+    predicts_BT: bool, True at t iff token t + 1 is a response token of the same row. This is the one place in the
+    project that shifts labels: logits at predicts_BT[b, t] are held against input_ids_BT[b, t + 1]. position_ids_BT:
+    int64, only where a row holds several texts: 0, 1, ... in each of them, and in the padding. transformers makes the
+    block-diagonal mask of it, or flash attention its sequence bounds.
     """
 
     input_ids_BT: torch.Tensor
@@ -108,23 +102,21 @@ class TokenBatch:
         if not rows or not all(rows):
             raise ValueError("a TokenBatch of 0 examples; every rank needs at least one row per micro-batch")
         if pad_id is None or pad_id < 0:
-            raise ValueError(
-                f"pad_id = {pad_id}; give a token id, the EOS id does where the tokenizer has no pad token"
-            )
+            raise ValueError(f"pad_id = {pad_id}; give a token id: EOS will do for a tokenizer without a pad token")
         if pad_to_multiple < 1:
             raise ValueError(f"pad_to_multiple = {pad_to_multiple}; give 1 or more")
+        # Blocks of padding, into which the examples of each row are written one behind the other.
         longest = max(sum(len(e.tokens) for e in row) for row in rows)
         shape = len(rows), round_up(longest, pad_to_multiple)
-        input_ids_BT = np.full(shape, pad_id, dtype=np.int64)
-        attention_mask_BT = np.zeros(shape, dtype=np.int64)
-        predicts_BT = np.zeros(shape, dtype=bool)
-        position_ids_BT = np.zeros(shape, dtype=np.int64)
+        input_ids_BT, predicts_BT = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=bool)
+        attention_mask_BT, position_ids_BT = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for b, row in enumerate(rows):
             end = 0
             for example in row:
                 start, end = end, end + len(example.tokens)
                 input_ids_BT[b, start:end] = example.tokens
                 predicts_BT[b, start + example.prompt_length - 1 : end - 1] = True
+                # Positions start over in each text, and no text's last token predicts the next one's first.
                 bounds = (start, *(start + offset for offset in example.text_starts), end)
                 for first, after in itertools.pairwise(bounds):
                     position_ids_BT[b, first:after] = np.arange(after - first)
@@ -163,18 +155,14 @@ class TokenBatch:
         of one layout."""
         if any(batch.position_ids_BT is not None for batch in batches):
             batches = [batch._with_positions() for batch in batches]
-
-        def joined(name: str) -> torch.Tensor | None:
+        joined: dict[str, Any] = {}
+        for field in dataclasses.fields(batches[0]):
+            parts = [part for batch in batches if (part := getattr(batch, field.name)) is not None]
             # Padded ids are 0 here: masks say what is real.
-            parts = [getattr(batch, name) for batch in batches]
-            if parts[0] is None:
-                return None
-            width = max(part.shape[1] for part in parts)
-            return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
-
-        kind = type(batches[0])
-        fields: dict[str, Any] = {field.name: joined(field.name) for field in dataclasses.fields(kind)}
-        return kind(**fields)
+            width = max((part.shape[1] for part in parts), default=0)
+            parts = [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+            joined[field.name] = torch.cat(parts) if parts else None
+        return type(batches[0])(**joined)
 
     def _with_positions(self) -> TokenBatch:
         if self.position_ids_BT is not None:
@@ -184,9 +172,9 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on `device`."""
-        there: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        there |= {name: t.to(device, non_blocking=True) for name, t in there.items() if t is not None}
-        moved = type(self)(**there)
+        blocks = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        there = {name: block.to(device, non_blocking=True) for name, block in blocks.items() if block is not None}
+        moved = dataclasses.replace(self, **there)
         # Counted where the data still is: counting on a GPU would wait for it, once for each micro-batch.
         vars(moved).update(num_targets=self.num_targets, num_tokens=self.num_tokens)
         return moved

@@ -29,18 +29,17 @@ def build_student(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     trains it. Collective; raises ValueError as `build_teacher` does."""
     ds_config = student_ds_config(config, name_of(dtype), collectives.world())
     model = collectives.together(lambda: load_model(config.student, path, ds_config, dtype, config.seed))
+    # Everything that changes the model's parameters comes before the engine, which makes its own copies of them.
     check_head("student", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
     if config.student.lora.rank:
-        # Imported here: peft takes long to import.
-        from toolkit.models.lora import add_adapters
+        from toolkit.models.lora import add_adapters  # here, as peft takes long to import
 
         add_adapters(model, config.student.lora, base_name(config.student, path), config.seed)
     if config.student.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     train_in(model, dtype)
     module = StudentForward(model, config.loss, vocabulary)
-    optimizer = _optimizer(module, config.optimizer, ds_config)
-    engine = zero.initialize(module, ds_config, optimizer)
+    engine = zero.initialize(module, ds_config, _optimizer(module, config.optimizer, ds_config))
     engine.eval()
     check_engine("student", engine, vocabulary)
     # transformers loads a model in evaluation mode, in which it drops nothing out and keeps all activations.
@@ -87,12 +86,10 @@ def check_engine(role: str, engine: Any, vocabulary: Vocabulary) -> None:
 def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict[str, Any]) -> Optimizer:
     trained = [p for p in module.parameters() if p.requires_grad]
     # Weight decay pulls matrices towards 0; the gain of a norm or a bias has no reason to be there.
-    groups = [[p for p in trained if len(zero.whole_shape(p)) > 1]]
-    groups.append([p for p in trained if len(zero.whole_shape(p)) <= 1])
-    parameters = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in zip(groups, (config.weight_decay, 0.0), strict=True) if group
-    ]  # fmt: skip
+    matrices = [p for p in trained if len(zero.whole_shape(p)) > 1]
+    others = [p for p in trained if len(zero.whole_shape(p)) <= 1]
+    groups = (matrices, config.weight_decay), (others, 0.0)
+    parameters = [{"params": group, "weight_decay": decay} for group, decay in groups if group]
     if config.name == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr)
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
@@ -102,4 +99,5 @@ def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict[str, 
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """What the settings call the precision."""
     return "bf16" if dtype == torch.bfloat16 else "fp32"

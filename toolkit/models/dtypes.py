@@ -1,8 +1,8 @@
 """Weights that transformers keeps in fp32 beside bf16 ones: routers and their correction biases, a few buffers.
 
 zero.Init makes every tensor in the run's precision, and deepspeed's optimizers take parameters of one dtype alone. So
-frozen ones (a teacher's, those under adapters) are kept as transformers would have them, and trained ones are bf16 as
-all that is trained is, with fp32 copies in the optimizer; what that changes is told.
+frozen ones (a teacher's, those under adapters) are kept as transformers would have them. Trained ones become bf16 with
+fp32 copies in the optimizer, as all trained weights are, and a warning says what that changes.
 """
 
 from __future__ import annotations
@@ -45,4 +45,3 @@ def train_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
             f"trained, and deepspeed trains in one precision: here they are {str(dtype).removeprefix('torch.')} as the "
             f"other weights, with an fp32 copy in the optimizer; rounding moves them by {most:.2%} at most"
         )
-

@@ -22,6 +22,7 @@ from toolkit.ranks import collectives
 from toolkit.storage.appear import emptied, new_folder, unfinished_name
 
 Result = TypeVar("Result")
+Changes = dict[str, tuple[object, object]]  # (old, new) of a setting, by its name
 
 
 def export_student(
@@ -37,6 +38,7 @@ def export_student(
     model, is_writer = student.model, collectives.rank() == 0
     weights: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
+    # Every rank gathers, and rank 0 keeps a copy on the CPU. An adapted layer's weight has its adapter merged in.
     layers = lora.adapted(model) if (lora := _lora(model)) else {}
     for name, parameter in model.named_parameters():  # tied parameters are named once
         with lora.merged_weight(layers[name]) if name in layers else _gathered(parameter) as weight:
@@ -64,7 +66,7 @@ def rehearse_export(student: Student, tokenizer: PreTrainedTokenizerBase, folder
     Returns what the user should know of the exports. Raises ValueError, on every rank, if writing fails.
     """
 
-    def write() -> dict[str, tuple[object, object]]:
+    def write() -> Changes:
         unfinished = unfinished_name(folder)
         try:
             return _write(student.model, tokenizer, emptied(unfinished), {}, {})
@@ -73,9 +75,8 @@ def rehearse_export(student: Student, tokenizer: PreTrainedTokenizerBase, folder
 
     changes = _on_main_rank(write, folder)
     told = ", ".join(f"{name} = {old!r} becomes {new!r}" for name, (old, new) in changes.items())
-    if not told:
-        return []
-    return [f"generation settings of the student that transformers ignores are changed in its exports: {told}"]
+    intro = "generation settings of the student that transformers ignores are changed in its exports"
+    return [f"{intro}: {told}"] if told else []
 
 
 def _on_main_rank(write: Callable[[], Result], folder: Path) -> Result:
@@ -87,13 +88,9 @@ def _on_main_rank(write: Callable[[], Result], folder: Path) -> Result:
 
 
 def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    weights: dict[str, Tensor],
-    adapter: dict[str, Tensor],
-    has_own_head: bool = False,
-) -> dict[str, tuple[object, object]]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor],
+    adapter: dict[str, Tensor], has_own_head: bool = False,
+) -> Changes:  # fmt: skip
     """Fills the empty `folder` with these weights by name; returns what `_savable` changed. adapter: LoRA's weights.
     has_own_head: the weights of a tied model hold its head a second time."""
     config = copy.deepcopy(model.config)
@@ -114,20 +111,19 @@ def _write(
     return changes
 
 
-def _savable(
-    settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[GenerationConfig, dict[str, tuple[object, object]]]:
+def _savable(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[GenerationConfig, Changes]:
     """A copy in which a text ends at the tokenizer's EOS too: the token that the student has learned to end with.
 
     transformers loads settings that contradict each other with a mere warning, and does not save them in such a copy.
     They are mended: a temperature or top_p that says nothing of sampling is meant for it, a negative pad_token_id is
-    the tokenizer's own, and the others, which have no effect, go. Returns also what was mended, (old, new) by name.
+    the tokenizer's own, and the others, which have no effect, go. Returns also what was mended.
     Raises ValueError for settings that are wrong alone.
     """
     settings, found, default = copy.deepcopy(settings), copy.deepcopy(settings), GenerationConfig()
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     if tokenizer.eos_token_id not in ends:
         settings.eos_token_id = [*(end for end in ends if end is not None), tokenizer.eos_token_id]
+    # Settings of sampling without do_sample are meant for sampling, if that resolves anything.
     if settings.do_sample is None and (contradictions := _contradictions(settings)):
         settings.do_sample = True
         if _contradictions(settings) == contradictions:

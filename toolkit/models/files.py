@@ -50,6 +50,7 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
             heartbeat.beat()
             return super().update(n)
 
+    # What a model needs, without copies of its weights in other formats, which repositories keep beside it.
     name, revision = hub_version(path)
 
     def fetched(*files: str) -> Path:
@@ -68,9 +69,8 @@ def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) 
             fetched(f"{PICKLED}*")
         return folder
     except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"the model {path} could not be had from the hub, and there is no folder {Path(path).absolute()}: {error}"
-        ) from error
+        told = f"the model {path} could not be had from the hub, and there is no folder {Path(path).absolute()}"
+        raise ValueError(f"{told}: {error}") from error
 
 
 def first_weights_file(folder: Path, names: Sequence[str] = WEIGHTS_NAMES) -> Path | None:

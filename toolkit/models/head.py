@@ -39,7 +39,7 @@ def logit_rules(config: Any) -> tuple[float, float | None]:
         return next((float(value) for name in names if (value := getattr(config, name, None)) is not None), 1.0)
 
     divisor = number("logits_scaling", "logits_mup_width_multiplier")
-    # mpt never reads its own
+    # MPT has a logit_scale in its configuration and never reads it. HyperCLOVA X multiplies by its logits_scaling.
     scale = 1.0 if config.model_type == "mpt" else number("logit_scale", "lm_head_multiplier")
     scale *= divisor if config.model_type == "hyperclovax" else 1 / divisor
     if getattr(config, "scale_decoder_outputs", False):

@@ -31,18 +31,18 @@ def file_hashes(path: str) -> dict[str, str]:
     """
     rank, world = collectives.rank(), collectives.world()
     files = _model_files(path)
-    hashes = collectives.together(lambda: {file.name: _known(file) for file in files[rank::world]})
+
+    def hashed() -> dict[str, str]:
+        stats = {file: file.stat() for file in files[rank::world]}
+        return {file.name: _known(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+    hashes = collectives.together(hashed)
     return {name: digest for part in collectives.gather_objects(hashes) for name, digest in sorted(part.items())}
 
 
-def _known(path: Path) -> str:
-    """The SHA-256 of a file, which is read once unless it changes: stages of one process have the same teacher."""
-    stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
-
-
 @functools.cache
-def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+def _known(path: Path, size: int, mtime_ns: int) -> str:
+    """The SHA-256 of a file, which is read once unless it changes: stages of one process have the same teacher."""
     return sha256(path)
 
 

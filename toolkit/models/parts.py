@@ -54,7 +54,7 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
             for start in range(0, rows, int(size)):
                 at = start, min(rows, start + int(size))
                 named = {name: part(value, *at) for name, value in kwargs.items()}
-                outs.append(forward(part(hidden_BTH, *at), *(part(value, *at) for value in args), **named))
+                outs.append(forward(*(part(value, *at) for value in (hidden_BTH, *args)), **named))
             if torch.is_tensor(outs[0]):
                 return torch.cat(outs)
             # T5's position bias is one for all rows, and comes back beside the hidden states.

@@ -55,8 +55,7 @@ def load_pieces(
     engine: deepspeed.DeepSpeedEngine, kinds: list[str], scalars: dict[str, float], read: Callable[[Piece], None]
 ) -> None:
     """Make the optimizer's states of `kinds` (beside the weights), let `read` fill each piece in place, and bring the
-    weights that training computes with in line. Collective.
-    """
+    weights that training computes with in line. Collective."""
     optimizer = zero.inner_optimizer(engine)
     for flat in {id(owned.flat): owned.flat for owned in zero.owned(engine)}.values():
         state = optimizer.state[flat]

@@ -2,8 +2,8 @@
 
 transformers takes the rules of most tokenizers (how words are split, which pieces are merged first) from a class that
 it chooses by names in the configuration. Where that class does not go with the file, texts get other ids than the model
-was trained on, and nothing says so. So the ids of some texts (`PROBE`) are asked of each tokenizer and of its file, which
-the sentencepiece or the tokenizers library reads.
+was trained on, and nothing says so. So each tokenizer is asked for the ids of some texts (`PROBE`), and so is its file,
+by the sentencepiece or the tokenizers library.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def _from_folder(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     first = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, mistral_format=False)
     if not isinstance(first, PreTrainedTokenizerFast) or not _is_of_transformers(first):
         return first  # its own code, or the library that it calls, says what its ids are
+    # A sentencepiece file defines the ids where the class takes them from it, else tokenizer.json does.
     settings, has_json, kind = _settings(folder), (folder / JSON_FILE).is_file(), type(first).__name__
     files = [folder / file for file in SENTENCEPIECE_FILES if kind in SENTENCEPIECE_CLASSES]
     truths = (_sentencepiece_truth(file, settings, first) for file in files if file.is_file())
@@ -164,13 +165,13 @@ def _as_json_says(folder: Path, first: PreTrainedTokenizerBase, settings: dict[s
     truth = _json_truth(folder / JSON_FILE, settings)
 
     def readings() -> Iterator[PreTrainedTokenizerBase]:
+        plain = PreTrainedTokenizerFast.from_pretrained(folder)
+        ends, plain_ends = ((one.bos_token, one.eos_token) for one in (first, plain))
         # A class may add a token of its own (Qwen2's <|endoftext|>), for which the model may have no row.
-        if len(first) > len(truth.entries):
-            plain = PreTrainedTokenizerFast.from_pretrained(folder)
-            if len(plain) < len(first) and (plain.bos_token, plain.eos_token) == (first.bos_token, first.eos_token):
-                yield plain
+        if len(first) > len(truth.entries) and len(plain) < len(first) and ends == plain_ends:
+            yield plain
         yield first
-        yield PreTrainedTokenizerFast.from_pretrained(folder)
+        yield plain
 
     return _agreeing(readings(), truth)
 

@@ -1,12 +1,12 @@
 """Whether a server speaks by the weights that it was handed: its log-probabilities of fixed tokens tell.
 
-They are held against the student's own. In bf16 the two differ by rounding, by more than one step at a usual learning
-rate changes them, so that this comparison alone would take old weights for new ones. Hence two more:
+They are held against the student's own. In bf16 the two differ by rounding, which is more than one step at a usual
+learning rate changes them: this comparison alone would take old weights for new ones. Hence two more:
 
 - The server starts with weights that are far from the student's (`write_start`). After the first push, whatever it has
   kept of them shows as a difference that nobody takes for rounding.
-- A server that reads new weights gives other answers, in nearly every last digit and at any learning rate that changes
-  them at all. One whose answers stay the same digit by digit, while the student's own change, has read nothing.
+- A server that reads new weights gives other answers, in nearly every last digit. One whose answers stay the same digit
+  by digit, while the student's own change, has read nothing.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ class Arrivals:
         """What shows that the weights in `folder` have not arrived, or "".
 
         wanted: what the student says of the probe's tokens, found: what the server says of them; float [T - 1], nats.
-        The folder of the push before has to be there still: unequal answers by equal weights, as some GPU kernels give
-        them, are no change.
+        The folder of the push before has to be there still.
         """
         error_nats, scale_nats = float(np.abs(found - wanted).mean()), float(np.abs(wanted).mean())
         if not error_nats <= TOLERANCE * scale_nats:
@@ -75,10 +74,12 @@ class Arrivals:
                 f"from the student's by {error_nats:.3g} nats in the mean; of {scale_nats:.3g} nats, "
                 f"{TOLERANCE * scale_nats:.2g} are taken for rounding"
             )
+        # Unequal answers by equal weights, as some GPU kernels give them, are no change: the files themselves tell.
         self.is_changed |= self.folder is not None and not _have_same_weights(self.folder, folder)
         self.folder = folder
         if not np.array_equal(found, self.found):
             self.wanted, self.found, self.is_changed = wanted, found, False
+        # How far the student's own answers have moved since the server's changed last.
         moved_nats = float(np.median(np.abs(wanted - self.wanted)))
         if self.is_changed and moved_nats > MOVED * float(np.abs(self.found - self.wanted).mean()):
             return (

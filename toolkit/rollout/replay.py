@@ -12,18 +12,18 @@ from toolkit.seeds import philox
 
 
 class Entry(NamedTuple):
+    """A sequence, and the optimizer step whose weights generated it."""
+
     example: Example
-    step: int  # the optimizer step whose weights generated it
+    step: int
 
 
 class ReplayBuffer:
     """This rank's shard of a replay buffer that holds `capacity` sequences over all ranks.
 
-    The paper's capacity is 1,000 in all (the released code gives every rank that much). The local capacities are
-    capacity // world, one more on the first capacity % world ranks. Tokens are kept as int32, so a sequence costs
-    4 bytes a token. An entry older than `max_age_steps` is never sampled, and leaves at the next `sample`.
-    Raises ValueError for a capacity below world, a rank outside 0..world-1, a max_age_steps below 0, or a seed outside
-    [0, 2**64).
+    The paper's capacity is 1,000 in all (the released code gives every rank that much). Tokens are int32, 4 bytes each.
+    An entry older than `max_age_steps` is never sampled, and leaves at the next `sample`. Raises ValueError for a
+    capacity below world, a rank outside 0..world-1, a max_age_steps below 0, or a seed outside [0, 2**64).
     """
 
     def __init__(self, capacity: int, rank: int, world: int, seed: int, max_age_steps: int | None = None):
@@ -54,21 +54,17 @@ class ReplayBuffer:
             self.entries.append(_entry(example.tokens, example.prompt_length, step))
 
     def is_ready(self, count: int, step: int) -> bool:
-        """Whether `sample(count, step)` has `count` different entries to draw from, or a full shard if it is smaller.
-
-        "Full" means capacity // world, the smallest shard. So the answer is alike on all ranks where all of them pushed
-        equally many sequences at the same steps. After a `deal`, or if pushes may differ, ranks have to agree first:
-        take the minimum of the answers over ranks.
-        """
+        """Whether `sample(count, step)` has `count` different entries to draw from, or as many as the smallest shard
+        holds. Where ranks may have pushed differently they have to agree: take the minimum of the answers."""
         fresh = sum(not self._expired(entry, step) for entry in self.entries)
         return fresh >= max(1, min(count, self.capacity // self.world))
 
     def sample(self, count: int, step: int) -> list[Example]:
-        """Draw `count` sequences evenly, as a pure function of (seed, step, rank) and the entries.
+        """Draw `count` sequences evenly, as a pure function of (seed, step, rank) and the entries. A second call at the
+        same step draws the same: draw a whole window at once.
 
-        Without replacement while count <= len; beyond it every entry comes floor or ceil of count / len times. A second
-        call at the same step draws the same: draw a whole window at once. The tokens are read-only views.
-        Raises ValueError if there is nothing to draw from, or for a count below 0.
+        Without replacement while count <= len; beyond it every entry comes floor or ceil of count / len times. Raises
+        ValueError if there is nothing to draw from, or for a count below 0.
         """
         while self.entries and self._expired(self.entries[0], step):
             self.entries.popleft()
@@ -77,12 +73,11 @@ class ReplayBuffer:
                 f"sample of {count} from {len(self)} sequences at step {step} (max_age_steps="
                 f"{self.max_age_steps}): ask is_ready first, and generate where it says no"
             )
+        # Each round puts all entries in the order of random keys. The draw is the front of these orders, one by one.
         size = len(self.entries)
         rounds = max(1, math.ceil(count / size))
         keys = philox(self.seed, step, self.rank).random_raw(rounds * size).reshape(rounds, size)
-        drawn = [self.entries[i] for i in np.argsort(keys, axis=1, kind="stable").ravel()[:count]]
-        self.sampled_steps = [entry.step for entry in drawn]
-        return [entry.example for entry in drawn]
+        return self._take([self.entries[i] for i in np.argsort(keys, axis=1, kind="stable").ravel()[:count]])
 
     def newest(self, count: int, skip: int) -> list[Example]:
         """The `count` sequences that were pushed before the newest `skip`, oldest first. Raises ValueError where there
@@ -90,9 +85,11 @@ class ReplayBuffer:
         end = len(self.entries) - skip
         if count > end:
             raise ValueError(f"{count} sequences before the newest {skip} asked of {len(self)}")
-        taken = list(self.entries)[end - count : end]
-        self.sampled_steps = [entry.step for entry in taken]
-        return [entry.example for entry in taken]
+        return self._take(list(self.entries)[end - count : end])
+
+    def _take(self, entries: list[Entry]) -> list[Example]:
+        self.sampled_steps = [entry.step for entry in entries]
+        return [entry.example for entry in entries]
 
     def staleness(self, step: int) -> float:
         """Mean age in steps of this rank's last sample, seen from `step`; nan before the first one."""
@@ -106,16 +103,12 @@ class ReplayBuffer:
         return _pack(self.entries, self.rank, self.world, self.capacity)
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Take over this rank's `state_dict`. Raises ValueError for another rank, world or capacity: `deal` first.
-
-        The last sample is not part of a state, so `staleness` is nan until the next one.
-        """
+        """Take over this rank's `state_dict`, all but its last sample: `staleness` is nan until the next one. Raises
+        ValueError for another rank, world or capacity: `deal` first."""
         shard, own = tuple(int(value) for value in state["shard"]), (self.rank, self.world, self.capacity)
         if shard != own:
-            raise ValueError(
-                f"replay state is of (rank, world, capacity) {shard}, this shard is {own}: pass the "
-                "states of all ranks through deal() first"
-            )
+            told = f"replay state is of (rank, world, capacity) {shard}, this shard is {own}"
+            raise ValueError(f"{told}: pass the states of all ranks through deal() first")
         self.entries = deque(_unpack(state), maxlen=self.local_capacity)
         self.sampled_steps = []
 
@@ -128,29 +121,27 @@ def local_capacity(capacity: int, rank: int, world: int) -> int:
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of world {world}: give a rank from 0 to world - 1")
     if capacity < world:
-        raise ValueError(
-            f"replay capacity {capacity} is below the number of ranks {world}: capacity counts sequences "
-            "over all ranks, so give at least one a rank"
-        )
+        told = f"replay capacity {capacity} is below the number of ranks {world}"
+        raise ValueError(f"{told}: capacity counts sequences over all ranks, so give at least one a rank")
     return capacity // world + (rank < capacity % world)
 
 
 def deal(states: Sequence[dict[str, np.ndarray]], capacity: int, rank: int, world: int) -> dict[str, np.ndarray]:
     """The state of shard `rank` of `world`, from the states of all ranks of an earlier run, in any order.
 
-    The newest `capacity` entries are dealt in turn, newest first, so that together the new shards hold each exactly
-    once, shard sizes differ by one at most, and dealing to the same world after equal pushes changes nothing.
-    Raises ValueError unless every earlier rank is there once, or where `local_capacity` does.
+    The newest `capacity` entries are dealt in turn, newest first, so that the new shards hold each exactly once, and
+    dealing to the same world after equal pushes changes nothing. Raises ValueError unless every earlier rank is there
+    once, or where `local_capacity` does.
     """
     local_capacity(capacity, rank, world)
     ranks = sorted((int(state["shard"][0]), int(state["shard"][1])) for state in states)
     if not states or ranks != [(i, len(states)) for i in range(len(states))]:
         raise ValueError(f"replay states of (rank, world) {ranks}: give the state of every rank of one run, once each")
-    ranked = [
-        ((-entry.step, position, int(state["shard"][0])), entry)
-        for state in states
-        for position, entry in enumerate(reversed(_unpack(state)))
-    ]
+    # By step, then by place in the shard, then by rank.
+    ranked: list[tuple[tuple[int, int, int], Entry]] = []
+    for state in states:
+        entries = enumerate(reversed(_unpack(state)))
+        ranked += [((-entry.step, place, int(state["shard"][0])), entry) for place, entry in entries]
     newest_first = [entry for _, entry in sorted(ranked, key=lambda item: item[0])]
     return _pack(newest_first[:capacity][rank::world][::-1], rank, world, capacity)
 

@@ -145,8 +145,8 @@ class _DecoderPasses(Passes):
     """A prompt's pass runs the encoder and puts the cross-attention's keys into the cache, a step runs the decoder."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
-        self.start_id = int(model.config.decoder_start_token_id)
-        super().__init__(model, [np.array([self.start_id])] * len(prompts), rows, max_new_tokens)
+        self.begin_id = int(model.config.decoder_start_token_id)
+        super().__init__(model, [np.array([self.begin_id])] * len(prompts), rows, max_new_tokens)
         self.prompts, self.stacks = prompts, cast(Any, model)
         self.attending = self.stacks.decoder.config
         self.cache = self.both = Seq2SeqCache(rows, self.room, row_tokens(max(map(len, prompts), default=1)))
@@ -180,7 +180,7 @@ class _DecoderPasses(Passes):
         row_b = torch.arange(first, first + len(prompts), device=self.device)
         cache.start_pass(row_b, torch.zeros_like(row_b), [1] * len(prompts), is_prompt=True)
         cache.cross.start_prompts(first, mask_bS, encoded_bSH.dtype)
-        return self._decoder(cache, torch.full_like(row_b, self.start_id), encoded_bSH)
+        return self._decoder(cache, torch.full_like(row_b, self.begin_id), encoded_bSH)
 
     def _decoder(self, cache: Seq2SeqCache, ids_N: Tensor, encoded_bSH: Tensor | None) -> Tensor:
         if encoded_bSH is None:  # in the cache already; the layers ask only whether there was any
