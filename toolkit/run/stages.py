@@ -86,7 +86,7 @@ class Stages:
             if config.run_dir != self.folder:
                 raise ValueError(
                     f"the folder of stage {name} is {config.run_dir}, that of the first is {self.folder}; set "
-                    "output_dir and name for all stages alike"
+                    "output_dir and name for all of them"
                 )
             teacher = config.teacher
             if teacher.random_weights and self.is_cut:  # `cut` writes them down, and all stages read them
