@@ -59,7 +59,7 @@ class Projection:
 
     def add_to_head(self, total_VH: Tensor, gradient_nB: Tensor, *, tokens: slice, columns: range, first: bool) -> None:
         """total[columns] += gradient.T @ hidden[tokens], or = where it is the first, in the total's dtype."""
-        # One product for all columns; or some at a time, where each needs a buffer of its own.
+        # One product takes all columns, or some at a time where it needs a buffer of its own.
         hidden_nH = self.states_NH[tokens].to(self.operand)
         rows = len(columns)
         if adds_by_parts(self.operand, total_VH.dtype, total_VH.device):

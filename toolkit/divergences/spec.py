@@ -41,8 +41,8 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.name not in KNOWN:
-            nearest = difflib.get_close_matches(str(self.name), KNOWN, n=1, cutoff=0.0)
-            raise ValueError(f"unknown divergence {self.name!r}; did you mean {nearest[0]!r}? All: {', '.join(KNOWN)}")
+            near = difflib.get_close_matches(str(self.name), KNOWN, n=1, cutoff=0.0)
+            raise ValueError(f"unknown divergence {self.name!r}; known: {', '.join(KNOWN)}; did you mean {near[0]!r}?")
         if self.name == "abkd":
             if not (self.alpha > 0.0 and self.beta > 0.0):
                 raise ValueError(

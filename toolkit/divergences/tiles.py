@@ -124,8 +124,7 @@ class Tiles:
             if model is not None:
                 model.allocate(rows=plan.tile_rows, columns=plan.tile_columns, block_bytes=plan.block_bytes)
 
-        # The gradient's tile, and the gradients that tiles add to. The first tile's share of the head's is written, not
-        # added, and what is padding stays 0.
+        # Tiles add to these gradients. The first tile's share of the head's is written, not added, and padding stays 0.
         self.gradient_tile = student.tile
         if self._has_gradient_tile():
             self.gradient_tile = new_tile(plan.tile_rows, plan.tile_columns, student.operand, self.device)

@@ -125,7 +125,7 @@ class TopKTile:
         # The kernel's q is the student's distribution within the tail.
         state[Row.SUM_1] = -temperature * (g[:, -1] + weight * q[:, -1])
 
-        # Metrics, and the gradients at the ids: those of the divergence and the cross entropy, weighted.
+        # The gradients at the ids are those of the divergence and of the cross entropy, weighted.
         first_n1 = teacher.log_probs_NK.argmax(-1, keepdim=True)
         chosen_n = s_nK.gather(-1, first_n1).squeeze(-1)
         self.agreement_n = (chosen_n == s_nK.amax(-1)) & (chosen_n >= state[Row.STUDENT_MAX])

@@ -121,7 +121,7 @@ def check_shared(folder: Path, within_s: float = SEEN_WITHIN_S) -> None:
     while not (is_seen := mark.exists()) and time.monotonic() < until_s:
         time.sleep(0.2)
 
-    # Whoever does not is named.
+    # The message names the ranks that do not see it.
     blind = [text for text in gather_objects("" if is_seen else f"{rank()} on {socket.gethostname()}") if text]
     if rank() == 0:
         mark.unlink()

@@ -34,11 +34,11 @@ def start(hang_s: float = 1800.0) -> None:
     if torch.distributed.is_initialized():
         return
 
-    # Who this rank is. Without these variables deepspeed would ask for mpi4py.
+    # The variables say who this rank is. Without them deepspeed would ask for mpi4py.
     if "RANK" not in os.environ:
         os.environ.update(slurm.launcher_variables() or _alone())
 
-    # Its device is set before the first message, or all ranks would send theirs from GPU 0.
+    # The device is set before the first message, or all ranks would send theirs from GPU 0.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if local_size := os.environ.get("LOCAL_SIZE"):  # the deepspeed launcher's name for it
         os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
@@ -113,7 +113,7 @@ def _is_told_here(error: ValueError, key: str) -> bool:
         is_first_of_node = "RANK" not in os.environ and os.environ.get("SLURM_LOCALID") == "0"  # nodes may differ
         return is_first_of_node or started_as()[0] == 0
 
-    # All ranks have the same error, or only this one may: then rank 0 says through the store that it has told its own.
+    # Where only some ranks may have an error, rank 0 says through the store that it has told its own.
     if world() == 1 or isinstance(error, Told):
         return rank() == 0
     store = torch.distributed.distributed_c10d._get_default_store()

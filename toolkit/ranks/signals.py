@@ -62,7 +62,7 @@ class StopSignals:
             yield self
             return
 
-        # Numbers of signals go through a pipe to a thread; one of its own ends it.
+        # The numbers of signals go through a pipe to a thread, which END_OF_WATCH ends.
         told, tell = os.pipe()
         os.set_blocking(tell, False)
         thread = threading.Thread(target=self._watch, args=(told, _launchers()), daemon=True, name="stop signals")
@@ -117,7 +117,7 @@ class StopSignals:
         asked_s, poll = math.inf, select.poll()
         poll.register(told, select.POLLIN)
         while True:
-            # Why to stop, if there is a reason since the last look.
+            # Since the last look a signal may have come, or the launcher may have ended.
             numbers = os.read(told, 256) if poll.poll(1000 * LAUNCHER_LOOK_S) else b""
             if END_OF_WATCH in numbers:
                 return
@@ -125,7 +125,7 @@ class StopSignals:
             if any(map(_is_gone, launchers)):
                 reasons, launchers = [*reasons, "the deepspeed command was ended"], []
 
-            # The first one is a request, a later one ends this process.
+            # The first signal is a request; a later one ends this process.
             now_s = time.monotonic()
             if reasons and asked_s == math.inf:
                 self.received, asked_s = True, now_s
@@ -135,7 +135,7 @@ class StopSignals:
             elif reasons and now_s - asked_s > SAME_REQUEST_S:
                 last_words(f"{reasons[0]} again: rank {collectives.rank()} exits at once", EXIT_LATER)
 
-            # So does the time that a step may take after the first; to start again helps only where something is saved.
+            # The process also ends when no step does in time. Its exit code asks for another start if that helps.
             if now_s - asked_s > self.grace_s:
                 late = f"no step ended within faults.grace_s = {self.grace_s:g} s of the signal, rank "
                 late += f"{collectives.rank()} exits; "

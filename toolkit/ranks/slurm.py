@@ -13,7 +13,7 @@ def launcher_variables() -> dict[str, str]:
     The step's variables count, not the job's: a batch script or a shell in an allocation is one process without srun,
     however many tasks the job asked for. Raises ValueError where tasks outnumber GPUs or rank 0's node has no address.
     """
-    # One task is a process without srun; else each has a rank, and rank 0's node an address.
+    # A step of one task is a process of its own. Else every task gets a rank and the address of rank 0's node.
     env = os.environ
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return {}

@@ -100,12 +100,12 @@ class Watchdog:
         if self._store is None and self._world > 1 and torch.distributed.is_initialized():
             self._store = _own_store(self.look_s)
 
-        # What this rank does.
+        # The sign says what this rank does now.
         self.sign.beat += 1
         self.sign.idle_s = heartbeat.idle_s()
         self.sign.where, self.sign.waits = _where(self._main)
 
-        # Tell it to the others, and hear whether one of them has ended the job.
+        # The others read it in the store, where one of them may have said that the job is over.
         if self._store is not None:
             is_told = False
             with suppress(Exception):  # its keeper, rank 0, is gone: what is known of the others is all there is
@@ -123,7 +123,7 @@ class Watchdog:
             self.end(f"watchdog: rank {rank} of {world} found no other rank {limit}", EXIT_STUCK)
             return
 
-        # Two looks, between which a living rank is heard. Whoever has not told anything new is silent.
+        # A living rank tells something new within two looks; the others count as silent.
         first = self._read()
         if not (self._look() and self._look()):
             return
@@ -133,7 +133,7 @@ class Watchdog:
         beats = [{r: sign.beat for r, sign in part.items()} for part in (first, signs)]
         silent = {r for r in range(world) if r != rank and (r not in signs or beats[0].get(r) == beats[1][r])}
 
-        # The lowest of the others speaks for all, unless one of them works, for which this one waits.
+        # If another rank still works, this one waits for it. Else the lowest rank that is not silent speaks.
         if any(sign.idle_s <= self.limit_s for r, sign in signs.items() if r not in silent | {rank}):
             return
         if rank != min(set(range(world)) - silent):
@@ -164,14 +164,14 @@ class Watchdog:
 
 def verdict(signs: Mapping[int, Sign], silent: set[int], limit_s: float) -> str:
     """Which rank the others wait for, and what each does."""
-    # Which ranks are behind: in an earlier phase, or else in no collective while others wait in one.
+    # A rank is behind if it is in an earlier phase, or in the same one and in no collective.
     heard = {rank: sign for rank, sign in signs.items() if rank not in silent}
     last = min((sign.step, sign.changes) for sign in heard.values())
     behind = [rank for rank, sign in heard.items() if (sign.step, sign.changes) == last]
     if len(behind) == len(heard):  # all in the same phase: whoever is in no collective holds the others up
         behind = [rank for rank in behind if not heard[rank].waits] or behind
 
-    # The verdict, then a line for each rank.
+    # The first line says whom the others wait for, and each further one what a rank does.
     lines = [f"watchdog: no progress for {limit_s:g} s (faults.hang_s), the job is ended."]
     if silent:
         lines.append(f"rank {_listed(silent)} does not answer: its process is dead or stopped.")

@@ -108,7 +108,7 @@ def build(
         rollout = VllmRollout(config, student, tokenizer, vocabulary)
         rollout.start()
 
-    # What a validation measures; its best student may be chosen by a score of answers.
+    # A validation may choose the best student by a score of its answers.
     held_out = HeldOutPrompts(config, inputs.data, tokenizer)
     by, limits = config.validation.best, config.rollout
 

@@ -67,7 +67,7 @@ def _run(
             "shard_tokens": shard_tokens,
         }  # fmt: skip
 
-    # A cache that is finished has to be the one that was asked for.
+    # If the cache is finished already, it has to be the one that was asked for.
     if collectives.from_main_rank(lambda: TeacherCache.is_in(folder)):
         now = identity()
         return collectives.from_main_rank(lambda: _finished(folder, now))

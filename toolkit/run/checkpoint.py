@@ -167,7 +167,7 @@ class Checkpoint:
 
         saved = collectives.together(saved_pieces)
 
-        # A piece takes the ranges that it shares with those that were saved, by ranks of another number maybe.
+        # The ranges of a piece that was saved may differ from this one's: it takes what they have in common.
         def read(piece: Piece) -> None:
             end = piece.start + len(piece.tensor)
             for start, tensor in saved.get((piece.kind, piece.name), []):
@@ -257,8 +257,7 @@ def compare(saved: Mapping[str, Any], config: RunConfig, found: RunIdentity) -> 
     before, now, default = (_flat(part) for part in (written, config.to_dict(), RunConfig().to_dict()))
     newer = {name: _value_before(name, before, default) for name in now.keys() - before.keys()}
 
-    # What differs, and whether it may. Alphas of each sequence depend on the others of its micro-batch, and so on its
-    # size.
+    # Each difference is allowed or refused. An alpha of each sequence depends on the size of its micro-batch.
     free: list[str] = []
     refused: list[str] = []
     for name, line in differences(before | newer, now).items():

@@ -57,7 +57,7 @@ def load_inputs(config: RunConfig) -> Inputs:
     collectives.together(lambda: cache_dir.mkdir(parents=True, exist_ok=True) if collectives.rank() == 0 else None)
     collectives.check_shared(cache_dir)
 
-    # The models' folders, made where they have to be; then what is read with their tokenizers.
+    # The models come first, since the data is read with their tokenizers.
     teacher_path = ""
     if config.has_teacher:
         teacher_path = collectives.main_rank_first(lambda: materialize(config.teacher, cache_dir))
@@ -80,12 +80,12 @@ def load_run_inputs(config: RunConfig) -> tuple[RunConfig, RunInputs]:
     data, train = inputs.data, inputs.data.train
     rows = None if isinstance(train, TextStream) else len(train)
     config = collectives.together(lambda: config.for_rows(rows))
-    # Plain text that is learned beside it; all ranks have to have read the same.
+    # Plain text may be learned beside the data. All ranks have to have read the same of both.
     text, text_sha256 = collectives.main_rank_first(lambda: load_plain_text(config, inputs.tokenizer, inputs.cache_dir))
     collectives.check_alike(f"tokens of {config.data.source}", data.sha256)
     collectives.check_alike(f"tokens of {config.text.source}", text_sha256)
 
-    # What the run is made of, by which another start knows it.
+    # A later start compares what its run is made of with this identity.
     base_path = "" if config.student.random_weights else inputs.student_path
     parts = identity(inputs.teacher_path, f"{data.sha256} {text_sha256}".strip(), inputs.dtype, base_path)
     if config.teacher.cache:
@@ -146,7 +146,7 @@ def _load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, vocabulary
 
 def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_path: str) -> None:
     """Of the longest text that a run can meet: of the data, generated, or plain."""
-    # Rows of the data and of plain text; a stream's rows are as long as they may be.
+    # The longest row counts, of the data and of plain text. A stream may bring rows of any length that is allowed.
     parts = [part for part in (data.train, data.validation) if not isinstance(part, TextStream)]
     rows, prompts = (max(lengths) for lengths in zip(*map(longest, parts), strict=True))
     if len(parts) < 2:
@@ -197,7 +197,7 @@ def cache_identity(
                 cache.form.check_divergence(Divergence(loss.divergence, alpha=alpha))
         return cache.identity | {"teacher_cache": cache.sha256}
 
-    # A finished run goes by its summary where the cache is gone.
+    # If the cache is gone, the summary of the finished run says what it was.
     found: dict[str, Any] = {}
     if config.resume != "never" and not collectives.anywhere(TeacherCache.is_in(folder)):
         saved = collectives.together(lambda: json.loads(summary.read_text()) if summary.is_file() else {})

@@ -57,7 +57,7 @@ class DistillationLoop:
         parts.monitor.start()
         last = config.train.steps
         for step in range(state.done, last):
-            # One step, after which the run may have to end: too many were skipped.
+            # The run ends where too many steps in a row were skipped.
             record = self.step(step)
             state.done = step + 1
             self.signals.in_vain = not self.has_saved
@@ -65,7 +65,7 @@ class DistillationLoop:
                 parts.monitor.log_step(record)
                 raise ValueError(self._diverged(step))
 
-            # Measure where it is time to, and tell all that is known of the step.
+            # A validation follows now and then, and the record of the step holds it.
             if state.done % config.validation.every_steps == 0 or state.done == last:
                 state.latest = self.validate(state.done)
                 record["validation"] = state.latest.metrics()
@@ -74,7 +74,7 @@ class DistillationLoop:
             step_time_s = sum(seconds.values()) - sum(seconds.get(name, 0.0) for name in beside)
             parts.monitor.log_step(record | {"tokens_per_s": record["tokens"] / step_time_s, "seconds": seconds})
 
-            # Save where it is time to, and always before the run ends.
+            # A checkpoint follows now and then, and always before the run ends.
             every = config.checkpoint.every_steps
             if self.asked_to_stop or state.done == last or (every and state.done % every == 0):
                 self.save()
@@ -193,7 +193,7 @@ class DistillationLoop:
         asks for. Each text has a seed of its own."""
         config, rank, world = self.parts.config, collectives.rank(), collectives.world()
 
-        # The prompts of all these steps, and for each a seed that follows from its place among those of all ranks.
+        # Each prompt has a seed that follows from its place among the prompts of all ranks.
         prompts, seeds = [], []
         for window in range(config.rollout.windows):
             prompts += [example.prompt for example in self._read(self.dataset, step + window, rows)]

@@ -53,7 +53,7 @@ class Monitor:
         self.deepspeed_monitor = deepspeed_monitor
         self.started_s = time.monotonic()
 
-        # The file. What a later start repeats is cut off, and a line that a kill has torn is ended.
+        # What this start will repeat is cut off the file, and a line that a kill has torn is ended.
         path = Path(run_dir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a+b", buffering=0)
@@ -91,14 +91,14 @@ class Monitor:
         if type(step) is not int:
             raise ValueError(f"a record needs an integer 'step', this one has {step!r}; its keys: {list(record)}")
 
-        # The file; a line that finds no room goes with a later one.
+        # A line that finds no room on the disk is written with a later one.
         self._unwritten += json.dumps(_to_json(record, "record"), allow_nan=False).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
             self.note(f"warning: {self.file.name} could not be written: {error}")
 
-        # Deepspeed's monitors. Of a full disk or a service that is down only the first miss is told.
+        # DeepSpeed's monitors may fail, on a full disk or without a network: only the first miss is told.
         if self.deepspeed_monitor is not None:
             events = [(name, value, step) for name, value in _scalars(record) if name != "step"]
             try:

@@ -121,7 +121,7 @@ def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:
     """Prints what the recipe says of itself, its runs, and its settings with their meanings: of several runs, those of
     the one that is named, else of the first; of stages, those of the first and what is different in the others. Raises
     ValueError where a run is named that is not there."""
-    # What the recipe's file says of itself, then its settings.
+    # The page begins with what the recipe's file says of itself.
     parts = [(getattr(sys.modules["__main__"], "__doc__", None) or "").strip()]
     parts.append(f"method=NAME stands for the settings of a method: {', '.join(METHODS)}.")
     how = "to be changed with section.key=value"

@@ -34,7 +34,7 @@ def samples(data: Data, answers: Mapping[str, Answers]) -> list[Sample]:
 
 def final_report(summary: Summary, samples: list[Sample]) -> str:
     """The text for a finished run, from its summary.json."""
-    # What a validation says of the student, before and after.
+    # The first table compares the student before and after training.
     before, after, best = summary["validation"]["initial"], summary["validation"]["final"], summary["best"]
     rows = [["cross-entropy (nats/token)", f"{before['ce_nats']:.3f}", f"{after['ce_nats']:.3f}"]]
     rows.append(["perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"])
@@ -49,7 +49,7 @@ def final_report(summary: Summary, samples: list[Sample]) -> str:
             rows.append(["ROUGE-L of the teacher's", f"{rouge['teacher']:.1f}", f"{rouge['teacher']:.1f}"])
     parts = [format_table(["validation", "before", "after"], rows)]
 
-    # Some answers, below each other.
+    # Some answers follow, each below its question.
     for sample in samples:
         parts.append("\n".join([
             f"> {sample.prompt}",
@@ -59,7 +59,7 @@ def final_report(summary: Summary, samples: list[Sample]) -> str:
             _block("student after", sample.student_after),
         ]))  # fmt: skip
 
-    # Where the time went, and the run in one line.
+    # The end says where the time went, and sums the run up.
     share = summary["time_share"]
     seconds = [[name, f"{part * summary['wall_time_s']:.1f}", f"{part:.1%}"] for name, part in share.items()]
     parts.append(format_table(["phase", "seconds", "share"], [row for row in seconds if row[1] != "0.0"]))

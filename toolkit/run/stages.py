@@ -86,7 +86,7 @@ class Stages:
             if config.run_dir != self.folder:
                 raise ValueError(
                     f"the folder of stage {name} is {config.run_dir}, that of the first is {self.folder}; set "
-                    "output_dir and name for all stages alike"
+                    "output_dir and name for all of them"
                 )
             teacher = config.teacher
             if teacher.random_weights and self.is_cut:  # `cut` writes them down, and all stages read them
@@ -153,7 +153,7 @@ class Stages:
         hashes nothing is asked about the teacher of a student that is there. Raises ValueError for sizes that cannot
         be, and where the student that is there was made with other settings.
         """
-        # What the student depends on, which is written beside it.
+        # The settings that the student depends on are written beside it.
         config, data = self.first, calibration_data(self.first.data, self.init)
         settings = {
             INIT: {key: value for key, value in dataclasses.asdict(self.init).items() if key != "data"},
@@ -179,7 +179,7 @@ class Stages:
             (folder / SETTINGS).write_text(yaml.safe_dump(settings, sort_keys=False))
             (folder / SUMMARY).write_text(json.dumps(summary, indent=2))
 
-        # One that is there has to be the one that these settings make.
+        # A student that is there already has to be of the same settings.
         made = made_once(self.folder / INIT, make)
         before, defaults = yaml.safe_load((made / SETTINGS).read_text()), dataclasses.asdict(DataConfig())
         changed: list[str] = []

@@ -77,7 +77,7 @@ def prepare_folder(config: RunConfig, start: Start) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / SUMMARY).unlink(missing_ok=True)
 
-    # A new run begins with nothing of an older one, but for what it reads itself.
+    # A new run deletes what an older one left, but for what it reads itself.
     if start.checkpoint is None:
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(run_dir / "skipped", ignore_errors=True)

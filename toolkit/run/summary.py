@@ -48,12 +48,12 @@ def summarize(
 
     wall_time_s: of all starts of the run.
     """
-    # The time that was spent in each phase; what is in none is "other".
+    # Time that was spent in no phase counts as "other".
     phases = {name: state.seconds.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
     train_time_s = sum(state.seconds.values()) - sum(phases[name] for name in OTHER_PHASES)
     phases["other"] = wall_time_s - sum(phases.values())
 
-    # The scores of all answers, and the best student, where they were asked for.
+    # Scores and the best student are there only where they were asked for.
     rouge_l = None
     if rows := len(answers["final"].sampled):
         rouge_l = {name: held_out.score("rouge_l", found.sampled) for name, found in answers.items()} | {"rows": rows}

@@ -97,7 +97,7 @@ class DataConfig(Section):
         self._check_fields(section)
         self._check_template(section)
 
-        # How much is read, and how long it may be.
+        # The last checks are about how much is read, and how long it may be.
         if self.kind != "text" and self.streaming:
             raise ValueError(f'{section}.streaming is for plain text, but {section}.kind = {self.kind!r}; set "text"')
         _check_stream(section, self.streaming, self.max_rows)

@@ -35,7 +35,7 @@ def typed(value: Any, hint: Any, key: str) -> Any:
 
     Raises ValueError, naming `key`, for a value of another type.
     """
-    # The type that is wanted, of which a tuple's items have one of their own.
+    # `wanted` is the type without `| None`, and `kind` is it without the type of its items.
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and types.NoneType in options:
         return None

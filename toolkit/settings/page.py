@@ -46,7 +46,7 @@ def help_page(config: Section, beside: Mapping[str, Section] | None = None, pref
     In brackets after the meaning: unit, bounds, choices, what some values stand for, and the setting's value in each of
     the configs `beside` (label -> config) where it is another one. prefix: of all names, as in "init.".
     """
-    # In brackets stand the values of the other configs, where they differ.
+    # The values of the other configs stand in brackets where they differ.
     width = min(MOST_COLUMNS, shutil.get_terminal_size((MOST_COLUMNS, 24)).columns)
     others = {label: _values(other, prefix) for label, other in (beside or {}).items()}
     lines: list[str] = []
@@ -68,7 +68,7 @@ def markdown_page() -> str:
     """docs/configuration.md: a table for each section, with the defaults, and the former names of settings."""
     run, evaluation = RunConfig(), EvaluationConfig()
 
-    # The run's sections; a teacher has the settings of a student.
+    # Each section of the run has a table; a teacher's is that of a student.
     student = _values(run.student)
     blocks = [RUN]
     for name, section in run.parts():
@@ -79,7 +79,7 @@ def markdown_page() -> str:
         elif not name.startswith("teacher."):
             blocks.append(_table(name, section, "The run"))
 
-    # An evaluation's settings, and the names that settings had before.
+    # The settings of an evaluation follow, and the names that settings had before.
     blocks.append(EVALUATION)
     blocks += [_table(name, section, "The evaluation") for name, section in evaluation.parts() if name != "data."]
     renamed = [

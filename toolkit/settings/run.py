@@ -65,7 +65,7 @@ class RunConfig(Section):
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(f"name = {self.name!r} has to be the name of one folder below output_dir")
 
-        # Each section by itself, then beside the others.
+        # Each section is checked by itself, then beside the others.
         for name, part in self.sections.items():
             if name != "teacher" or self.has_teacher:
                 part.validate(name)

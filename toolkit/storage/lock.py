@@ -38,7 +38,7 @@ def sole_use(
 
 def _lock(path: Path, wait_s: float, instead: str) -> int | None:
     """The open file descriptor that holds the lock; None where no file can be made."""
-    # The file that is locked. Where none can be made, in a finished run's archive, nothing can be overwritten either.
+    # Where no file can be made, in a finished run's archive for instance, no other job can overwrite one either.
     path.parent.mkdir(parents=True, exist_ok=True)
     what = path.parent if path.name == LOCK else path.with_suffix("")
     deadline_s, is_told = time.monotonic() + wait_s, False
@@ -47,7 +47,7 @@ def _lock(path: Path, wait_s: float, instead: str) -> int | None:
     except OSError:
         return None
 
-    # Ask for the lock until it is free, or the wait is over; its file says who holds it.
+    # This job asks for the lock until it is free or the wait is over. The file says who holds it.
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -48,9 +48,10 @@ def check_files(folder: Path, wanted: Mapping[str, Entry], share: int = 0, share
         if size is None or size != entry["bytes"]:
             raise ValueError(f"{file} has {size} bytes, its manifest says {entry['bytes']}: it is damaged")
     for name in sorted(wanted)[share::shares]:
-        found, said = sha256(folder / name)[:16], str(wanted[name]["sha256"])[:16]
+        found, said = sha256(folder / name), wanted[name]["sha256"]
         if found != said:
-            raise ValueError(f"{folder / name} has SHA-256 {found}..., its manifest says {said}...: it is damaged")
+            both = f"has SHA-256 {found:.16}..., its manifest says {said!s:.16}..."
+            raise ValueError(f"{folder / name} {both}: it is damaged")
 
 
 def read_manifest(folder: Path, known_format: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class TorchRows:
     def _block(
         self, task: RowTask, state: Tensor, student: Tensor, teacher: Tensor | None, out: Tensor | None, passes: Passes
     ) -> None:
-        # The logits of both models, of which STATISTICS keeps what later passes need.
+        # STATISTICS keeps of both models' logits what later passes need.
         spec, temperature = task.objective.divergence, task.objective.temperature
         s = self._logits("student", student, task.student)
         t = None if teacher is None or task.teacher is None else self._logits("teacher", teacher, task.teacher)
@@ -64,7 +64,7 @@ class TorchRows:
                 state[Row.SUM_0] += f
                 state[Row.SUM_1] += g
 
-        # The gradient: the divergence's, cooled; the cross entropy's; weighted, and taken to the product.
+        # The gradient is that of the divergence and of the cross entropy, weighted, with respect to the product.
         if Passes.GRADIENT in passes:
             assert out is not None
             sum_g, w = sum_of_gradients(task.code, state)
@@ -96,7 +96,7 @@ class TorchRows:
         self, task: RowTask, state: Tensor, s: Tensor, t: Tensor | None, alpha: Tensor | None, targets: Tensor | None
     ) -> None:
         """Maxima, sums of exponentials, and the student's logits at the target and at the teacher's first choice."""
-        # Of the student: its sums, and its logit at the target where that lies in these columns.
+        # The student's logit at the target is kept where that lies in these columns.
         x, temperature = self._buffer("x", s), task.objective.temperature
         _merge(state, Row.STUDENT_MAX, (Row.STUDENT_SUM, Row.STUDENT_SUM_T), s, temperature, x)
         if targets is not None:
@@ -106,7 +106,7 @@ class TorchRows:
         if t is None:
             return
 
-        # Of the teacher: its sums, and the student's logit where the teacher's is the largest so far.
+        # The student's logit is kept where the teacher's is the largest so far.
         old = state[Row.TEACHER_MAX].clone()
         best, choice = t.max(-1, keepdim=True)
         chosen = s.gather(-1, choice).squeeze(-1)

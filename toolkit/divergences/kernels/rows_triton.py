@@ -206,7 +206,7 @@ def rows_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All passes over row `program_id`: the arguments are those of `launch_arguments`, in its order."""
-    # This program's row of each tile and of the state.
+    # The pointers move to this program's row of each tile and of the state.
     row = tl.program_id(0)
     student_ptr += row.to(tl.int64) * student_stride
     teacher_ptr += row.to(tl.int64) * teacher_stride
@@ -215,7 +215,7 @@ def rows_kernel(
     lanes = tl.arange(0, BLOCK)
     n_blocks = tl.cdiv(columns, BLOCK)
 
-    # What the divergence needs of this row, and what earlier calls left in its state.
+    # The divergence's numbers of this row are read, and what earlier calls left in its state.
     alpha = 0.0
     log_alpha = 0.0
     log_rest = 0.0
@@ -240,7 +240,7 @@ def rows_kernel(
     x_max = tl.load(state_ptr + MIXED_MAX * state_stride)
     x_sum = tl.load(state_ptr + MIXED_SUM_T * state_stride)
 
-    # STATISTICS: maxima and sums of exponentials, per lane.
+    # STATISTICS: each lane keeps maxima and sums of exponentials.
     if STATISTICS:
         s_m = tl.full([BLOCK], _LOG_ZERO, tl.float32)
         s_z = tl.zeros([BLOCK], tl.float32)
@@ -302,7 +302,7 @@ def rows_kernel(
             if (target >= 0) & (target < columns):
                 tl.store(state_ptr + AT_TARGET * state_stride, tl.sum(at_target, 0))
 
-    # The distribution that takes the teacher's place: its own, or taid's mixture.
+    # p is the teacher's own distribution, or taid's mixture.
     p_max = t_max
     p_log_sum = tl.log(t_sum)
     if CODE == TAID:
@@ -310,7 +310,7 @@ def rows_kernel(
         p_log_sum = tl.log(x_sum)
     q_log_sum = tl.log(s_sum_t)
 
-    # SUMS: of f and G, and akl's errors in the teacher's head and outside of it.
+    # SUMS: f and G are added up, and akl's errors in the teacher's head and outside of it.
     sum_0 = tl.load(state_ptr + SUM_0 * state_stride)
     sum_1 = tl.load(state_ptr + SUM_1 * state_stride)
     sum_2 = tl.load(state_ptr + SUM_2 * state_stride)
@@ -348,7 +348,7 @@ def rows_kernel(
             tl.store(state_ptr + SUM_2 * state_stride, sum_2)
             tl.store(state_ptr + SUM_3 * state_stride, sum_3)
 
-    # GRADIENT: from the sums and from the logits, which are read once more.
+    # GRADIENT: the sums are complete, and the logits are read once more.
     if GRADIENT:
         w = 0.5
         g_total = sum_1

@@ -118,7 +118,7 @@ def _make(
     spare = TokenBatch.from_examples(shards[0][0].examples[:1], vocabulary.pad_id).to(collectives.device())
     for start in range(0, len(missing), world):
         done = len(shards) - len(missing) + start
-        # A shard for each rank, of which some may have none.
+        # Each rank makes one shard in a round; in the last one some ranks may have none.
         between_shards(done, len(shards), tokens / max(1e-9, time.monotonic() - started_s))
         numbers = missing[start : start + world]
         own = shards[numbers[rank]] if rank < len(numbers) else []
@@ -220,7 +220,7 @@ def _is_done(unfinished: Path, number: int) -> bool:
 
 def _finish(unfinished: Path, folder: Path, identity: Mapping[str, Any], files: Mapping[str, Entry]) -> None:
     """Completes the folder, in which all shards are, and gives it its name."""
-    # The manifest, with sums over all shards.
+    # The manifest has sums over all shards.
     sums = [(len(shard["keys"]), int(shard["ends"][-1])) for shard in (read_shard(unfinished / name) for name in files)]
     manifest = {
         "format": FORMAT,

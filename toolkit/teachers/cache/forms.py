@@ -71,7 +71,7 @@ class Form:
     def arrays(self, log_p_nV: Tensor, uniforms: np.ndarray | None) -> Arrays:
         """What is stored of each row of `log_p_nV` (overwritten): per position, or per id ("U_..."). uniforms: [n,
         draws] in [0, 1), for draws alone."""
-        # The most probable tokens, and the mass of all others.
+        # Top k: the most probable tokens are kept, and the mass of all others.
         if self.top_k:
             log_probs_nK, ids_nK = log_p_nV.topk(self.top_k)
             log_tail_n = log_p_nV.scatter_(1, ids_nK, -torch.inf).logsumexp(-1)
@@ -80,7 +80,7 @@ class Form:
                 "log_tails": _half(log_tail_n),
             }  # fmt: skip
 
-        # Draws: a point in each part of the cumulative distribution, and the tokens that they fall on, counted.
+        # Draws: a point falls into each part of the cumulative distribution, and the tokens that are hit are counted.
         p_nV = log_p_nV.exp()
         entropy_n = -(p_nV * log_p_nV).sum(-1)
         ends_nV = p_nV.double().cumsum_(-1)  # in fp32 the sum of 10^5 probabilities would move the draws
@@ -104,7 +104,7 @@ class Form:
 
     def signal(self, arrays: Mapping[str, np.ndarray], vocabulary_size: int) -> TopKTeacher:
         """The teacher of the positions whose packed arrays these are."""
-        # The most probable tokens and the tail as they were stored, brought to a sum of 1.
+        # Top k: the probabilities that were stored are brought to a sum of 1.
         ids = unpack_ids(arrays["U_ids"])
         if self.top_k:
             log_probs_NK = torch.from_numpy(arrays["U_log_probs"].astype(np.float32)).view(-1, self.top_k)

@@ -90,7 +90,7 @@ class TeacherCache:
                 f"--top-k 64 --out {folder}"
             )
 
-        # The manifest, whatever is wrong with it.
+        # Whatever is wrong with the manifest, the message is the same.
         self.manifest = read_manifest(folder, FORMAT)
         try:
             self.identity = self.manifest["identity"]
@@ -107,7 +107,7 @@ class TeacherCache:
                 "is damaged; delete the folder and make the cache again"
             ) from error
 
-        # The shards, which are opened when a text of theirs is asked for.
+        # Shards are opened when a text of theirs is asked for.
         self.vocabulary_size = self.identity["vocabulary_size"]
         self._paths = [folder / name for name in sorted(self._files)]
         self._shard = functools.lru_cache(OPEN_SHARDS)(read_shard)
@@ -166,7 +166,7 @@ class TeacherCache:
 
         Raises ValueError for a text that is not in the cache.
         """
-        # Where each text lies, by bisection.
+        # Bisection finds where each text lies.
         texts = texts_of(batch, temperature)
         wanted = np.array([text.key for text in texts], np.int64)
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
@@ -175,7 +175,7 @@ class TeacherCache:
             where = f"the teacher cache {self.folder} at temperature {temperature}"
             raise ValueError(f"{len(missing)} of {len(texts)} texts of a micro-batch are not in {where}")
 
-        # Their answers one after the other, as the loss takes them.
+        # The loss takes their answers one after the other.
         parts = [self._answer(self._shard_of[i], self._row_of[i]) for i in at]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         signal = self.form.signal(joined, self.vocabulary_size)
