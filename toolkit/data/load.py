@@ -20,7 +20,7 @@ from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, 
 from toolkit.data.tokens import tokenize_rows
 from toolkit.settings import PYTHON_DOCS, DataConfig, TextConfig
 
-#: of a stream, this many documents that it holds out (or of its validation source, the first) are the validation text
+#: The validation text of a stream is so many of the documents that it holds out, or the first of its validation source.
 STREAM_VALIDATION_DOCUMENTS = 256
 
 

@@ -96,7 +96,7 @@ def stream_identity(source: Source) -> str:
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
-    """By a hash of the text: of two equal documents both are, wherever they lie."""
+    """Whether a document is for validation. A hash of its text decides, so equal documents are on one side."""
     digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

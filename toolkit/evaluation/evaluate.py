@@ -1,4 +1,4 @@
-"""`python -m toolkit evaluate`: several models, one data set, one table. Answers are kept."""
+"""`python -m toolkit evaluate`: several models answer one data set and are scored in one table; answers are kept."""
 
 from __future__ import annotations
 
@@ -60,9 +60,12 @@ def evaluate(
     teacher: str,
     settings: Sequence[str],
 ) -> dict[str, Any]:
-    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective. models: folders or
-    hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds: comma-separated. teacher: "" is
-    none. settings: `key=value` over those of the protocol. Raises ValueError for wrong input."""
+    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective.
+
+    models: folders or hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds:
+    comma-separated. teacher: "" is none. settings: `key=value` over those of the protocol. Raises ValueError for wrong
+    input.
+    """
     # What is asked for, and the rows, checked before any model is loaded.
     request = collectives.together(
         lambda: Request.of(data, settings, metric=metric, seeds=seeds, protocol=protocol, teacher=teacher)

@@ -1,4 +1,4 @@
-"""Which layers to keep."""
+"""Which layers to keep: chosen by a rule, or by how much the teacher's predictions change without the others."""
 
 from __future__ import annotations
 
