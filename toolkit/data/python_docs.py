@@ -143,14 +143,12 @@ def _documented() -> Iterator[tuple[str, str, str, str | None]]:
             if inspect.isclass(value):
                 yield "class", shown, home, value.__doc__
                 for attribute, member in sorted(vars(value).items()):
-                    if attribute.startswith("_"):
-                        continue
                     if isinstance(member, (classmethod, staticmethod)):
                         member = member.__func__
-                    if isinstance(member, (property, types.GetSetDescriptorType, functools.cached_property)):
-                        yield "property", f"{shown}.{attribute}", home, member.__doc__
-                    elif inspect.isroutine(member):
-                        yield "method", f"{shown}.{attribute}", home, member.__doc__
+                    is_property = isinstance(member, (property, types.GetSetDescriptorType, functools.cached_property))
+                    if not attribute.startswith("_") and (is_property or inspect.isroutine(member)):
+                        kind = "property" if is_property else "method"
+                        yield kind, f"{shown}.{attribute}", home, member.__doc__
             elif inspect.isroutine(value):
                 yield "function", shown, home, value.__doc__
             else:
