@@ -89,6 +89,7 @@ def load_text(
     config.validate()
     if not config.source:
         return None, ""
+    # Read while training, or made into blocks now.
     source = Source(config.source, config.subset, config.split, cache_dir)
     if config.streaming:
         return TextStream(source, config.field, tokenizer, config.max_length), _stream_sha256(source, tokenizer)

@@ -140,6 +140,7 @@ def _documented() -> Iterator[tuple[str, str, str, str | None]]:
             if name.startswith("_") or id(value) in seen or not _belongs(value, home, name in listed):
                 continue
             shown = name if home == "builtins" else f"{home}.{name}"
+            # A class with its methods and properties, or a function; constants have no docstring of their own.
             if inspect.isclass(value):
                 yield "class", shown, home, value.__doc__
                 for attribute, member in sorted(vars(value).items()):

@@ -74,6 +74,7 @@ def evaluate(
     records, source = Records(out.expanduser()), request.config.data
     rows, skipped = collectives.main_rank_first(lambda: load_rows(source, source.source, is_validation=True))
     made_with = request.settings(rows, skipped)
+    # One job at a time writes there; it goes on from what an earlier one has left.
     alone = sole_use(records.lock.parent, name=records.lock.name, instead="give --out another name")
     with alone, Watchdog(request.config.hang_s) as watchdog:
         watchdog.progress("loading")
