@@ -123,7 +123,7 @@ def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict
         return _load(entry)
     _remove_damaged(entry)
 
-    # A folder for each part, and the key last, for people who look into the cache.
+    # A folder for each part, and the key beside them: an entry without it is not whole.
     def make(unfinished: Path) -> None:
         for part_name, part in build().items():
             sha256 = store(unfinished / part_name, part.examples)

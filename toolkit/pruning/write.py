@@ -107,7 +107,7 @@ def _write_shards(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> Non
 @torch.no_grad()
 def try_out(folder: Path, trust_remote_code: bool = False) -> None:
     """Load, forward, generate. Raises ValueError where any of it fails; the whole model is in memory for it."""
-    # The class says what kind of model it is; loading says what is missing.
+    # An encoder-decoder is loaded by another class.
     config_file = json.loads((folder / "config.json").read_text())
     kind = AutoModelForSeq2SeqLM if config_file.get("is_encoder_decoder") else AutoModelForCausalLM
     try:
