@@ -19,7 +19,7 @@ from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.data.sources import Row
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
-from toolkit.evaluation.protocols import named_protocol
+from toolkit.evaluation.protocols import PROTOCOLS
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
 from toolkit.models import (
@@ -100,7 +100,9 @@ class Request:
     @classmethod
     def of(cls, data: str, settings: Sequence[str], *, metric: str, seeds: str, protocol: str, teacher: str) -> Request:
         """The arguments of `evaluate`. Raises ValueError for the first one that cannot work."""
-        base = named_protocol(protocol)
+        if protocol not in PROTOCOLS:
+            raise unknown("--protocol", protocol, PROTOCOLS)
+        base = PROTOCOLS[protocol]
         config = replace(base, data=replace(base.data, source=data)).with_overrides(settings)
         config.validate()
         metrics = _unique("--metric", metric.split(","))
