@@ -16,11 +16,11 @@ from toolkit.batch import DECODER_ONLY, Example, RowLayout
 from toolkit.data.minillm import LAYOUT, has_test
 from toolkit.data.sources import Row, Source, as_it_reads, content_sha256, load_rows
 from toolkit.data.store import Part, cached, tokenizer_sha256
-from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_identity
+from toolkit.data.text import TextStream, blocks, first_documents, is_held_out, read_documents, stream_sha256
 from toolkit.data.tokens import tokenize_rows
 from toolkit.settings import PYTHON_DOCS, DataConfig, TextConfig
 
-#: of a stream, this many documents that it holds out (or of its validation source, the first) are the validation text
+#: The validation text of a stream is so many of the documents that it holds out, or the first of its validation source.
 STREAM_VALIDATION_DOCUMENTS = 256
 
 
@@ -89,9 +89,10 @@ def load_text(
     config.validate()
     if not config.source:
         return None, ""
+    # Read while training, or made into blocks now.
     source = Source(config.source, config.subset, config.split, cache_dir)
     if config.streaming:
-        return TextStream(source, config.field, tokenizer, config.max_length), _stream_sha256(source, tokenizer)
+        return TextStream(source, config.field, tokenizer, config.max_length), stream_sha256(source, tokenizer)
 
     def build() -> dict[str, Part]:
         documents = itertools.islice(read_documents(source, config.field), config.max_rows)
@@ -178,13 +179,8 @@ def _streamed(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     part = cached(None, {}, lambda: {"validation": Part(blocks(held_out, tokenizer, length))})["validation"]
     if not part.examples:
         raise ValueError(f"{own or source.name}: no validation text in it; raise data.validation_fraction")
-    sha256 = f"{_stream_sha256(source, tokenizer)} {part.sha256}"
+    sha256 = f"{stream_sha256(source, tokenizer)} {part.sha256}"
     return Data(stream, part.examples, [], {"validation_rows": len(part.examples)}, sha256)
-
-
-def _stream_sha256(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what decides a stream's tokens, as far as it is known without reading all of it."""
-    return hashlib.sha256(f"{stream_identity(source)} {tokenizer_sha256(tokenizer)}".encode()).hexdigest()
 
 
 def _is_split(config: DataConfig) -> bool:

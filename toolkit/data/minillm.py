@@ -15,6 +15,7 @@ LAYOUT: dict[str, Any] = {
     "response_field": "output",
     "messages_field": None,
 }
+#: where MiniLLM's authors keep the files
 _HUB = "hf://datasets/MiniLLM/"
 
 

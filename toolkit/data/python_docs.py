@@ -140,17 +140,16 @@ def _documented() -> Iterator[tuple[str, str, str, str | None]]:
             if name.startswith("_") or id(value) in seen or not _belongs(value, home, name in listed):
                 continue
             shown = name if home == "builtins" else f"{home}.{name}"
+            # A class with its methods and properties, or a function; constants have no docstring of their own.
             if inspect.isclass(value):
                 yield "class", shown, home, value.__doc__
                 for attribute, member in sorted(vars(value).items()):
-                    if attribute.startswith("_"):
-                        continue
                     if isinstance(member, (classmethod, staticmethod)):
                         member = member.__func__
-                    if isinstance(member, (property, types.GetSetDescriptorType, functools.cached_property)):
-                        yield "property", f"{shown}.{attribute}", home, member.__doc__
-                    elif inspect.isroutine(member):
-                        yield "method", f"{shown}.{attribute}", home, member.__doc__
+                    is_property = isinstance(member, (property, types.GetSetDescriptorType, functools.cached_property))
+                    if not attribute.startswith("_") and (is_property or inspect.isroutine(member)):
+                        kind = "property" if is_property else "method"
+                        yield kind, f"{shown}.{attribute}", home, member.__doc__
             elif inspect.isroutine(value):
                 yield "function", shown, home, value.__doc__
             else:

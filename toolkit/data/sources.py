@@ -269,7 +269,7 @@ def files_below(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
 
 
-@functools.cache  # what is hashed and what is read is one version of it
+@functools.cache  # so that the version which is hashed is the one that is read
 def hub_file(source: Source) -> Path:
     """The local copy of hf://datasets/OWNER/NAME/FILE.jsonl."""
     from huggingface_hub import hf_hub_download

@@ -70,6 +70,7 @@ class StoredExamples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
+        # An example begins where the one before it ends.
         at = index % len(self)
         first, first_start = (0, 0) if at == 0 else (self._ends[at - 1], self._start_ends[at - 1])
         starts = self._starts[first_start : self._start_ends[at]]
@@ -122,6 +123,7 @@ def cached(cache_dir: Path | None, key: dict[str, Any], build: Callable[[], dict
         return _load(entry)
     _remove_damaged(entry)
 
+    # A folder for each part, and the key beside them: an entry without it is not whole.
     def make(unfinished: Path) -> None:
         for part_name, part in build().items():
             sha256 = store(unfinished / part_name, part.examples)

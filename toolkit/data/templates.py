@@ -70,6 +70,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, row: Row, config: DataConfig) -> s
             f'data.template = "chat", but the tokenizer {tokenizer.name_or_path!r} has no chat template; '
             'use "alpaca" or "plain", or set tokenizer.chat_template'
         )
+    # The row's turns, behind the system turn of the settings where there is none.
     messages = row.get("messages") or [{"role": "user", "content": _plain(tokenizer, row, config)}]
     if config.system and all(turn["role"] != "system" for turn in messages):
         messages = [{"role": "system", "content": config.system}, *messages]
@@ -97,6 +98,7 @@ def end_with_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     <end_of_turn> is: a model that was tuned on turns ends its answers with it, so learned answers have to as well."""
     if template != "chat" or tokenizer.chat_template is None:
         return
+    # What the template writes behind an answer begins with that token.
     answer = "An answer."
     turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:

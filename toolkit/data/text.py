@@ -16,6 +16,7 @@ from toolkit.batch import Example
 from toolkit.data import sources
 from toolkit.data.python_docs import python_docs_rows
 from toolkit.data.sources import HUB_FILES, Source
+from toolkit.data.store import tokenizer_sha256
 from toolkit.ranks import heartbeat
 from toolkit.settings import PYTHON_DOCS
 
@@ -87,16 +88,18 @@ def open_stream(source: Source, field: str, rank: int, world: int) -> tuple[Any,
     return split_dataset_by_node(documents, rank, world, strategy="examples"), "text"
 
 
-def stream_identity(source: Source) -> str:
-    """What can be said of a stream's content without reading it: a hub name, or the files' names and sizes."""
-    files = local_files(source)
-    if files is None:
-        return source.name
-    return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
+def stream_sha256(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what decides a stream's tokens, as far as it is known without reading all of it: the tokenizer, and a hub name
+    or the files' names and sizes."""
+    content, files = source.name, local_files(source)
+    if files is not None:
+        sizes = [(file.name, file.stat().st_size) for file in files]
+        content = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    return hashlib.sha256(f"{content} {tokenizer_sha256(tokenizer)}".encode()).hexdigest()
 
 
 def is_held_out(text: str, fraction: float, seed: int) -> bool:
-    """By a hash of the text: of two equal documents both are, wherever they lie."""
+    """Whether a document is for validation. A hash of its text decides, so equal documents are on one side."""
     digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

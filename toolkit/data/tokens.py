@@ -42,9 +42,11 @@ def tokenize_rows(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no EOS token; no student could learn to stop")
+    # What cannot be for any row is told before the first one.
     template = get_template(config.template)
     _check_marker(template, tokenizer, config, layout)
     found = Tokenized([], [], Counter())
+    # The tokenizer gets many texts at a time, which it works on in parallel.
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = rows[start : start + CHUNK_ROWS]
         texts = [_prompt_text(template, tokenizer, row, config) for row in chunk]
@@ -71,6 +73,7 @@ def tokenize_rows(
 def _fitted(prompt: list[int], response: list[int], name: Callable[[], str], config: DataConfig, counts: Counter[str],
             tokenizer: PreTrainedTokenizerBase, layout: RowLayout) -> Example | None:  # fmt: skip
     """Prompt and response, cut where they are too long; None where the settings skip such a row."""
+    # The prompt has its own limit.
     if len(prompt) > config.max_prompt_length:
         if config.on_long_prompt == "stop":
             raise ValueError(
@@ -82,6 +85,7 @@ def _fitted(prompt: list[int], response: list[int], name: Callable[[], str], con
             return None
         counts["truncated_prompts"] += 1
         prompt = layout.cut_prompt(prompt, config.max_prompt_length, tokenizer)
+    # The response gets the room that is left.
     room = config.max_length - len(prompt)
     if len(response) > room:
         if config.on_long_response == "stop":

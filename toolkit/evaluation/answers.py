@@ -44,7 +44,7 @@ def answer(
 
 
 def row_seeds(seed: int, rows: Sequence[int]) -> list[int]:
-    """The seeds of the answers to these rows: a text is the same on any rank, and beside any others."""
+    """The seeds of the answers to these rows. With them a text is the same on any rank, and beside any other texts."""
     return [sequence_seed(seed, 0, row) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""`python -m toolkit evaluate`: several models, one data set, one table. Answers are kept."""
+"""`python -m toolkit evaluate`: several models answer one data set and are scored in one table; answers are kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from toolkit.data import end_with_turns, load_rows, references, tokenize_rows
 from toolkit.data.sources import Row
 from toolkit.evaluation.answers import answer, row_seeds, score_rows
 from toolkit.evaluation.metrics import METRICS, metric, spread
-from toolkit.evaluation.protocols import named_protocol
+from toolkit.evaluation.protocols import PROTOCOLS
 from toolkit.evaluation.records import Records, refuse_changes
 from toolkit.evaluation.validation import Validator
 from toolkit.models import (
@@ -60,9 +60,12 @@ def evaluate(
     teacher: str,
     settings: Sequence[str],
 ) -> dict[str, Any]:
-    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective. models: folders or
-    hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds: comma-separated. teacher: "" is
-    none. settings: `key=value` over those of the protocol. Raises ValueError for wrong input."""
+    """The summary; on rank 0 it is printed as a table and written beside the answers. Collective.
+
+    models: folders or hub names. data: a file or a name. out: a .jsonl file or a folder. metric, seeds:
+    comma-separated. teacher: "" is none. settings: `key=value` over those of the protocol. Raises ValueError for wrong
+    input.
+    """
     # What is asked for, and the rows, checked before any model is loaded.
     request = collectives.together(
         lambda: Request.of(data, settings, metric=metric, seeds=seeds, protocol=protocol, teacher=teacher)
@@ -71,6 +74,7 @@ def evaluate(
     records, source = Records(out.expanduser()), request.config.data
     rows, skipped = collectives.main_rank_first(lambda: load_rows(source, source.source, is_validation=True))
     made_with = request.settings(rows, skipped)
+    # One job at a time writes there; it goes on from what an earlier one has left.
     alone = sole_use(records.lock.parent, name=records.lock.name, instead="give --out another name")
     with alone, Watchdog(request.config.hang_s) as watchdog:
         watchdog.progress("loading")
@@ -96,7 +100,9 @@ class Request:
     @classmethod
     def of(cls, data: str, settings: Sequence[str], *, metric: str, seeds: str, protocol: str, teacher: str) -> Request:
         """The arguments of `evaluate`. Raises ValueError for the first one that cannot work."""
-        base = named_protocol(protocol)
+        if protocol not in PROTOCOLS:
+            raise unknown("--protocol", protocol, PROTOCOLS)
+        base = PROTOCOLS[protocol]
         config = replace(base, data=replace(base.data, source=data)).with_overrides(settings)
         config.validate()
         metrics = _unique("--metric", metric.split(","))

@@ -2,7 +2,6 @@
 
 from toolkit.data.minillm import LAYOUT
 from toolkit.settings import DataConfig, EvaluationConfig, SamplingSettings
-from toolkit.settings.overrides import unknown
 from toolkit.settings.page import help_page
 
 #: "paper": the final evaluation of DistiLLM (arXiv 2402.03898) and MiniLLM, whose generation has a fixed room of 256
@@ -14,13 +13,6 @@ PROTOCOLS = {
     ),
     "plain": EvaluationConfig(),
 }
-
-
-def named_protocol(name: str) -> EvaluationConfig:
-    """Raises ValueError for a name not in the table."""
-    if name not in PROTOCOLS:
-        raise unknown("--protocol", name, PROTOCOLS)
-    return PROTOCOLS[name]
 
 
 def settings_table() -> str:

@@ -55,6 +55,7 @@ class Records:
 
     def replace(self, model: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Replaces this model's lines, as many as there are, in their places: a metric was added."""
+        # Lines of other models stay in between.
         new = iter(records)
         lines = [next(new) if record["model"] == model else record for record in self._lines()]
         _write(self.rows, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in lines))

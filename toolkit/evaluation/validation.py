@@ -61,6 +61,7 @@ class Validator:
                  layout: RowLayout = DECODER_ONLY):  # fmt: skip
         self.teacher, self.scores = teacher, scores
         rank, world = collectives.rank(), collectives.world()
+        # All ranks make as many passes as the one with the most rows needs.
         own = examples[rank::world]
         passes = math.ceil(math.ceil(len(examples) / world) / rows_per_pass)
         parts = [own[start : start + rows_per_pass] for start in range(0, len(own), rows_per_pass)]

@@ -1,4 +1,4 @@
-"""Which layers to keep."""
+"""Which layers to keep: chosen by a rule, or by how much the teacher's predictions change without the others."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def choose_layers(depth: str, count: int, keep: int, seed: int) -> tuple[int, ..
 def best_block(count: int, keep: int, measure: Measure) -> tuple[tuple[int, ...], dict[str, float]]:
     """Leave out the contiguous block whose absence changes the teacher's next-token distribution least. Returns (layers
     to keep, KL in nats by "first-last" layer of the block left out)."""
+    # Every place where a block of this size can be.
     size = count - keep
     starts = range(keep + 1)
     choices = {at: tuple(layer for layer in range(count) if not at <= layer < at + size) for at in starts}

@@ -168,7 +168,7 @@ def _choose_depth(
 
 
 def _student_sizes(teacher: Sizes, init: InitConfig, layers: int, heads_fill_hidden: bool) -> Sizes:
-    """What is not given stays, but that fewer heads never keep more query heads to a group than the teacher has."""
+    """What is not given stays, but for kv_heads of a teacher without groups: they are as many as the heads."""
     heads, hidden, kv_heads = init.heads, init.hidden, init.kv_heads
     # Heads and hidden size follow from each other in some architectures.
     if heads_fill_hidden:

@@ -20,6 +20,7 @@ LEAST_TOKENS_A_ROW = 8
 def calibration_ids(data: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int, row_tokens: int) -> Tensor:
     """ids_RT, at most [rows, row_tokens]: the first texts, one after another, templates as in training. `data.source`
     is anything that training takes, or a .txt file. Raises ValueError for text that fills no row."""
+    # Documents as they are, or prompts and answers as they are trained on.
     most = rows * row_tokens // LEAST_TOKENS_A_ROW + 1
     if data.kind == "text" or Path(data.source).suffix.lower() == ".txt":
         source, field = Source.of(data, data.source, False), data.text_field

@@ -39,8 +39,9 @@ class Weights:
         self.folder = folder
         self.files: dict[str, Path] = {}
         self._pickled: dict[str, Tensor] = {}
+        # The index names the files that count: a hub folder may hold a consolidated copy of the same tensors as well.
         index = folder / "model.safetensors.index.json"
-        if index.is_file():  # a hub folder may hold a consolidated copy of the same tensors as well
+        if index.is_file():
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
             single = folder / "model.safetensors"

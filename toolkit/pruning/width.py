@@ -44,10 +44,12 @@ class Sizes(NamedTuple):
 
 def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
     """Raises ValueError for a width that cannot be cut out of the teacher's."""
+    # No size grows.
     for name in ("hidden", "heads", "kv_heads", "mlp"):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if not 1 <= ours <= theirs:
             raise ValueError(f"{name} = {ours}, but the teacher has {theirs}; give a number from 1 to {theirs}")
+    # Query heads share key-value heads in equal groups, of which each is cut out of one of the teacher's.
     if student.heads % student.kv_heads:
         raise ValueError(f"heads = {student.heads} is not a multiple of kv_heads = {student.kv_heads}; change one")
     if family.heads_fill_hidden and student.kv_heads != student.heads:
@@ -61,6 +63,7 @@ def check_sizes(teacher: Sizes, student: Sizes, family: Family) -> None:
             f"heads = {student.heads} with kv_heads = {student.kv_heads} asks for {group_kept} query heads for each "
             f"key-value head, and the teacher has {group}; raise kv_heads or lower heads"
         )
+    # The hidden size has to go with the heads.
     if family.heads_fill_hidden and student.hidden != student.heads * teacher.head_dim:
         raise ValueError(
             f"hidden = {student.hidden} and heads = {student.heads}: this architecture has hidden = heads x "

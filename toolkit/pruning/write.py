@@ -107,6 +107,7 @@ def _write_shards(folder: Path, parameters: Iterable[tuple[str, Tensor]]) -> Non
 @torch.no_grad()
 def try_out(folder: Path, trust_remote_code: bool = False) -> None:
     """Load, forward, generate. Raises ValueError where any of it fails; the whole model is in memory for it."""
+    # An encoder-decoder is loaded by another class.
     config_file = json.loads((folder / "config.json").read_text())
     kind = AutoModelForSeq2SeqLM if config_file.get("is_encoder_decoder") else AutoModelForCausalLM
     try:
@@ -117,6 +118,7 @@ def try_out(folder: Path, trust_remote_code: bool = False) -> None:
         wrong = {name: sorted(map(str, values)) for name, values in found.items() if values and name != UNEXPECTED}
         if wrong:
             raise ValueError(f"loading reports {wrong}")
+        # A forward pass and a few new tokens.
         ids_BT = torch.arange(3, 3 + TRIAL_TOKENS)[None] % model.config.vocab_size
         extra = {"decoder_input_ids": ids_BT[:, :1]} if model.config.is_encoder_decoder else {}
         if not model.eval()(input_ids=ids_BT, **extra).logits.isfinite().all():
