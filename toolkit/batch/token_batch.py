@@ -34,6 +34,7 @@ class Example:
     text_starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # One line of ids, of which at least one is predicted.
         tokens = np.asarray(self.tokens)
         if tokens.ndim != 1:
             raise ValueError(f"Example.tokens has shape {tokens.shape}; give a one-dimensional array of token ids")

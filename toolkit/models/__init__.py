@@ -1,4 +1,5 @@
-"""Models: loading under ZeRO, the vocabulary that two of them share, the passes of engines, and the student."""
+"""Models: loading under ZeRO, the vocabulary that two of them share, the passes of engines, and the student. Imports
+batch, data's probe, divergences, ranks, seeds, settings and storage."""
 
 from toolkit.models.build import build_student, whole_student
 from toolkit.models.engines import Student, objective_of

@@ -1,7 +1,5 @@
 """Teacher and student, built: loaded, checked, adapted and handed to DeepSpeed, or left whole on each rank."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import deepspeed

@@ -5,8 +5,6 @@ frozen ones (a teacher's, those under adapters) are kept as transformers would h
 fp32 copies in the optimizer, as all trained weights are, and a warning says what that changes.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch
@@ -27,6 +25,7 @@ def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
 def train_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give the parameters that are trained the dtype that deepspeed trains them in, before it takes them, and tell on
     rank 0 how far that moves the model's own. Collective."""
+    # By name, without the numbers of layers: how far each weight moves, relative to its size.
     moved: dict[str, list[float]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or parameter.dtype == dtype:

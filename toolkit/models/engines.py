@@ -3,8 +3,6 @@
 Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher and student, V head rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The trained student as a plain Hugging Face folder, with adapters merged into it."""
 
-from __future__ import annotations
-
 import copy
 import re
 import shutil

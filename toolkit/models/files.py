@@ -1,7 +1,5 @@
 """The files that a model is made of, in a folder or on the hub."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A GGUF file names the rules of its tokenizer. transformers knows some of the nam
 others without a word; a vocabulary of sentencepiece's it gives to LLaMA's class, which loses a leading space.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a model is made of, by content: two names of one model are equal, one name of two models is not."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import NotRequired, TypedDict

@@ -4,8 +4,6 @@ The adapters are put into the model in place: it keeps its class and its parts, 
 checkpoints find what they find in any model. Adapter matrices have the base's dtype; the optimizer holds them in fp32.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Whether a model keeps the texts of one row apart, asked of the model itself."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Layers of a frozen model that work on a part of their rows at a time, where memory runs out."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A model folder that older versions of transformers, and other users of the machine, read as the same model."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

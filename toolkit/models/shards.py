@@ -4,8 +4,6 @@ A piece is named by its parameter and by where it starts in the flattened parame
 nothing about the number of ranks or the ZeRO stage: any other layout reads the ranges that it needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

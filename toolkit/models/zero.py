@@ -7,8 +7,6 @@ outside of this file: `toolkit/ranks/builds.py`, which is imported before any mo
 "Partitioned" is a parameter of which ZeRO-3 keeps one part on each rank; its `data` is then an empty tensor.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 from collections.abc import Iterable, Iterator, Mapping

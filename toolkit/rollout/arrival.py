@@ -9,8 +9,6 @@ learning rate changes them: this comparison alone would take old weights for new
   by digit, while the student's own change, has read nothing.
 """
 
-from __future__ import annotations
-
 import filecmp
 import shutil
 from pathlib import Path

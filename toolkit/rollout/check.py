@@ -1,7 +1,5 @@
 """Whether a model says, through a decode loop and its cache, what it says without: asked of the model itself."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -3,14 +3,12 @@
 Where the whole model does not fit on a rank, it generates sharded, all ranks in step.
 """
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -232,7 +230,7 @@ class _InStep:
         self.owes_pass = _agree(going, None)
         return self.owes_pass
 
-    def __enter__(self) -> _InStep:
+    def __enter__(self) -> Self:
         def enter(*_: Any) -> None:
             self.is_inside = True
 

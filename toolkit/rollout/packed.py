@@ -4,8 +4,6 @@ A step of generation multiplies few rows with every weight, which oneDNN does fa
 of training. Making it costs one pass over the weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """When the student generates: pure decisions, equal on all ranks and after a resume (Algorithm 1, arXiv 2402.03898)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from enum import Enum

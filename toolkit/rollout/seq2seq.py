@@ -8,8 +8,6 @@ Shapes as in `decode`: N tokens of this pass, R rows of the cache, B rows runnin
 S tokens of the longest of them, P places for a row's prompt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast

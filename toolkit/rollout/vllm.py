@@ -147,6 +147,7 @@ class VllmRollout(Rollout):
         }
         if self.banned:
             asked["logit_bias"] = self.banned
+        # What comes back is trained on, so it has to be a text of the student's vocabulary that ends where it should.
         choice = self._completion(prompt, asked, deadline_s)
         ids, reason, eos_ids = choice.get("token_ids"), choice.get("finish_reason"), self.vocabulary.eos_ids
         if not ids or not all(isinstance(token, int) for token in ids):
@@ -233,6 +234,7 @@ class VllmRollout(Rollout):
             if time.monotonic() + 1 > deadline_s:  # other users' requests may hold blocks for a while
                 raise self._wrong("does not give its prefix cache up, text would be by older weights")
             time.sleep(0.2)
+        # It answers now, and what it says of the probe shows by which weights.
         found = self._servers_log_probs(ids, deadline_s)
         is_first = self.arrivals.folder is None
         if objection := self.arrivals.objection(folder, wanted, found):
@@ -243,6 +245,7 @@ class VllmRollout(Rollout):
                 "log-probabilities: weights that do not arrive show only when they differ by more than rounding",
                 flush=True,
             )
+        # The folder of this push stays: the next one is compared with it.
         for older in (self.folder / HAND_OVER, *self.folder.glob("step-*")):
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
