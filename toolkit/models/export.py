@@ -145,7 +145,7 @@ def _contradictions(settings: GenerationConfig) -> list[str]:
 
 
 def _ties_of_head(model: PreTrainedModel) -> dict[str, str]:
-    """The further names of the head's weight, each with the name that named_parameters() gives it; none if not tied."""
+    """The other names of a tied head's weight, each with the name under which named_parameters() lists it."""
     head = model.get_output_embeddings()
     if head is None:
         return {}

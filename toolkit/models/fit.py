@@ -1,8 +1,8 @@
 """Whether the files of a model fit its configuration, asked of transformers before a weight is read.
 
-Under ZeRO-3 transformers reports no tensor that it leaves out: a file of 24 layers under a configuration of 12 loads as
-if all of it fitted. The same load on torch's meta device, of names and shapes alone, tells all of it, in well under a
-second and alike on every rank.
+Under ZeRO-3 transformers reports no tensor that it leaves out: a file of 24 layers under a configuration of 12 loads
+without a word. The same load on torch's meta device, of names and shapes alone, tells all of it, in well under a second
+and alike on every rank.
 """
 
 import logging

@@ -34,8 +34,8 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
     @functools.wraps(forward)
     def run(hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = len(hidden_BTH)
+        # Generation halves its batch by itself, and its cache holds all of the rows.
         if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
-            # This is generation, which halves its batch by itself; the cache holds all of its rows.
             return forward(hidden_BTH, *args, **kwargs)
 
         def part(value: Any, start: int, end: int) -> Any:

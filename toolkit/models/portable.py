@@ -12,8 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-#: names in transformers 4 of: the rotary base of all layers, or of those with full attention; the base of the layers
-#: with sliding attention; the share of a head that is rotated. Families differ.
+#: Three names that transformers 4 has, family by family: of the rotary base (of the layers with full attention, where
+#: there are two), of the base of the layers with sliding attention, and of the share of a head that is rotated.
 SPELLINGS = (
     ("rope_theta", None, "partial_rotary_factor"),
     ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"),

@@ -268,8 +268,8 @@ def load_weights_from_masters(engine: deepspeed.DeepSpeedEngine) -> None:
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return
-    # 0.19.8, ZeRO-3: small parameters stay gathered between steps. Their whole copies, and hpZ's, are of the weights
-    # before: they are dropped, and the small ones gathered again.
+    # 0.19.8, ZeRO-3: small parameters stay gathered between steps. Their whole copies and hpZ's hold the weights of
+    # before: they are dropped, and the small ones are gathered again.
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)

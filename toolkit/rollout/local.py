@@ -39,7 +39,7 @@ from toolkit.rollout.seq2seq import decode_seq2seq
 __all__ = ["GatheredRollout", "Rollout", "RolloutStats", "SeededSampling", "sequence_seed", "whole_model"]
 
 MIB = 2**20
-ROOM = 0.8  # of the free memory, for weights and what the cache takes at least
+ROOM = 0.8  # share of the free memory that the whole weights and the smallest cache may take
 DecodeLoop = Callable[..., tuple[list[np.ndarray], DecodeStats]]
 #: layout of rows -> the loop that makes text of a model of it
 LOOPS: dict[type[RowLayout], Callable[[PreTrainedModel], DecodeLoop]] = {
@@ -65,8 +65,7 @@ class RolloutStats:
 class Rollout(RolloutEngine):
     """What a training loop asks of an engine that generates student text.
 
-    last: what this rank did in the last call. weights_step: the optimizer step whose weights are spoken by; text is as
-    old as they are.
+    last: what this rank did in the last call. weights_step: the optimizer step whose weights make the text.
     """
 
     vocabulary: Vocabulary
@@ -171,17 +170,13 @@ class GatheredRollout(Rollout):
     def _gathers(self, row_bytes: int) -> bool:
         if self.engine.zero_optimization_stage() < 3 or self.gather == "always":
             return True
-        if self.gather == "never":
-            return False
-        return self._fits(self._bytes_to_gather(), row_bytes)
+        return self.gather == "auto" and self._fits(self._bytes_to_gather(), row_bytes)
 
     def _packs(self, row_bytes: int) -> bool:
         """Whether weights are packed, on all ranks or on none: its products round otherwise."""
         model = self.engine.module.model
-        if not packs(model):
-            return False
         whole = sum(zero.whole_numel(p) * p.element_size() for p in model.parameters())
-        return self._fits(self._bytes_to_gather() + whole, row_bytes)
+        return packs(model) and self._fits(self._bytes_to_gather() + whole, row_bytes)
 
     def _bytes_to_gather(self) -> int:
         parameters = self.engine.module.model.parameters()
@@ -215,8 +210,8 @@ def joined(prompts: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> list[E
 class _InStep:
     """Ranks whose every pass of the model is a collective: they go on together, and fail together.
 
-    Between two passes a rank that failed tells the others where they ask whether to go on, having made the pass that it
-    still owed. Inside a pass it cannot: the others wait in gathers of layers that it has not reached. Its error is then
+    A rank that fails between two passes makes the pass that it still owes, and tells the others where they ask whether
+    to go on. Inside a pass it cannot: the others wait in gathers of layers that it has not reached. Its error is then
     raised on this rank alone, and ends the job as an error in a training step does.
     """
 
