@@ -96,10 +96,8 @@ class TokenBatch:
     @classmethod
     def from_rows(cls, rows: Rows, pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
         """Rows of one or more examples, one after the other, that do not see each other; padded to the longest row,
-        rounded up to `pad_to_multiple`.
-
-        Raises ValueError for no examples, for a pad id that is not an id, and for pad_to_multiple < 1.
-        """
+        rounded up to `pad_to_multiple`. Raises ValueError for no examples, for a pad id that is not an id, and for
+        pad_to_multiple < 1."""
         if not rows or not all(rows):
             raise ValueError("a TokenBatch of 0 examples; every rank needs at least one row per micro-batch")
         if pad_id is None or pad_id < 0:

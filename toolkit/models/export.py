@@ -59,10 +59,8 @@ def export_student(
 
 def rehearse_export(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
     """Rank 0 writes what `export_student` will write, but no weights, and deletes it. So a configuration, tokenizer or
-    adapter that cannot be written is told before the first step, and not after the last one. Collective.
-
-    Returns what the user should know of the exports. Raises ValueError, on every rank, if writing fails.
-    """
+    adapter that cannot be written is told before the first step, and not after the last one. Collective. Returns what
+    the user should know of the exports. Raises ValueError, on every rank, if writing fails."""
 
     def write() -> Changes:
         unfinished = unfinished_name(folder)

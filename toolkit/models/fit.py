@@ -63,10 +63,8 @@ def rehearse(
 
 def check_fit(path: str, model: PreTrainedModel, found: Mapping[str, set], keeps_all_layers: bool = True) -> None:
     """Tells, on rank 0, the names of tensors that transformers leaves out. `found`: its loading info on `model`.
-
     keeps_all_layers: False where layers were taken off the end on purpose. Raises ValueError for parameters that are
-    missing or have another shape, and for layers that are left over: the model would not be that of the files.
-    """
+    missing or have another shape, and for layers that are left over: the model would not be that of the files."""
     # Another shape, or a parameter without a value: the model would not be that of the files.
     if wrong := sorted(found.get("mismatched_keys", ())):
         name, stored, wanted = wrong[0]

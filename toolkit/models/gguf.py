@@ -30,10 +30,8 @@ BYTE_PIECE = 6  # of sentencepiece's types, which GGUF has too
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model in `file`, in bf16, and its tokenizer into the empty `folder`.
-
-    Raises ValueError for a tokenizer that cannot be read as the file means it.
-    """
+    """Write the model in `file`, in bf16, and its tokenizer into the empty `folder`. Raises ValueError for a tokenizer
+    that cannot be read as the file means it."""
     tokenizer = gguf_tokenizer(file)  # first: it is what may be refused
     # Without dequantize, transformers keeps packed weights that run slowly and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(

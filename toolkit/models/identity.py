@@ -23,10 +23,8 @@ class RunIdentity(TypedDict):
 
 
 def file_hashes(path: str) -> dict[str, str]:
-    """SHA-256 of the weights, configuration and tokenizer in the folder `path`; of "" there are none.
-
-    The files are dealt over the ranks. Collective.
-    """
+    """SHA-256 of the weights, configuration and tokenizer in the folder `path`; of "" there are none. The files are
+    dealt over the ranks. Collective."""
     rank, world = collectives.rank(), collectives.world()
     files = _model_files(path)
 

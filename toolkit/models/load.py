@@ -83,10 +83,8 @@ def base_name(model: ModelConfig, path: str) -> str:
 
 
 def row_layout(model: ModelConfig, path: str) -> RowLayout:
-    """How the model reads a prompt and its response.
-
-    `path` is what `materialize` returned. Raises ValueError for a configuration that is not to be had or not known.
-    """
+    """How the model reads a prompt and its response. `path` is what `materialize` returned. Raises ValueError for a
+    configuration that is not to be had or not known."""
     with _told_plainly(model, path):
         return layout_of(_configuration(model, path))
 
@@ -267,11 +265,9 @@ def _weight_names(path: str) -> set[str]:
 
 
 def _untied(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`kind` with a head of its own.
-
-    transformers 5 ties every T5, unless the checkpoint's head differs from its embeddings. Under ZeRO-3 it compares
-    what is left of two partitioned parameters, finds nothing equal to nothing, and drops the head.
-    """
+    """`kind` with a head of its own. transformers 5 ties every T5, unless the checkpoint's head differs from its
+    embeddings. Under ZeRO-3 it compares what is left of two partitioned parameters, finds nothing equal to nothing, and
+    drops the head."""
     ties = {name: source for name, source in (kind._tied_weights_keys or {}).items() if name != "lm_head.weight"}
     return type(kind.__name__, (kind,), {"_tied_weights_keys": ties})
 

@@ -13,11 +13,9 @@ from toolkit.ranks.memory import Halving
 
 
 def split_where_memory_runs_out(model: PreTrainedModel) -> None:
-    """Lets each decoder layer of a frozen model work on half of its rows, a quarter, ..., once memory runs out.
-
-    ZeRO-3 gathers a layer as a whole then: inside it nothing communicates, and a rank that repeats a layer keeps in
-    step with the others. To be called before `zero.initialize`.
-    """
+    """Lets each decoder layer of a frozen model work on half of its rows, a quarter, ..., once memory runs out. ZeRO-3
+    gathers a layer as a whole then: inside it nothing communicates, and a rank that repeats a layer keeps in step with
+    the others. To be called before `zero.initialize`."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:

@@ -55,11 +55,9 @@ def make_portable(folder: Path) -> None:
 
 
 def with_former_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config.json of transformers 5, with what transformers 4 calls the same beside them.
-
-    Names of rotary positions are added only where transformers 5 reads the same positions from them as from its own
-    `rope_parameters`. It still reads files of transformers 4, and knows which family spells them how.
-    """
+    """The values of a config.json of transformers 5, with what transformers 4 calls the same beside them. Names of
+    rotary positions are added only where transformers 5 reads the same positions from them as from its own
+    `rope_parameters`. It still reads files of transformers 4, and knows which family spells them how."""
     config = {name: with_former_names(part) if isinstance(part, dict) else part for name, part in config.items()}
     family = config.get("model_type", "")
     # Fields and kinds of layers that have another name.

@@ -63,10 +63,8 @@ class Difference(NamedTuple):
 
 def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
     """`model.tokenizer`, else the one at `path`. A sentencepiece .model file is read with the settings that lie beside
-    it, and texts begin with its BOS unless those say otherwise. A missing pad token is set to EOS.
-
-    Raises ValueError where there is none, where it has no EOS token, and where it gives other ids than its file.
-    """
+    it, and texts begin with its BOS unless those say otherwise. A missing pad token is set to EOS. Raises ValueError
+    where there is none, where it has no EOS token, and where it gives other ids than its file."""
     name = os.path.expanduser(model.tokenizer or path)
     try:
         tokenizer = _from_file(Path(name)) if name.endswith(".model") else _from_folder(name, model.trust_remote_code)

@@ -26,11 +26,9 @@ class Vocabulary(NamedTuple):
 def shared_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()
 ) -> Vocabulary:
-    """other_ends: ids that end a generated text as EOS does, see `generation_ends`.
-
-    Raises ValueError where the two tokenizers give an id two meanings: their distributions cannot be compared; and
-    where they split texts differently: the teacher would be asked about texts of a kind that it was not trained on.
-    """
+    """What both tokenizers have. other_ends: ids that end a generated text as EOS does, see `generation_ends`. Raises
+    ValueError where they give an id two meanings: their distributions cannot be compared; and where they split texts
+    differently: the teacher would be asked about texts of a kind that it was not trained on."""
     # Equal tables of tokens, equal ids for the same texts, and the same end of a text.
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     if theirs != ours:

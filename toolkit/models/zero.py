@@ -51,10 +51,8 @@ def is_whole(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters are whole on every rank. What is written into them is lost. Collective to enter.
-
-    Raises RuntimeError for a parameter that an outer `gathered` holds already.
-    """
+    """Inside, the parameters are whole on every rank. What is written into them is lost. Collective to enter. Raises
+    RuntimeError for a parameter that an outer `gathered` holds already."""
     # 0.19.8: parameters that are not partitioned are passed over, and a list without any partitioned one is no
     # collective. With modifier_rank=None nothing is broadcast on the way out.
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
@@ -231,10 +229,8 @@ def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def owned(engine: deepspeed.DeepSpeedEngine) -> Iterator[Owned]:
-    """The pieces of trained parameters whose fp32 copies are on this rank; nothing is communicated.
-
-    Raises ValueError for an optimizer on NVMe, and for another ZeRO stage than 1, 2 and 3.
-    """
+    """The pieces of trained parameters whose fp32 copies are on this rank; nothing is communicated. Raises ValueError
+    for an optimizer on NVMe, and for another ZeRO stage than 1, 2 and 3."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):

@@ -175,10 +175,8 @@ AttentionInterface.register(ATTENTION, _attend)  # and no mask under this name: 
 
 class Passes:
     """The model's passes over the rows of a cache: what `decode` has to know of a kind of model. All give hidden_BH.
-
     begins: for each prompt the tokens that its row starts with. attending: the configuration of the layers that attend
-    by way of the cache.
-    """
+    by way of the cache."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
         self.model, self.begins, self.device, self.attending = model, prompts, model.device, model.config

@@ -63,10 +63,8 @@ class RolloutStats:
 
 
 class Rollout(RolloutEngine):
-    """What a training loop asks of an engine that generates student text.
-
-    last: what this rank did in the last call. weights_step: the optimizer step whose weights make the text.
-    """
+    """What a training loop asks of an engine that generates student text. last: what this rank did in the last call.
+    weights_step: the optimizer step whose weights make the text."""
 
     vocabulary: Vocabulary
     last: RolloutStats | None = None
@@ -74,11 +72,9 @@ class Rollout(RolloutEngine):
 
     @abstractmethod
     def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
-        """Prompts (int [L] each) and what the model says after them, EOS included where it came, order kept.
-
-        Every rank calls it, with any number of prompts, none included. What fails on one rank is raised on all.
-        Raises ValueError unless there is one seed a prompt, and for a prompt without tokens or with unknown ones.
-        """
+        """Prompts (int [L] each) and what the model says after them, EOS included where it came, order kept. Every rank
+        calls it, with any number of prompts, none included. What fails on one rank is raised on all. Raises ValueError
+        unless there is one seed a prompt, and for a prompt without tokens or with unknown ones."""
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """DeepSpeed's interface: a left-padded batch, `n_samples_per_prompt` texts for each row, beside each other."""

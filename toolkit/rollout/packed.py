@@ -27,9 +27,7 @@ def packs(model: nn.Module) -> bool:
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers multiply with packed copies of the weights that they have when it is entered; no gradients.
-
-    It takes as much memory again as those weights. Nothing is done where `packs` says no.
-    """
+    It takes as much memory again as those weights. Nothing is done where `packs` says no."""
     kinds = (nn.Linear, Conv1D) if packs(model) else ()
     layers = [part for part in model.modules() if isinstance(part, kinds) and type(part) in kinds]
     try:

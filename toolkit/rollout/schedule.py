@@ -26,12 +26,9 @@ class ScheduleState:
 
 
 class Schedule:
-    """Decides the source of every step, and moves phi at validations.
-
-    All ranks hold an equal Schedule as long as they pass equal losses to `observe_validation`: pass the loss reduced
-    over ranks. `state` is that of a run which goes on. Raises ValueError for an invalid config, a total_steps below 1,
-    or a seed outside [0, 2**64).
-    """
+    """Decides the source of every step, and moves phi at validations. All ranks hold an equal Schedule as long as they
+    pass equal losses to `observe_validation`: pass the loss reduced over ranks. `state` is that of a run which goes on.
+    Raises ValueError for an invalid config, a total_steps below 1, or a seed outside [0, 2**64)."""
 
     def __init__(self, config: ScheduleConfig, seed: int, total_steps: int, state: ScheduleState | None = None):
         config.validate()

@@ -88,10 +88,8 @@ class VllmRollout(Rollout):
         self.weights_step, self.pushed = step, True
 
     def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
-        """See `Rollout`. All of a call's requests together may take rollout.server_timeout_s.
-
-        Raises ValueError, on every rank, for a server that does not answer, or answers what it was not asked.
-        """
+        """See `Rollout`. All of a call's requests together may take rollout.server_timeout_s. Raises ValueError, on
+        every rank, for a server that does not answer, or answers what it was not asked."""
         collectives.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
         started_s = time.perf_counter()
         texts = collectives.together(lambda: self._texts(prompts, sampling))
@@ -112,17 +110,13 @@ class VllmRollout(Rollout):
     def _texts(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[np.ndarray]:
         self._check_room(max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens)
         deadline_s = self._deadline_s
+
+        def text(prompt: np.ndarray, seed: int) -> np.ndarray:
+            return self._text(prompt, seed, sampling, deadline_s)
+
+        # A request that fails cancels those that are not made yet.
         with ThreadPoolExecutor(max(1, min(len(prompts), self._at_once))) as pool:
-            asked = [
-                pool.submit(self._text, prompt, seed, sampling, deadline_s)
-                for prompt, seed in zip(prompts, sampling.seeds, strict=True)
-            ]
-            try:
-                return [one.result() for one in asked]
-            except ValueError:
-                for one in asked:
-                    one.cancel()
-                raise
+            return list(pool.map(text, prompts, sampling.seeds))
 
     def _check_room(self, longest: int) -> None:
         if longest > self.max_model_len:
