@@ -42,11 +42,12 @@ def check_packing(role: str, engine: Any, vocabulary: Vocabulary) -> None:
 
 
 def measure(engine: Any, vocabulary: Vocabulary) -> Moved:
-    """Rows are a watched text, a neighbour, a watched one, ...; in a second pass all neighbours are others. Collective.
+    """How far texts move where others stand beside them. Collective.
 
-    A causal model's first texts see no neighbour: what they move by is rounding, of experts for instance that multiply
-    other numbers of tokens. Of each place in a text the median over texts is taken, of the places the largest: a
-    convolution reaches the first tokens of the next text alone, rounding sends some token to another expert.
+    Each row is a watched text, a neighbour, a watched one, ...; a second pass has other neighbours. The first text of a
+    row sees none of them: what it moves by is rounding, for instance of experts that multiply other numbers of tokens.
+    Of each place in a text the median over texts counts, as rounding may send one token to another expert; of the
+    places the largest, as a convolution reaches the first tokens of the next text alone.
     """
     draw = np.random.default_rng(0)
 

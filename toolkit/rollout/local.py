@@ -23,15 +23,8 @@ from toolkit.models.head import stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import Halving, free_bytes
-from toolkit.rollout.decode import (
-    DecodeStats,
-    cache_bytes_per_token,
-    decode,
-    idle_pass,
-    is_supported,
-    plain_decode,
-    row_tokens,
-)
+from toolkit.rollout.cache import cache_bytes_per_token, row_tokens
+from toolkit.rollout.decode import DecodeStats, decode, idle_pass, is_supported, plain_decode
 from toolkit.rollout.packed import packed_weights, packs
 from toolkit.rollout.sampling import SeededSampling, sequence_seed
 from toolkit.rollout.seq2seq import decode_seq2seq

@@ -41,8 +41,8 @@ class VllmRollout(Rollout):
     """Every rank asks the server for its own texts; rank 0 hands the weights over.
 
     `sync_weights(step)` pushes where no push lies between `step` and the last multiple of rollout.sync_every_steps, so
-    weights are at most that many steps old, less one, and none are pushed that nobody speaks by. The first call after a
-    resume pushes. What the server says of fixed tokens then shows whether they arrived (`toolkit.rollout.arrival`).
+    weights are less than that many steps old. The first call after a resume pushes. What the server says of fixed
+    tokens then shows whether they arrived (`toolkit.rollout.arrival`).
     """
 
     name = "vllm"
