@@ -38,6 +38,11 @@ class Schedule:
         self.config, self.seed, self.total_steps = config, seed, total_steps
         self.state = state or ScheduleState(config.phi_initial)
 
+    def probabilities(self, step: int) -> dict[Source, float]:
+        """P(source) at `step`, with the present phi. Raises ValueError outside 0 <= step <= total_steps."""
+        generate, student = self._thresholds(step)
+        return {Source.GENERATE: generate, Source.REPLAY: student - generate, Source.DATASET: 1 - student}
+
     def decide(self, step: int) -> Source:
         """Where this step's window comes from; a function of (seed, step, phi) alone.
 
