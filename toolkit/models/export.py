@@ -89,6 +89,7 @@ def _write(
 ) -> Changes:  # fmt: skip
     """Fills the empty `folder` with these weights by name; returns what `_savable` changed. adapter: LoRA's weights.
     has_own_head: the weights of a tied model hold its head a second time."""
+    # What the configuration says of the exported model, and not of the one in training.
     config = copy.deepcopy(model.config)
     config.use_cache = True
     if has_own_head:

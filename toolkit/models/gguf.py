@@ -80,6 +80,7 @@ def _of_sentencepiece(value: Callable[..., Any]) -> PreTrainedTokenizerBase:
     scores, kinds = value("tokenizer.ggml.scores"), value("tokenizer.ggml.token_type")
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
         model.pieces.add(piece=token.replace(" ", SPACE), score=score, type=kind)
+    # As LLaMA's: pieces are merged by score, what has no piece is bytes, and a space goes before each text unless told.
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.byte_fallback = any(piece.type == BYTE_PIECE for piece in model.pieces)

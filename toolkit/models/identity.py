@@ -11,7 +11,7 @@ from toolkit.storage.manifest import sha256
 
 class RunIdentity(TypedDict):
     """What a run is made of beside its settings, as checkpoints and summaries keep it. The hashes of a model are by
-    file name. teacher_cache: of the stored answers that it learned from, if it did."""
+    file name. teacher_cache: the hash of the stored answers that it learned from, if it did."""
 
     teacher_path: str
     teacher_sha256: dict[str, str]

@@ -125,6 +125,7 @@ def initialize(
     it; for ZeRO-3 the model has to be made under zero.Init. Collective."""
     # 0.19.8: deepspeed.initialize casts all parameters of a module that zero.Init did not make to the engine's
     # precision, frozen ones as well. Those that zero.Init made it leaves alone.
+    # So they are put aside, and put back into the module that the engine holds.
     model = module.get_submodule("model")
     others = (p for p in model.parameters() if p.dtype != model.dtype and not is_partitioned(p))
     kept = [(parameter, parameter.data) for parameter in others if not parameter.requires_grad]

@@ -117,6 +117,7 @@ class RaggedCache(Cache):
 
     def _places(self, heads: int) -> Tensor:
         """Index of each new (head, token) among all R x K x C places."""
+        # Layers with as many heads write to the same places in a pass.
         if ("places", heads) not in self.made:
             head_K = torch.arange(heads, device=self.row_N.device)
             first_KN = (self.row_N * heads)[None, :] + head_K[:, None]
@@ -124,6 +125,7 @@ class RaggedCache(Cache):
         return self.made["places", heads]
 
     def _padded_places(self) -> Tensor:
+        """Index of each new token among the places of prompts that are padded to the longest, [N]."""
         if "padded" not in self.made:
             lengths = torch.tensor(self.lengths, device=self.row_N.device)
             row_N = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
@@ -131,6 +133,7 @@ class RaggedCache(Cache):
         return self.made["padded"]
 
     def _mask(self, kind: tuple[str, int | None], dtype: torch.dtype) -> Tensor:
+        """Minus infinity where a token must not look: behind its own place, and before its window."""
         if kind not in self.made:
             name, window = kind
             seen = torch.arange(self.width, device=self.row_N.device)

@@ -168,6 +168,7 @@ class VllmRollout(Rollout):
 
     def _wait_for_server(self) -> tuple[str, int]:
         """(name of the served model, tokens it holds) of a server that was started with this run's folder."""
+        # Nobody may listen yet, which is waited for; a server that answers otherwise is refused at once.
         deadline_s, told = self._deadline_s, False
         while True:
             try:
