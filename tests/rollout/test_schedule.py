@@ -44,7 +44,7 @@ PROBABILITIES = [
 def test_probabilities_and_draws_around_one_point(fields, progress, generate, replay):
     schedule = make(**fields, total_steps=1000)
     expected = {Source.GENERATE: generate, Source.REPLAY: replay, Source.DATASET: 1 - generate - replay}
-    assert schedule._thresholds(int(progress * 1000)) == pytest.approx((generate, generate + replay))
+    assert schedule.probabilities(int(progress * 1000)) == pytest.approx(expected)
     drawn = [make(seed, 1000, **fields).decide(int(progress * 1000)) for seed in range(2000)]
     for source, probability in expected.items():
         assert_binomial(drawn.count(source), len(drawn), probability)

@@ -7,7 +7,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 
 from toolkit.batch import EncoderDecoder
 from toolkit.models.vocabulary import Vocabulary
-from toolkit.rollout.decode import cache_bytes_per_token
+from toolkit.rollout.cache import cache_bytes_per_token
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, uniform_draws
 from toolkit.rollout.seq2seq import decode_seq2seq
 

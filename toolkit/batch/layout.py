@@ -1,11 +1,9 @@
 """How a model reads a prompt and its response: in one row, or each in a row and by a stack of its own.
 
 What follows from that is asked of a `RowLayout`, and nobody else asks whether a model has an encoder. What takes more
-than the tokens, passes of a model and loops of generation, stands in tables by the layout's type, each in its own room:
-`HIDDEN_STATES` (models) and `LOOPS` (rollout). Files of models, and layers that are taken out of them, are outside of
-it: they are about a model's stacks, and not about rows.
-
-Shapes as in `token_batch`.
+than tokens stands in tables by the layout's type: passes of a model (`HIDDEN_STATES` in models) and loops of generation
+(`LOOPS` in rollout). Files of models, and layers that are taken out of them, are about stacks and not about rows, and
+so outside of it. Shapes as in `token_batch`.
 """
 
 from __future__ import annotations
@@ -106,8 +104,7 @@ class EncoderDecoder(RowLayout):
 
     name = "encoder_decoder"
     task_type = "SEQ_2_SEQ_LM"
-    # EOS.
-    prompt_ending = 1
+    prompt_ending = 1  # EOS
     # The encoder runs over prompts alone, and so do the cross-attention's projections of what it made.
     steps_differ = True
 
@@ -118,6 +115,7 @@ class EncoderDecoder(RowLayout):
 
     def batch_of_rows(self, rows: Rows, pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
         """Two padded blocks, of the encoder's tokens and of the decoder's. Each row holds one example."""
+        # The decoder's row is its start id, as a prompt, and the response.
         examples = [example for (example,) in rows]
         said = [[Example(np.concatenate([[self.start_id], example.response]), 1)] for example in examples]
         decoder = TokenBatch.from_rows(said, pad_id, pad_to_multiple)

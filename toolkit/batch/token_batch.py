@@ -34,6 +34,7 @@ class Example:
     text_starts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # One line of ids, of which at least one is predicted.
         tokens = np.asarray(self.tokens)
         if tokens.ndim != 1:
             raise ValueError(f"Example.tokens has shape {tokens.shape}; give a one-dimensional array of token ids")
@@ -95,10 +96,8 @@ class TokenBatch:
     @classmethod
     def from_rows(cls, rows: Rows, pad_id: int, pad_to_multiple: int = 8) -> TokenBatch:
         """Rows of one or more examples, one after the other, that do not see each other; padded to the longest row,
-        rounded up to `pad_to_multiple`.
-
-        Raises ValueError for no examples, for a pad id that is not an id, and for pad_to_multiple < 1.
-        """
+        rounded up to `pad_to_multiple`. Raises ValueError for no examples, for a pad id that is not an id, and for
+        pad_to_multiple < 1."""
         if not rows or not all(rows):
             raise ValueError("a TokenBatch of 0 examples; every rank needs at least one row per micro-batch")
         if pad_id is None or pad_id < 0:

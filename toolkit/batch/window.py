@@ -1,7 +1,5 @@
 """An optimizer step's examples, laid into micro-batches of about equal size with little padding."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Callable, Sequence
@@ -25,9 +23,9 @@ def make_window(
     """One rank's share of an optimizer step as len(examples) / micro_size micro-batches.
 
     The step's loss is a sum over all of them, so which example lies in which is free. They are sorted by length,
-    longest first: little padding, and what does not fit into memory is seen at once. With `pack_to`, each micro-batch
-    gets about as many tokens as the others, laid into the rows, of at most `pack_to` tokens, that need the least
-    padding; no row is longer than `pack_to` but for an example that is.
+    longest first: little padding, and what does not fit into memory is seen at once. With `pack_to`, micro-batches get
+    about as many tokens each, in the rows that need the least padding, none longer than `pack_to` but for an example
+    that is.
 
     micro_tokens: in place of micro_size, as few micro-batches as hold at most so many tokens each, padding included,
     but for one example that has more by itself. All ranks have to take as many: `agree` is told this rank's number
@@ -37,10 +35,8 @@ def make_window(
     a layout that does not take several texts in a row.
     """
     if not examples or (micro_tokens is None and (micro_size < 1 or len(examples) % micro_size)):
-        raise ValueError(
-            f"a window of {len(examples)} examples in micro-batches of {micro_size}; "
-            "the window must hold at least one micro-batch and be a multiple of its size"
-        )
+        told = f"a window of {len(examples)} examples in micro-batches of {micro_size}"
+        raise ValueError(f"{told}; the window must hold at least one micro-batch and be a multiple of its size")
     layout.check_use(packing=pack_to is not None)
 
     def in_rows(part: Sequence[Example]) -> Rows:
@@ -49,6 +45,7 @@ def make_window(
     def area(rows: Rows) -> int:
         return layout.area(rows, pad_to_multiple)
 
+    # Micro-batches by a bound on tokens, of about as many tokens, or of as many examples.
     ordered = sorted(examples, key=_length, reverse=True)
     if micro_tokens is not None:
         fill = _fill_sorted if pack_to is None else _fill_evenly
@@ -91,13 +88,10 @@ def _split_up(parts: list[Rows], count: int, area: Callable[[Rows], int]) -> lis
     parts = list(parts)
     while len(parts) < count:
         index = max((i for i, rows in enumerate(parts) if sum(map(len, rows)) > 1), key=lambda i: area(parts[i]))
-        rows = parts[index]
-        if len(rows) > 1:
-            halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-        else:
-            (row,) = rows
-            halves = [[row[: len(row) // 2]], [row[len(row) // 2 :]]]
-        parts[index : index + 1] = halves
+        rows, row = parts[index], parts[index][0]
+        by_rows = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        by_examples = [[row[: len(row) // 2]], [row[len(row) // 2 :]]]
+        parts[index : index + 1] = by_rows if len(rows) > 1 else by_examples
     return parts
 
 

@@ -1,7 +1,5 @@
 """Teacher and student, built: loaded, checked, adapted and handed to DeepSpeed, or left whole on each rank."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import deepspeed
@@ -90,6 +88,7 @@ def _optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict[str, 
     others = [p for p in trained if len(zero.whole_shape(p)) <= 1]
     groups = (matrices, config.weight_decay), (others, 0.0)
     parameters = [{"params": group, "weight_decay": decay} for group, decay in groups if group]
+    # Plain SGD, or AdamW: deepspeed's where states lie in CPU memory, torch's fused one otherwise.
     if config.name == "sgd":
         return torch.optim.SGD(parameters, lr=config.lr)
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}

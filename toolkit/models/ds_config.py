@@ -1,7 +1,5 @@
 """DeepSpeed JSON files: sharding, offload, communication, monitors. What RunConfig owns is refused in them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

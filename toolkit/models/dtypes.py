@@ -5,8 +5,6 @@ frozen ones (a teacher's, those under adapters) are kept as transformers would h
 fp32 copies in the optimizer, as all trained weights are, and a warning says what that changes.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch
@@ -19,14 +17,15 @@ from toolkit.ranks.output import say
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
-    """By name, of parameters (tied ones under each of their names) and buffers."""
+    """The dtype of each parameter and buffer, by name; of a tied one under each of its names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tensor.dtype for name, tensor in named}
 
 
 def train_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters that are trained the dtype that deepspeed trains them in, before it takes them, and tell on
-    rank 0 how far that moves the model's own. Collective."""
+    """Give trained parameters the dtype that deepspeed trains in, before it takes them, and tell on rank 0 how far that
+    moves the model's own. Collective."""
+    # By name, without the numbers of layers: how far each weight moves, relative to its size.
     moved: dict[str, list[float]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or parameter.dtype == dtype:

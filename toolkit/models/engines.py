@@ -3,8 +3,6 @@
 Shapes: N response positions of a micro-batch, Ht and Hs hidden sizes of teacher and student, V head rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,6 +196,7 @@ def _of_one_stack(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 def _of_encoder_and_decoder(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """hidden_BTH of the decoder. The stacks run one by one: the model is its own base model, and would run its head."""
     stacks: Any = model
+    # The encoder reads the prompts, and the decoder what it made of them and the responses.
     inputs = batch.model_inputs()
     mask_BS = inputs["attention_mask"]
     encoded_BSH = stacks.encoder(input_ids=inputs["input_ids"], attention_mask=mask_BS).last_hidden_state

@@ -1,7 +1,5 @@
 """The trained student as a plain Hugging Face folder, with adapters merged into it."""
 
-from __future__ import annotations
-
 import copy
 import re
 import shutil
@@ -61,10 +59,8 @@ def export_student(
 
 def rehearse_export(student: Student, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
     """Rank 0 writes what `export_student` will write, but no weights, and deletes it. So a configuration, tokenizer or
-    adapter that cannot be written is told before the first step, and not after the last one. Collective.
-
-    Returns what the user should know of the exports. Raises ValueError, on every rank, if writing fails.
-    """
+    adapter that cannot be written is told before the first step, and not after the last one. Collective. Returns what
+    the user should know of the exports. Raises ValueError, on every rank, if writing fails."""
 
     def write() -> Changes:
         unfinished = unfinished_name(folder)
@@ -93,6 +89,7 @@ def _write(
 ) -> Changes:  # fmt: skip
     """Fills the empty `folder` with these weights by name; returns what `_savable` changed. adapter: LoRA's weights.
     has_own_head: the weights of a tied model hold its head a second time."""
+    # What the configuration says of the exported model, and not of the one in training.
     config = copy.deepcopy(model.config)
     config.use_cache = True
     if has_own_head:
@@ -147,7 +144,7 @@ def _contradictions(settings: GenerationConfig) -> list[str]:
 
 
 def _ties_of_head(model: PreTrainedModel) -> dict[str, str]:
-    """The further names of the head's weight, each with the name that named_parameters() gives it; none if not tied."""
+    """The other names of a tied head's weight, each with the name under which named_parameters() lists it."""
     head = model.get_output_embeddings()
     if head is None:
         return {}

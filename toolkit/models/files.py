@@ -1,7 +1,5 @@
 """The files that a model is made of, in a folder or on the hub."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +31,8 @@ def hub_version(path: str) -> tuple[str, str | None]:
 
 def source_folder(path: str, with_weights: bool = True, may_fetch: bool = True) -> Path:
     """`path` where it is a folder, else the folder of the hub's model OWNER/NAME, or of OWNER/NAME@REVISION.
-
     with_weights: with the hub's safetensors, or where it has none its pytorch_model.bin. may_fetch: otherwise what is
-    in the hub's cache on this machine. Raises ValueError where it is not to be had.
-    """
+    in the hub's cache on this machine. Raises ValueError where it is not to be had."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download

@@ -1,11 +1,9 @@
 """Whether the files of a model fit its configuration, asked of transformers before a weight is read.
 
-Under ZeRO-3 transformers reports no tensor that it leaves out: a file of 24 layers under a configuration of 12 loads as
-if all of it fitted. The same load on torch's meta device, of names and shapes alone, tells all of it, in well under a
-second and alike on every rank.
+Under ZeRO-3 transformers reports no tensor that it leaves out: a file of 24 layers under a configuration of 12 loads
+without a word. The same load on torch's meta device, of names and shapes alone, tells all of it, in well under a second
+and alike on every rank.
 """
-
-from __future__ import annotations
 
 import logging
 import re
@@ -65,10 +63,9 @@ def rehearse(
 
 def check_fit(path: str, model: PreTrainedModel, found: Mapping[str, set], keeps_all_layers: bool = True) -> None:
     """Tells, on rank 0, the names of tensors that transformers leaves out. `found`: its loading info on `model`.
-
     keeps_all_layers: False where layers were taken off the end on purpose. Raises ValueError for parameters that are
-    missing or have another shape, and for layers that are left over: the model would not be that of the files.
-    """
+    missing or have another shape, and for layers that are left over: the model would not be that of the files."""
+    # Another shape, or a parameter without a value: the model would not be that of the files.
     if wrong := sorted(found.get("mismatched_keys", ())):
         name, stored, wanted = wrong[0]
         raise ValueError(
@@ -78,10 +75,9 @@ def check_fit(path: str, model: PreTrainedModel, found: Mapping[str, set], keeps
     unexpected = sorted(found.get("unexpected_keys", ()))
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random numbers in them
         other = f", and hold {_listed(unexpected)}, which it does not ask for" if unexpected else ""
-        raise ValueError(
-            f"the weights at {path} lack {len(missing)} parameters of the configuration, the first is {missing[0]}"
-            f"{other}; copy the missing files, or correct config.json"
-        )
+        told = f"the weights at {path} lack {len(missing)} parameters of the configuration, the first is {missing[0]}"
+        raise ValueError(f"{told}{other}; copy the missing files, or correct config.json")
+    # Tensors that the model has no place for are told of, and whole layers without a place are refused.
     rest = _beside_layers(path, model, unexpected, keeps_all_layers)
     if rest and collectives.rank() == 0:
         say(

@@ -4,8 +4,6 @@ A GGUF file names the rules of its tokenizer. transformers knows some of the nam
 others without a word; a vocabulary of sentencepiece's it gives to LLaMA's class, which loses a leading space.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable
@@ -32,10 +30,8 @@ BYTE_PIECE = 6  # of sentencepiece's types, which GGUF has too
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the model in `file`, in bf16, and its tokenizer into the empty `folder`.
-
-    Raises ValueError for a tokenizer that cannot be read as the file means it.
-    """
+    """Write the model in `file`, in bf16, and its tokenizer into the empty `folder`. Raises ValueError for a tokenizer
+    that cannot be read as the file means it."""
     tokenizer = gguf_tokenizer(file)  # first: it is what may be refused
     # Without dequantize, transformers keeps packed weights that run slowly and cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(
@@ -84,6 +80,7 @@ def _of_sentencepiece(value: Callable[..., Any]) -> PreTrainedTokenizerBase:
     scores, kinds = value("tokenizer.ggml.scores"), value("tokenizer.ggml.token_type")
     for token, score, kind in zip(tokens, scores, kinds, strict=True):
         model.pieces.add(piece=token.replace(" ", SPACE), score=score, type=kind)
+    # As LLaMA's: pieces are merged by score, what has no piece is bytes, and a space goes before each text unless told.
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.byte_fallback = any(piece.type == BYTE_PIECE for piece in model.pieces)

@@ -1,7 +1,5 @@
 """From hidden states to logits: a model's output projection, and what its code does to logits after it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

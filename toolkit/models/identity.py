@@ -1,7 +1,5 @@
 """What a model is made of, by content: two names of one model are equal, one name of two models is not."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -13,7 +11,7 @@ from toolkit.storage.manifest import sha256
 
 class RunIdentity(TypedDict):
     """What a run is made of beside its settings, as checkpoints and summaries keep it. The hashes of a model are by
-    file name. teacher_cache: of the stored answers that it learned from, if it did."""
+    file name. teacher_cache: the hash of the stored answers that it learned from, if it did."""
 
     teacher_path: str
     teacher_sha256: dict[str, str]
@@ -25,10 +23,8 @@ class RunIdentity(TypedDict):
 
 
 def file_hashes(path: str) -> dict[str, str]:
-    """SHA-256 of the weights, configuration and tokenizer in the folder `path`; of "" there are none.
-
-    The files are dealt over the ranks. Collective.
-    """
+    """SHA-256 of the weights, configuration and tokenizer in the folder `path`; of "" there are none. The files are
+    dealt over the ranks. Collective."""
     rank, world = collectives.rank(), collectives.world()
     files = _model_files(path)
 

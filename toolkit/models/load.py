@@ -4,8 +4,6 @@ Whatever needs work on whole weights (GGUF to safetensors, pruning) is done once
 the cache that appears by rename; every rank then loads a plain Hugging Face folder, sharded as it is read.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -29,12 +27,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.utils import cached_file
 
 from toolkit.batch import RowLayout, layout_of
 from toolkit.divergences.products import cpu_has_bf16_products
 from toolkit.models.dtypes import dtypes_of
-from toolkit.models.files import hub_version
+from toolkit.models.files import first_weights_file, hub_version
 from toolkit.models.fit import Kind, blank, check_fit, from_config, quiet, rehearse
 from toolkit.models.zero import dtypes_under_init
 from toolkit.ranks import collectives
@@ -86,10 +83,8 @@ def base_name(model: ModelConfig, path: str) -> str:
 
 
 def row_layout(model: ModelConfig, path: str) -> RowLayout:
-    """How the model reads a prompt and its response.
-
-    `path` is what `materialize` returned. Raises ValueError for a configuration that is not to be had or not known.
-    """
+    """How the model reads a prompt and its response. `path` is what `materialize` returned. Raises ValueError for a
+    configuration that is not to be had or not known."""
     with _told_plainly(model, path):
         return layout_of(_configuration(model, path))
 
@@ -133,7 +128,7 @@ def load_model(
     # Together: a rank whose files are other ones would leave the rest alone in the collectives of the load.
     plan = collectives.together(planned) if is_sharded else planned()
     # transformers keeps only a weak reference: without this name alive the model would load whole on every rank.
-    # deepspeed reads precision from the config: under zero.Init `dtype` alone is not enough.
+    # deepspeed reads the precision from the config: under zero.Init `dtype` alone is not enough.
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config else None
     torch.manual_seed(seed)
     try:
@@ -182,6 +177,7 @@ def _plan(model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dt
         kind = _untied(known) if _has_own_head(model, path) else known
     if is_quantised:
         return _Plan(kind, config, {}, [])
+    # What the code makes of the configuration, and then what it makes of the files.
     shape = blank(kind, config, dtype, model.trust_remote_code)
     frozen = [name for name, parameter in shape.named_parameters() if not parameter.requires_grad]
     if not model.random_weights:
@@ -232,8 +228,13 @@ def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:
         config = AutoConfig.for_model(model_type, **shape)
     else:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    if model.num_layers is not None:
-        config = _with_layers(config, model.num_layers)
+    if (layers := model.num_layers) is not None:
+        config.num_hidden_layers = layers  # attribute maps of transformers translate it (GPT-2's n_layer)
+        if config.is_encoder_decoder:
+            config.num_decoder_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    # An encoder-decoder model has to be one whose stacks are known, and its decoder starts with some id.
     if config.is_encoder_decoder:
         if config.model_type not in ENCODER_DECODERS:
             raise unknown("the encoder-decoder model's model_type", config.model_type, ENCODER_DECODERS)
@@ -243,47 +244,33 @@ def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:
 
 
 def _has_own_head(model: ModelConfig, path: str) -> bool:
-    """Whether an encoder-decoder model has a head beside its embeddings, as T5 v1.1 and mT5 have."""
-    if model.random_weights and model.shape:
-        return model.shape.get("tie_word_embeddings") is False
-    names = set() if model.random_weights else _weight_names(path)
-    if names:
+    """Whether an encoder-decoder model has a head beside its embeddings, as T5 v1.1 and mT5 have: its weights tell, or
+    without any its configuration."""
+    is_made = model.random_weights and model.shape
+    if not model.random_weights and (names := _weight_names(path)):
         return {"lm_head.weight", "shared.weight"} <= names
-    written, _ = PretrainedConfig.get_config_dict(path)
+    written = model.shape if is_made else PretrainedConfig.get_config_dict(path)[0]
     return written.get("tie_word_embeddings") is False
 
 
 def _weight_names(path: str) -> set[str]:
-    """Names of the tensors in the safetensors files of a folder or hub name; empty where it has none."""
-    names = "model.safetensors.index.json", "model.safetensors"
-    index, single = (cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in names)
-    if index:
-        return set(json.loads(Path(index).read_text())["weight_map"])
-    if not single:
+    """Names of the tensors in the safetensors files of a folder; empty where it has none."""
+    file = first_weights_file(Path(path), ["model.safetensors"])
+    if file is None:
         return set()
-    with safe_open(single, framework="pt") as weights:
+    if file.name.endswith(".index.json"):
+        return set(json.loads(file.read_text())["weight_map"])
+    with safe_open(file, framework="pt") as weights:
         return set(weights.keys())
 
 
 def _untied(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """`kind` with a head of its own.
-
-    transformers 5 ties every T5, unless the checkpoint's head differs from its embeddings. Under ZeRO-3 it compares
-    what is left of two partitioned parameters, finds nothing equal to nothing, and drops the head.
-    """
+    """`kind` with a head of its own. transformers 5 ties every T5, unless the checkpoint's head differs from its
+    embeddings. Under ZeRO-3 it compares what is left of two partitioned parameters, finds nothing equal to nothing, and
+    drops the head."""
     ties = {name: source for name, source in (kind._tied_weights_keys or {}).items() if name != "lm_head.weight"}
     return type(kind.__name__, (kind,), {"_tied_weights_keys": ties})
 
 
-def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    config.num_hidden_layers = layers  # attribute maps of transformers translate it (GPT-2's n_layer)
-    if config.is_encoder_decoder:
-        config.num_decoder_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    return config
-
-
 def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
-

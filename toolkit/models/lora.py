@@ -4,8 +4,6 @@ The adapters are put into the model in place: it keeps its class and its parts, 
 checkpoints find what they find in any model. Adapter matrices have the base's dtype; the optimizer holds them in fp32.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterator
@@ -39,9 +37,7 @@ PLAIN_STARTS = (True, False, "gaussian")
 def add_adapters(model: PreTrainedModel, config: LoraConfig, base_path: str, seed: int) -> None:
     """Freeze `model` and put trainable adapters into it, alike on all ranks: A at random from `seed`, B zero, or both
     from the peft folder `config.adapter`. To be called before deepspeed.initialize, which partitions them as well.
-
-    Raises ValueError for target modules that the model does not have, and for an adapter of another shape.
-    """
+    Raises ValueError for target modules that the model does not have, and for an adapter of another shape."""
     # Every target has to name a linear layer of the model. The head is none: the loss multiplies with it as it is.
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     linear = {name: part for name, part in modules.items() if isinstance(part, nn.Linear | Conv1D) and part is not head}

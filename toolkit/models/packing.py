@@ -1,7 +1,5 @@
 """Whether a model keeps the texts of one row apart, asked of the model itself."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,19 +10,19 @@ from toolkit.models.engines import evaluation_mode, hidden_states
 from toolkit.models.vocabulary import Vocabulary
 
 TEXT_TOKENS, TEXTS, ROWS = 6, 5, 6  # of a text, of a row, of a pass
-#: how far hidden states may move by another text before theirs, beside RATIO times what rounding is seen to move
+#: How far another text before one may move its hidden states: by this, or RATIO times as far as rounding is seen to.
 ROUNDING, RATIO = {torch.float32: 1e-5, torch.bfloat16: 2e-3}, 5.0
-#: and from those of the text alone, which is multiplied in tiles of another size: positions that count on move more
+#: How far they may be from those of the text alone, whose products round otherwise. Positions that do not start over
+#: in each text move them further.
 ALONE = {torch.float32: 1e-3, torch.bfloat16: 2e-1}
 
 
 class Moved(NamedTuple):
-    """How far hidden states move, relative to their size: of a text with other texts before it and after it when those
-    are changed, of the first text of a row (other texts are after it alone), and of any text from those of it alone."""
+    """How far hidden states move, relative to their size."""
 
-    by_neighbours: float
-    of_first: float
-    from_alone: float
+    by_neighbours: float  # when the texts before and after one are changed
+    of_first: float  # when the same is done to the first text of a row, which sees none of them
+    from_alone: float  # between a text in a row and the same text alone
 
 
 def check_packing(role: str, engine: Any, vocabulary: Vocabulary) -> None:
@@ -44,11 +42,12 @@ def check_packing(role: str, engine: Any, vocabulary: Vocabulary) -> None:
 
 
 def measure(engine: Any, vocabulary: Vocabulary) -> Moved:
-    """Rows are a watched text, a neighbour, a watched one, ...; in a second pass all neighbours are others. Collective.
+    """How far texts move where others stand beside them. Collective.
 
-    A causal model's first texts see no neighbour: what they move by is rounding, of experts for instance that multiply
-    other numbers of tokens. Of each place in a text the median over texts is taken, of the places the largest: a
-    convolution reaches the first tokens of the next text alone, rounding sends some token to another expert.
+    Each row is a watched text, a neighbour, a watched one, ...; a second pass has other neighbours. The first text of a
+    row sees none of them: what it moves by is rounding, for instance of experts that multiply other numbers of tokens.
+    Of each place in a text the median over texts counts, as rounding may send one token to another expert; of the
+    places the largest, as a convolution reaches the first tokens of the next text alone.
     """
     draw = np.random.default_rng(0)
 

@@ -1,7 +1,5 @@
 """Layers of a frozen model that work on a part of their rows at a time, where memory runs out."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +13,9 @@ from toolkit.ranks.memory import Halving
 
 
 def split_where_memory_runs_out(model: PreTrainedModel) -> None:
-    """Lets each decoder layer of a frozen model work on half of its rows, a quarter, ..., once memory runs out.
-
-    ZeRO-3 gathers a layer as a whole then: inside it nothing communicates, and a rank that repeats a layer keeps in
-    step with the others. To be called before `zero.initialize`.
-    """
+    """Lets each decoder layer of a frozen model work on half of its rows, a quarter, ..., once memory runs out. ZeRO-3
+    gathers a layer as a whole then: inside it nothing communicates, and a rank that repeats a layer keeps in step with
+    the others. To be called before `zero.initialize`."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
@@ -36,8 +32,8 @@ def _in_parts(forward: Callable[..., Any], halving: Halving) -> Callable[..., An
     @functools.wraps(forward)
     def run(hidden_BTH: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = len(hidden_BTH)
+        # Generation halves its batch by itself, and its cache holds all of the rows.
         if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
-            # This is generation, which halves its batch by itself; the cache holds all of its rows.
             return forward(hidden_BTH, *args, **kwargs)
 
         def part(value: Any, start: int, end: int) -> Any:

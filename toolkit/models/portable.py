@@ -1,7 +1,5 @@
 """A model folder that older versions of transformers, and other users of the machine, read as the same model."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools
@@ -14,8 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-#: names in transformers 4 of: the rotary base of all layers, or of those with full attention; the base of the layers
-#: with sliding attention; the share of a head that is rotated. Families differ.
+#: Three names that transformers 4 has, family by family: of the rotary base (of the layers with full attention, where
+#: there are two), of the base of the layers with sliding attention, and of the share of a head that is rotated.
 SPELLINGS = (
     ("rope_theta", None, "partial_rotary_factor"),
     ("rope_theta", "rope_local_base_freq", "partial_rotary_factor"),
@@ -57,11 +55,9 @@ def make_portable(folder: Path) -> None:
 
 
 def with_former_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config.json of transformers 5, with what transformers 4 calls the same beside them.
-
-    Names of rotary positions are added only where transformers 5 reads the same positions from them as from its own
-    `rope_parameters`. It still reads files of transformers 4, and knows which family spells them how.
-    """
+    """The values of a config.json of transformers 5, with what transformers 4 calls the same beside them. Names of
+    rotary positions are added only where transformers 5 reads the same positions from them as from its own
+    `rope_parameters`. It still reads files of transformers 4, and knows which family spells them how."""
     config = {name: with_former_names(part) if isinstance(part, dict) else part for name, part in config.items()}
     family = config.get("model_type", "")
     # Fields and kinds of layers that have another name.

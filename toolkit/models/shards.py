@@ -4,8 +4,6 @@ A piece is named by its parameter and by where it starts in the flattened parame
 nothing about the number of ranks or the ZeRO stage: any other layout reads the ranges that it needs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -56,6 +54,7 @@ def load_pieces(
 ) -> None:
     """Make the optimizer's states of `kinds` (beside the weights), let `read` fill each piece in place, and bring the
     weights that training computes with in line. Collective."""
+    # States exist once the optimizer has taken a step: before it, zeros of the same shapes take their place.
     optimizer = zero.inner_optimizer(engine)
     for flat in {id(owned.flat): owned.flat for owned in zero.owned(engine)}.values():
         state = optimizer.state[flat]

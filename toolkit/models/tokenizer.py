@@ -6,8 +6,6 @@ was trained on, and nothing says so. So each tokenizer is asked for the ids of s
 by the sentencepiece or the tokenizers library.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -65,10 +63,8 @@ class Difference(NamedTuple):
 
 def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
     """`model.tokenizer`, else the one at `path`. A sentencepiece .model file is read with the settings that lie beside
-    it, and texts begin with its BOS unless those say otherwise. A missing pad token is set to EOS.
-
-    Raises ValueError where there is none, where it has no EOS token, and where it gives other ids than its file.
-    """
+    it, and texts begin with its BOS unless those say otherwise. A missing pad token is set to EOS. Raises ValueError
+    where there is none, where it has no EOS token, and where it gives other ids than its file."""
     name = os.path.expanduser(model.tokenizer or path)
     try:
         tokenizer = _from_file(Path(name)) if name.endswith(".model") else _from_folder(name, model.trust_remote_code)
@@ -87,6 +83,7 @@ def check_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         again = AutoTokenizer.from_pretrained(folder, trust_remote_code=not _is_of_transformers(tokenizer))
     except Exception as error:  # as in `load_tokenizer`
         raise ValueError(f"transformers {transformers.__version__} cannot read the saved tokenizer: {error}") from error
+    # Special tokens as well: a class may give them other ids, or take them for plain text.
     texts = [*PROBE, " and ".join(tokenizer.all_special_tokens)]
     found = first_difference(lambda text: tokenizer(text)["input_ids"], lambda text: again(text)["input_ids"], texts)
     if found:

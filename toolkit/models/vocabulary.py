@@ -4,8 +4,6 @@ The policy: the tokenizer's real entries, ids 0 to size - 1, are the vocabulary.
 its own size; columns past `size` count as minus infinity on both sides, in the loss, in validation and in generation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -28,18 +26,17 @@ class Vocabulary(NamedTuple):
 def shared_vocabulary(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()
 ) -> Vocabulary:
-    """other_ends: ids that end a generated text as EOS does, see `generation_ends`.
-
-    Raises ValueError where the two tokenizers give an id two meanings: their distributions cannot be compared; and
-    where they split texts differently: the teacher would be asked about texts of a kind that it was not trained on.
-    """
+    """What both tokenizers have. other_ends: ids that end a generated text as EOS does, see `generation_ends`. Raises
+    ValueError where they give an id two meanings: their distributions cannot be compared; and where they split texts
+    differently: the teacher would be asked about texts of a kind that it was not trained on."""
+    # Equal tables of tokens, equal ids for the same texts, and the same end of a text.
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     if theirs != ours:
         differing = next(token for token in {**theirs, **ours} if theirs.get(token) != ours.get(token))
         raise ValueError(
             f"teacher and student have different tokenizers ({len(theirs)} and {len(ours)} entries; "
             f"{differing!r} is id {theirs.get(differing)} for the teacher, {ours.get(differing)} for the student); "
-            "distillation compares distributions id by id, so take a student with the teacher's tokenizer"
+            "distributions are compared id by id, so take a student with the teacher's tokenizer"
         )
     if found := first_difference(plain_ids(teacher), plain_ids(student)):
         text, their_ids, our_ids = found.shown()
@@ -52,9 +49,10 @@ def shared_vocabulary(
             f"teacher and student end texts differently (EOS id {teacher.eos_token_id} and {student.eos_token_id}); "
             "let one tokenizer serve both (student.tokenizer=TEACHER), or set the same eos_token in both"
         )
+    # Only special tokens end a text beside EOS: a default of the model's class may be a word of this tokenizer.
     size, eos_id = max(ours.values()) + 1, student.eos_token_id
     special = {id for id, token in student.added_tokens_decoder.items() if token.special}
-    others = sorted(special & {*other_ends} - {eos_id})  # a default of the model's class may be a word of the tokenizer
+    others = sorted(special & {*other_ends} - {eos_id})
     return Vocabulary(size, (eos_id, *others), student.pad_token_id)
 
 

@@ -7,8 +7,6 @@ outside of this file: `toolkit/ranks/builds.py`, which is imported before any mo
 "Partitioned" is a parameter of which ZeRO-3 keeps one part on each rank; its `data` is then an empty tensor.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,10 +51,8 @@ def is_whole(parameter: nn.Parameter) -> bool:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters are whole on every rank. What is written into them is lost. Collective to enter.
-
-    Raises RuntimeError for a parameter that an outer `gathered` holds already.
-    """
+    """Inside, the parameters are whole on every rank. What is written into them is lost. Collective to enter. Raises
+    RuntimeError for a parameter that an outer `gathered` holds already."""
     # 0.19.8: parameters that are not partitioned are passed over, and a list without any partitioned one is no
     # collective. With modifier_rank=None nothing is broadcast on the way out.
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
@@ -129,6 +125,7 @@ def initialize(
     it; for ZeRO-3 the model has to be made under zero.Init. Collective."""
     # 0.19.8: deepspeed.initialize casts all parameters of a module that zero.Init did not make to the engine's
     # precision, frozen ones as well. Those that zero.Init made it leaves alone.
+    # So they are put aside, and put back into the module that the engine holds.
     model = module.get_submodule("model")
     others = (p for p in model.parameters() if p.dtype != model.dtype and not is_partitioned(p))
     kept = [(parameter, parameter.data) for parameter in others if not parameter.requires_grad]
@@ -233,10 +230,8 @@ def inner_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
 
 
 def owned(engine: deepspeed.DeepSpeedEngine) -> Iterator[Owned]:
-    """The pieces of trained parameters whose fp32 copies are on this rank; nothing is communicated.
-
-    Raises ValueError for an optimizer on NVMe, and for another ZeRO stage than 1, 2 and 3.
-    """
+    """The pieces of trained parameters whose fp32 copies are on this rank; nothing is communicated. Raises ValueError
+    for an optimizer on NVMe, and for another ZeRO stage than 1, 2 and 3."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -270,8 +265,8 @@ def load_weights_from_masters(engine: deepspeed.DeepSpeedEngine) -> None:
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()
         return
-    # 0.19.8, ZeRO-3: small parameters stay gathered between steps. Their whole copies, and hpZ's, are of the weights
-    # before: they are dropped, and the small ones gathered again.
+    # 0.19.8, ZeRO-3: small parameters stay gathered between steps. Their whole copies and hpZ's hold the weights of
+    # before: they are dropped, and the small ones are gathered again.
     optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)

@@ -1,1 +1,1 @@
-"""Where training windows come from: the schedule, the replay buffer, and generation."""
+"""Where training windows come from: schedule, replay buffer and generation. Imports models and the rooms below it."""

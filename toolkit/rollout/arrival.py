@@ -9,8 +9,6 @@ learning rate changes them: this comparison alone would take old weights for new
   by digit, while the student's own change, has read nothing.
 """
 
-from __future__ import annotations
-
 import filecmp
 import shutil
 from pathlib import Path
@@ -20,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 PROBE_TOKENS = 128
-TOLERANCE = 0.03  # of the mean log-probability: bf16 makes up to 0.015, one tensor of 30 layers' start at least 0.19
+#: share of the mean log-probability that passes for rounding: bf16 makes up to 0.015, and one tensor of a model of 30
+#: layers that is still `write_start`'s at least 0.19
+TOLERANCE = 0.03
 START_SCALE = -16.0
-MOVED = 0.001  # of the rounding: a student that moved by less, at half of the tokens, may leave a server where it was
+#: share of the rounding: a student that moved by less, at half of the tokens, may leave a server's answers as they were
+MOVED = 0.001
 
 
 def probe_tokens(vocabulary_size: int, longest: int) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Whether a model says, through a decode loop and its cache, what it says without: asked of the model itself."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
@@ -16,11 +14,9 @@ DIFFERING = {torch.float32: 0.0, torch.bfloat16: 0.2}
 
 
 def check_generation(role: str, rollout: GatheredRollout) -> None:
-    """Each token of some greedy texts has to be the likeliest by one pass over the whole text too; in bf16, most.
-
-    A few small passes; collective. Raises ValueError for a model that the decode loops do not fit, and where its own
-    code fails in one.
-    """
+    """Each token of some greedy texts has to be the likeliest by one pass over the whole text too; in bf16, most. A few
+    small passes; collective. Raises ValueError for a model that the decode loops do not fit, and where its own code
+    fails in one."""
     vocabulary, model = rollout.vocabulary, rollout.engine.module.model
     # Prompts of several lengths, in fewer rows than prompts, and every third id ends a text: rows end, move and refill.
     draw = np.random.default_rng(0)

@@ -3,32 +3,24 @@
 Tokens of all rows lie behind each other in one line, [1, N]: a prompt pass computes no padding, a step is such a pass
 of one token a row. A finished row's place goes to the last row, and then to a waiting prompt.
 
-Shapes: N tokens of this pass, R rows of the cache, B rows running now, C tokens a row may hold, T tokens that the
-longest running row holds, G query heads to each of the K key heads, D head size, V the vocabulary's real size.
+Shapes: N tokens of this pass, R rows of the cache, B rows running now, C tokens a row may hold, T tokens of a text or a
+prompt, V the vocabulary's real size.
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from toolkit.models.head import logits_of, stack_of
 from toolkit.models.vocabulary import Vocabulary
+from toolkit.rollout.cache import ATTENTION, RaggedCache, Seq2SeqCache, row_tokens, serving
 from toolkit.rollout.sampling import SeededSampling, choose_tokens, uniform_draws
-
-if TYPE_CHECKING:
-    from toolkit.rollout.seq2seq import Seq2SeqCache
-
-ATTENTION = "ragged_rows"  # the name under which transformers' models find `_attend`
 
 
 @dataclass
@@ -42,143 +34,10 @@ class DecodeStats:
     cache_bytes: int = 0
 
 
-class RaggedCache(Cache):
-    """Keys and values of R rows, [R, K, C, D] a layer, allocated at first use. Each row fills its own front."""
-
-    def __init__(self, rows: int, tokens: int):
-        self.layers, self.rows, self.tokens = [], rows, tokens
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}  # (keys, values) by layer
-
-    def start_pass(self, row_N: Tensor, position_N: Tensor, lengths: Sequence[int], is_prompt: bool) -> None:
-        """Say what the next pass holds: for each token its row and position; for each row its tokens after the pass.
-
-        A pass over prompts starts its rows anew; any other is one token for each of the rows 0 to B - 1.
-        """
-        self.row_N, self.position_N, self.lengths, self.is_prompt = row_N, position_N, lengths, is_prompt
-        self.width = max(lengths) if is_prompt else min(self.tokens, row_tokens(max(lengths)))
-        self.made: dict[object, Tensor] = {}  # indices and masks that all layers of this pass share
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values, [1, K, N, D]. Returns what attention reads: all that the running rows
-        hold, or in a pass over prompts the new ones alone."""
-        pair = key_states, value_states
-        if layer_idx not in self.stored:
-            # Zeros: an unwritten place is masked, but a NaN in it would not be.
-            keys, values = (new.new_zeros(self.rows, new.shape[1], self.tokens, new.shape[3]) for new in pair)
-            self.stored[layer_idx] = keys, values
-        for store, new in zip(self.stored[layer_idx], pair, strict=True):
-            places = self._places(new.shape[1])
-            store.view(-1, new.shape[3]).index_copy_(0, places, new[0].reshape(-1, new.shape[3]))
-        if self.is_prompt:
-            return pair
-        keys, values = (store[: len(self.lengths), :, : self.width] for store in self.stored[layer_idx])
-        return keys, values
-
-    def attend(
-        self, module: nn.Module, query_1HND: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
-        """Causal attention of each row to itself alone, [1, N, H, D]; `window`: the last tokens that are seen."""
-        if self.is_prompt:
-            return self._attend_prompts(query_1HND, key, value, scale, window)
-        rows, key_heads = key.shape[:2]
-        # The query heads of one key head take the place of tokens: keys are not repeated.
-        query_BKGD = query_1HND.transpose(1, 2).reshape(rows, key_heads, -1, query_1HND.shape[3])
-        mask = self._mask(("step", window), query_1HND.dtype)
-        out_BKGD = F.scaled_dot_product_attention(query_BKGD, key, value, mask, scale=scale)
-        return out_BKGD.reshape(1, rows, query_1HND.shape[1], -1)
-
-    def _attend_prompts(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
-        count, width, at_N = len(self.lengths), self.width, self._padded_places()
-
-        def padded(new_1hND: Tensor) -> Tensor:
-            whole = new_1hND.new_zeros(count * width, new_1hND.shape[1], new_1hND.shape[3])
-            return whole.index_copy_(0, at_N, new_1hND[0].transpose(0, 1)).unflatten(0, (count, width)).transpose(1, 2)
-
-        query, key, value = padded(query), padded(key), padded(value)
-        mask = None if window is None or window >= width else self._mask(("prompt", window), query.dtype)
-        # Padding is to the right, where causal attention never looks.
-        out = F.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2).flatten(0, 1)[at_N][None]
-
-    def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Copy what the rows `source` hold to the rows `target`, both int64 [M]."""
-        for pair in self.stored.values():
-            for store in pair:
-                store[target, :, : self.width] = store[source, :, : self.width]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: transformers asks it for positions and masks, and both are given here."""
-        return 0
-
-    @property
-    def bytes(self) -> int:
-        """What keys and values take."""
-        return sum(store.nbytes for pair in self.stored.values() for store in pair)
-
-    def _places(self, heads: int) -> Tensor:
-        """Index of each new (head, token) among all R x K x C places."""
-        if ("places", heads) not in self.made:
-            head_K = torch.arange(heads, device=self.row_N.device)
-            first_KN = (self.row_N * heads)[None, :] + head_K[:, None]
-            self.made["places", heads] = (first_KN * self.tokens + self.position_N).flatten()
-        return self.made["places", heads]
-
-    def _padded_places(self) -> Tensor:
-        if "padded" not in self.made:
-            lengths = torch.tensor(self.lengths, device=self.row_N.device)
-            row_N = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-            self.made["padded"] = row_N * self.width + self.position_N
-        return self.made["padded"]
-
-    def _mask(self, kind: tuple[str, int | None], dtype: torch.dtype) -> Tensor:
-        if kind not in self.made:
-            name, window = kind
-            seen = torch.arange(self.width, device=self.row_N.device)
-            at = seen[None, None, :, None] if name == "prompt" else self.position_N[:, None, None, None]
-            hidden = seen > at
-            if window is not None:
-                hidden |= seen <= at - window
-            self.made[kind] = torch.zeros(hidden.shape, dtype=dtype, device=seen.device).masked_fill(hidden, -torch.inf)
-        return self.made[kind]
-
-
-_cache: RaggedCache | Seq2SeqCache | None = None  # of the pass that runs now: `_attend` has no other way to it
-
-
-@contextmanager
-def serving(cache: RaggedCache | Seq2SeqCache) -> Iterator[None]:
-    """Inside, layers that attend by `ATTENTION` attend to `cache`."""
-    global _cache
-    _cache = cache
-    try:
-        yield
-    finally:
-        _cache = None
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, sliding_window: int | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    assert _cache is not None, "ragged attention outside of a decode loop"
-    return _cache.attend(module, query, key, value, scaling, sliding_window), None
-
-
-AttentionInterface.register(ATTENTION, _attend)  # and no mask under this name: models then make none
-
-
 class Passes:
     """The model's passes over the rows of a cache: what `decode` has to know of a kind of model. All give hidden_BH.
-
     begins: for each prompt the tokens that its row starts with. attending: the configuration of the layers that attend
-    by way of the cache.
-    """
+    by way of the cache."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[np.ndarray], rows: int, max_new_tokens: int):
         self.model, self.begins, self.device, self.attending = model, prompts, model.device, model.config
@@ -227,26 +86,6 @@ def is_supported(model: PreTrainedModel) -> bool:
         and getattr(config, "attn_logit_softcapping", None) is None
         and not any(name.endswith("sinks") for name, _ in model.named_parameters())
     )
-
-
-def row_tokens(longest: int) -> int:
-    """Places that a row of `longest` tokens takes: a multiple of 16, as GPU attention wants its masks."""
-    return -(-longest // 16) * 16
-
-
-def cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Keys and values of one token in all layers, in the model's dtype; an encoder's token costs its decoder the
-    same as one of its own. 0 for a model without attention."""
-    config = model.config.get_text_config()
-    count = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    layers = list(getattr(config, "per_layer_config", ()))  # Gemma 4's have heads of several sizes
-    layers = layers if len(layers) == count else [config] * count
-    numbers = 0
-    for layer in layers:
-        if heads := getattr(layer, "num_attention_heads", None):
-            size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
-            numbers += 2 * size * (getattr(layer, "num_key_value_heads", None) or heads)
-    return numbers * next(model.parameters()).element_size()
 
 
 class _Texts:

@@ -3,14 +3,12 @@
 Where the whole model does not fit on a rank, it generates sharded, all ranks in step.
 """
 
-from __future__ import annotations
-
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,15 +23,8 @@ from toolkit.models.head import stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.ranks import collectives
 from toolkit.ranks.memory import Halving, free_bytes
-from toolkit.rollout.decode import (
-    DecodeStats,
-    cache_bytes_per_token,
-    decode,
-    idle_pass,
-    is_supported,
-    plain_decode,
-    row_tokens,
-)
+from toolkit.rollout.cache import cache_bytes_per_token, row_tokens
+from toolkit.rollout.decode import DecodeStats, decode, idle_pass, is_supported, plain_decode
 from toolkit.rollout.packed import packed_weights, packs
 from toolkit.rollout.sampling import SeededSampling, sequence_seed
 from toolkit.rollout.seq2seq import decode_seq2seq
@@ -41,7 +32,7 @@ from toolkit.rollout.seq2seq import decode_seq2seq
 __all__ = ["GatheredRollout", "Rollout", "RolloutStats", "SeededSampling", "sequence_seed", "whole_model"]
 
 MIB = 2**20
-ROOM = 0.8  # of the free memory, for weights and what the cache takes at least
+ROOM = 0.8  # share of the free memory that the whole weights and the smallest cache may take
 DecodeLoop = Callable[..., tuple[list[np.ndarray], DecodeStats]]
 #: layout of rows -> the loop that makes text of a model of it
 LOOPS: dict[type[RowLayout], Callable[[PreTrainedModel], DecodeLoop]] = {
@@ -65,11 +56,8 @@ class RolloutStats:
 
 
 class Rollout(RolloutEngine):
-    """What a training loop asks of an engine that generates student text.
-
-    last: what this rank did in the last call. weights_step: the optimizer step whose weights are spoken by; text is as
-    old as they are.
-    """
+    """What a training loop asks of an engine that generates student text. last: what this rank did in the last call.
+    weights_step: the optimizer step whose weights make the text."""
 
     vocabulary: Vocabulary
     last: RolloutStats | None = None
@@ -77,11 +65,9 @@ class Rollout(RolloutEngine):
 
     @abstractmethod
     def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
-        """Prompts (int [L] each) and what the model says after them, EOS included where it came, order kept.
-
-        Every rank calls it, with any number of prompts, none included. What fails on one rank is raised on all.
-        Raises ValueError unless there is one seed a prompt, and for a prompt without tokens or with unknown ones.
-        """
+        """Prompts (int [L] each) and what the model says after them, EOS included where it came, order kept. Every rank
+        calls it, with any number of prompts, none included. What fails on one rank is raised on all. Raises ValueError
+        unless there is one seed a prompt, and for a prompt without tokens or with unknown ones."""
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """DeepSpeed's interface: a left-padded batch, `n_samples_per_prompt` texts for each row, beside each other."""
@@ -173,17 +159,13 @@ class GatheredRollout(Rollout):
     def _gathers(self, row_bytes: int) -> bool:
         if self.engine.zero_optimization_stage() < 3 or self.gather == "always":
             return True
-        if self.gather == "never":
-            return False
-        return self._fits(self._bytes_to_gather(), row_bytes)
+        return self.gather == "auto" and self._fits(self._bytes_to_gather(), row_bytes)
 
     def _packs(self, row_bytes: int) -> bool:
         """Whether weights are packed, on all ranks or on none: its products round otherwise."""
         model = self.engine.module.model
-        if not packs(model):
-            return False
         whole = sum(zero.whole_numel(p) * p.element_size() for p in model.parameters())
-        return self._fits(self._bytes_to_gather() + whole, row_bytes)
+        return packs(model) and self._fits(self._bytes_to_gather() + whole, row_bytes)
 
     def _bytes_to_gather(self) -> int:
         parameters = self.engine.module.model.parameters()
@@ -217,8 +199,8 @@ def joined(prompts: Sequence[np.ndarray], texts: Sequence[np.ndarray]) -> list[E
 class _InStep:
     """Ranks whose every pass of the model is a collective: they go on together, and fail together.
 
-    Between two passes a rank that failed tells the others where they ask whether to go on, having made the pass that it
-    still owed. Inside a pass it cannot: the others wait in gathers of layers that it has not reached. Its error is then
+    A rank that fails between two passes makes the pass that it still owes, and tells the others where they ask whether
+    to go on. Inside a pass it cannot: the others wait in gathers of layers that it has not reached. Its error is then
     raised on this rank alone, and ends the job as an error in a training step does.
     """
 
@@ -232,7 +214,7 @@ class _InStep:
         self.owes_pass = _agree(going, None)
         return self.owes_pass
 
-    def __enter__(self) -> _InStep:
+    def __enter__(self) -> Self:
         def enter(*_: Any) -> None:
             self.is_inside = True
 

@@ -4,8 +4,6 @@ A step of generation multiplies few rows with every weight, which oneDNN does fa
 of training. Making it costs one pass over the weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -29,9 +27,7 @@ def packs(model: nn.Module) -> bool:
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers multiply with packed copies of the weights that they have when it is entered; no gradients.
-
-    It takes as much memory again as those weights. Nothing is done where `packs` says no.
-    """
+    It takes as much memory again as those weights. Nothing is done where `packs` says no."""
     kinds = (nn.Linear, Conv1D) if packs(model) else ()
     layers = [part for part in model.modules() if isinstance(part, kinds) and type(part) in kinds]
     try:

@@ -41,10 +41,8 @@ class ReplayBuffer:
         return len(self.entries)
 
     def push(self, examples: Iterable[Example], step: int) -> None:
-        """Add what the student of `step` generated; the oldest entries leave when the shard is full.
-
-        Tokens are copied. Raises ValueError for a step before that of the newest entry: push in order of steps.
-        """
+        """Add what the student of `step` generated; the oldest entries leave when the shard is full. Tokens are copied.
+        Raises ValueError for a step before that of the newest entry: push in order of steps."""
         if self.entries and step < self.entries[-1].step:
             raise ValueError(
                 f"push of step {step} after one of step {self.entries[-1].step}: push in order of steps, "
@@ -96,10 +94,8 @@ class ReplayBuffer:
         return step - sum(self.sampled_steps) / len(self.sampled_steps) if self.sampled_steps else math.nan
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """The shard as arrays that `np.savez` stores without pickle, oldest entry first.
-
-        tokens int32 [sum of lengths]; lengths, prompt_lengths, steps int64 [N]; shard int64 [3]: rank, world, capacity.
-        """
+        """The shard as arrays that `np.savez` stores without pickle, oldest entry first. tokens int32 [sum of lengths];
+        lengths, prompt_lengths, steps int64 [N]; shard int64 [3]: rank, world, capacity."""
         return _pack(self.entries, self.rank, self.world, self.capacity)
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:

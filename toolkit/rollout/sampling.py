@@ -3,10 +3,9 @@
 Shapes: B rows, V the vocabulary's real size, K candidates, L tokens said so far (prompt included).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class SeededSampling(SamplingConfig):
     seeds: Sequence[int] = ()
 
     @classmethod
-    def of(cls, settings: SamplingSettings, max_new_tokens: int, seeds: Sequence[int]) -> SeededSampling:
+    def of(cls, settings: SamplingSettings, max_new_tokens: int, seeds: Sequence[int]) -> Self:
         """The `settings` of a config, for texts with these seeds."""
         names = [f.name for f in fields(SamplingSettings)]
         return cls(max_new_tokens, seeds=seeds, **{name: getattr(settings, name) for name in names})
@@ -74,9 +73,9 @@ def choose_tokens(
     The likeliest token that no n-gram forbids always stays. Greedy for temperature <= 0. `logits_BV` is fp32 and may
     be changed. What `seen_BL` holds after `length_B` has to be in the row anyway.
     """
+    # What was said before: tokens become less likely, or are forbidden.
     if sampling.repetition_penalty != 1 and seen_BL is not None:
-        said_BL = logits_BV.gather(1, seen_BL)
-        penalty = sampling.repetition_penalty
+        said_BL, penalty = logits_BV.gather(1, seen_BL), sampling.repetition_penalty
         said_BL = torch.where(said_BL > 0, said_BL / penalty, said_BL * penalty)
         logits_BV = logits_BV.scatter(1, seen_BL, said_BL)
     if sampling.no_repeat_ngram_size and seen_BL is not None:
@@ -85,6 +84,7 @@ def choose_tokens(
         logits_BV = _without_repeats(logits_BV, sampling.no_repeat_ngram_size, seen_BL, length_B)
     if sampling.temperature <= 0:
         return logits_BV.argmax(-1)
+    # The likeliest tokens in order, where a filter asks for them.
     probs_BV = torch.softmax(logits_BV if sampling.temperature == 1 else logits_BV / sampling.temperature, -1)
     has_top_k = 0 < sampling.top_k < probs_BV.shape[1]
     if has_top_k or sampling.top_p < 1:
@@ -92,6 +92,7 @@ def choose_tokens(
         if sampling.min_p > 0:
             probs_BK = probs_BK.masked_fill(probs_BK < sampling.min_p * probs_BK[:, :1], 0)
         return ids_BK.gather(1, _inverse(probs_BK.double().cumsum(-1), draws_B[:, None])).squeeze(1)
+    # Otherwise one pass over the probabilities, in the order of ids.
     if sampling.min_p > 0:
         probs_BV = probs_BV.masked_fill(probs_BV < sampling.min_p * probs_BV.amax(-1, keepdim=True), 0)
     return _draw(probs_BV, draws_B)
@@ -107,11 +108,11 @@ def _without_repeats(logits_BV: Tensor, size: int, seen_BL: Tensor, length_B: Te
     repeats_BL = place[:starts] + size <= length_B[:, None]
     for k in range(size - 1):
         repeats_BL = repeats_BL & (seen_BL[:, k : k + starts] == last_BK[:, k : k + 1])
-    rows, vocabulary = logits_BV.shape
-    spare = vocabulary  # a column for the tokens that nothing forbids: no size here depends on what was found
+    # One more column, for the tokens that nothing forbids: no size here depends on what was found.
+    rows, spare = logits_BV.shape
     ends_BL = torch.where(repeats_BL, seen_BL[:, size - 1 :].clamp(max=spare), spare)
-    forbidden_BV = torch.zeros(rows, vocabulary + 1, dtype=torch.bool, device=logits_BV.device)
-    return logits_BV.masked_fill(forbidden_BV.scatter_(1, ends_BL, True)[:, :vocabulary], -torch.inf)
+    forbidden_BV = torch.zeros(rows, spare + 1, dtype=torch.bool, device=logits_BV.device)
+    return logits_BV.masked_fill(forbidden_BV.scatter_(1, ends_BL, True)[:, :spare], -torch.inf)
 
 
 def _nucleus(probs_BV: Tensor, top_k: int | None, top_p: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """When the student generates: pure decisions, equal on all ranks and after a resume (Algorithm 1, arXiv 2402.03898)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from enum import Enum
@@ -28,12 +26,9 @@ class ScheduleState:
 
 
 class Schedule:
-    """Decides the source of every step, and moves phi at validations.
-
-    All ranks hold an equal Schedule as long as they pass equal losses to `observe_validation`: pass the loss reduced
-    over ranks. `state` is that of a run which goes on. Raises ValueError for an invalid config, a total_steps below 1,
-    or a seed outside [0, 2**64).
-    """
+    """Decides the source of every step, and moves phi at validations. All ranks hold an equal Schedule as long as they
+    pass equal losses to `observe_validation`: pass the loss reduced over ranks. `state` is that of a run which goes on.
+    Raises ValueError for an invalid config, a total_steps below 1, or a seed outside [0, 2**64)."""
 
     def __init__(self, config: ScheduleConfig, seed: int, total_steps: int, state: ScheduleState | None = None):
         config.validate()
@@ -42,6 +37,11 @@ class Schedule:
         uniform(seed)  # a seed out of range fails here, not at the first step
         self.config, self.seed, self.total_steps = config, seed, total_steps
         self.state = state or ScheduleState(config.phi_initial)
+
+    def probabilities(self, step: int) -> dict[Source, float]:
+        """P(source) at `step`, with the present phi. Raises ValueError outside 0 <= step <= total_steps."""
+        generate, student = self._thresholds(step)
+        return {Source.GENERATE: generate, Source.REPLAY: student - generate, Source.DATASET: 1 - student}
 
     def decide(self, step: int) -> Source:
         """Where this step's window comes from; a function of (seed, step, phi) alone.

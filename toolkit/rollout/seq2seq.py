@@ -4,11 +4,8 @@ A pass over prompts runs the encoder over them and the decoder over its start id
 and values into the cache; a step runs the decoder over one token a row. Rows differ in how much they have said, so each
 has its own relative positions.
 
-Shapes as in `decode`: N tokens of this pass, R rows of the cache, B rows running, K heads, D head size; b new prompts,
-S tokens of the longest of them, P places for a row's prompt.
+Shapes as in `cache`.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,13 +13,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from toolkit.batch.token_batch import padded
 from toolkit.models.vocabulary import Vocabulary
-from toolkit.rollout.decode import DecodeStats, Passes, RaggedCache, decode, row_tokens, serving
+from toolkit.rollout.cache import Seq2SeqCache, row_tokens, serving
+from toolkit.rollout.decode import DecodeStats, Passes, decode
 from toolkit.rollout.sampling import SeededSampling
 
 
@@ -38,107 +35,6 @@ def decode_seq2seq(
     )
     of_prompt = dict(zip(order, texts, strict=True))
     return [of_prompt[index] for index in range(len(order))], stats
-
-
-class CrossRows(Cache):
-    """Keys and values of the R rows' prompts, [R, K, P, D] a layer, and `hidden_R11P`, 0 where a prompt has a token and
-    minus infinity behind it."""
-
-    def __init__(self, rows: int, tokens: int):
-        self.layers: list[Any] = []  # of _CrossLayer: a decoder's layers read `keys` and `values` there
-        self.rows, self.tokens = rows, tokens
-
-    def start_prompts(self, first: int, mask_bS: Tensor, dtype: torch.dtype) -> None:
-        """The next pass brings the prompts of the rows `first`, `first` + 1, ..."""
-        if not hasattr(self, "hidden_R11P"):
-            self.hidden_R11P = torch.zeros(self.rows, 1, 1, self.tokens, dtype=dtype, device=mask_bS.device)
-        self.first, self.last, self.width = first, first + len(mask_bS), mask_bS.shape[1]
-        new = self.hidden_R11P[first : self.last]
-        new.fill_(-torch.inf)[:, 0, 0, : self.width].masked_fill_(mask_bS.bool(), 0)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write what the new prompts gave, [b, K, S, D]; the same comes back, for attention in this pass."""
-        if layer_idx == len(self.layers):
-            self.layers.append(_CrossLayer(self, key_states))
-        for store, new in zip(self.layers[layer_idx].stores_RKPD, (key_states, value_states), strict=True):
-            store[self.first : self.last, :, : self.width] = new
-            store[self.first : self.last, :, self.width :] = 0
-        return key_states, value_states
-
-    def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Copy what the rows `source` hold to the rows `target`, both int64 [M]."""
-        for layer in self.layers:
-            for store in layer.stores_RKPD:
-                store[target] = store[source]
-        self.hidden_R11P[target] = self.hidden_R11P[source]
-
-
-class _CrossLayer:
-    """Keys and values of one layer; attention reads those of the rows that run."""
-
-    def __init__(self, cache: CrossRows, like_bKSD: Tensor):
-        shape = cache.rows, like_bKSD.shape[1], cache.tokens, like_bKSD.shape[3]
-        self.stores_RKPD = like_bKSD.new_zeros(shape), like_bKSD.new_zeros(shape)
-        self.running = cache.rows
-
-    keys = property(lambda self: self.stores_RKPD[0][: self.running])
-    values = property(lambda self: self.stores_RKPD[1][: self.running])
-
-
-class Seq2SeqCache(EncoderDecoderCache):
-    """What `decode` needs of a cache, for both attentions of a decoder."""
-
-    def __init__(self, rows: int, tokens: int, prompt_tokens: int):
-        self.own, self.cross = RaggedCache(rows, tokens), CrossRows(rows, prompt_tokens)
-        super().__init__(self.own, self.cross)
-
-    def start_pass(self, row_N: Tensor, position_N: Tensor, lengths: Sequence[int], is_prompt: bool) -> None:
-        """As `RaggedCache.start_pass`, for the decoder's own tokens."""
-        self.own.start_pass(row_N, position_N, lengths, is_prompt)
-        for layer in self.cross.layers:
-            layer.running = len(lengths)
-        self.is_updated = {} if is_prompt else dict.fromkeys(range(len(self.cross.layers)), True)
-
-    def attend(
-        self, module: Any, query_1KND: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
-        """[1, N, K, D]; each of the N tokens is a row of its own, and no layer has a window."""
-        own, cross = self.own, self.cross
-        if not module.is_causal:
-            at = slice(cross.first, cross.last) if own.is_prompt else slice(len(own.lengths))
-            bias = cross.hidden_R11P[at, ..., : key.shape[2]]
-        elif own.is_prompt:  # a start id sees itself alone
-            return value.transpose(1, 2)
-        else:
-            bias = self._position_bias(module)
-        query_NK1D = query_1KND[0].transpose(0, 1)[:, :, None]
-        return F.scaled_dot_product_attention(query_NK1D, key, value, bias, scale=scale)[None, :, :, 0]
-
-    def _position_bias(self, module: Any) -> Tensor:
-        """[B, K, 1, width], minus infinity behind a row's token. The first layer has the table, the others use what it
-        made."""
-        own = self.own
-        if module.has_relative_attention_bias:
-            at_B1, seen = own.position_N[:, None], torch.arange(own.width, device=own.position_N.device)
-            bucket_BT = module._relative_position_bucket(
-                seen - at_B1, bidirectional=False, num_buckets=module.relative_attention_num_buckets,
-                max_distance=module.relative_attention_max_distance,
-            )  # fmt: skip
-            bias_BTK = module.relative_attention_bias(bucket_BT).masked_fill((seen > at_B1)[..., None], -torch.inf)
-            own.made["bias"] = bias_BTK.transpose(1, 2)[:, :, None]
-        return own.made["bias"]
-
-    def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """As `RaggedCache.move_rows`, in both caches."""
-        self.own.move_rows(source, target)
-        self.cross.move_rows(source, target)
-
-    @property
-    def bytes(self) -> int:
-        """What keys and values of both attentions take."""
-        return self.own.bytes + sum(store.nbytes for layer in self.cross.layers for store in layer.stores_RKPD)
 
 
 class _DecoderPasses(Passes):

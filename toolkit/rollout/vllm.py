@@ -42,8 +42,8 @@ class VllmRollout(Rollout):
     """Every rank asks the server for its own texts; rank 0 hands the weights over.
 
     `sync_weights(step)` pushes where no push lies between `step` and the last multiple of rollout.sync_every_steps, so
-    weights are at most that many steps old, less one, and none are pushed that nobody speaks by. The first call after a
-    resume pushes. What the server says of fixed tokens then shows whether they arrived (`toolkit.rollout.arrival`).
+    weights are less than that many steps old. The first call after a resume pushes. What the server says of fixed
+    tokens then shows whether they arrived (`toolkit.rollout.arrival`).
     """
 
     name = "vllm"
@@ -89,10 +89,8 @@ class VllmRollout(Rollout):
         self.weights_step, self.pushed = step, True
 
     def complete(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[Example]:
-        """See `Rollout`. All of a call's requests together may take rollout.server_timeout_s.
-
-        Raises ValueError, on every rank, for a server that does not answer, or answers what it was not asked.
-        """
+        """See `Rollout`. All of a call's requests together may take rollout.server_timeout_s. Raises ValueError, on
+        every rank, for a server that does not answer, or answers what it was not asked."""
         collectives.together(lambda: check_prompts(prompts, sampling, self.vocabulary))
         started_s = time.perf_counter()
         texts = collectives.together(lambda: self._texts(prompts, sampling))
@@ -113,17 +111,13 @@ class VllmRollout(Rollout):
     def _texts(self, prompts: Sequence[np.ndarray], sampling: SeededSampling) -> list[np.ndarray]:
         self._check_room(max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens)
         deadline_s = self._deadline_s
+
+        def text(prompt: np.ndarray, seed: int) -> np.ndarray:
+            return self._text(prompt, seed, sampling, deadline_s)
+
+        # A request that fails cancels those that are not made yet.
         with ThreadPoolExecutor(max(1, min(len(prompts), self._at_once))) as pool:
-            asked = [
-                pool.submit(self._text, prompt, seed, sampling, deadline_s)
-                for prompt, seed in zip(prompts, sampling.seeds, strict=True)
-            ]
-            try:
-                return [one.result() for one in asked]
-            except ValueError:
-                for one in asked:
-                    one.cancel()
-                raise
+            return list(pool.map(text, prompts, sampling.seeds))
 
     def _check_room(self, longest: int) -> None:
         if longest > self.max_model_len:
@@ -148,6 +142,7 @@ class VllmRollout(Rollout):
         }
         if self.banned:
             asked["logit_bias"] = self.banned
+        # What comes back is trained on, so it has to be a text of the student's vocabulary that ends where it should.
         choice = self._completion(prompt, asked, deadline_s)
         ids, reason, eos_ids = choice.get("token_ids"), choice.get("finish_reason"), self.vocabulary.eos_ids
         if not ids or not all(isinstance(token, int) for token in ids):
@@ -174,6 +169,7 @@ class VllmRollout(Rollout):
 
     def _wait_for_server(self) -> tuple[str, int]:
         """(name of the served model, tokens it holds) of a server that was started with this run's folder."""
+        # Nobody may listen yet, which is waited for; a server that answers otherwise is refused at once.
         deadline_s, told = self._deadline_s, False
         while True:
             try:
@@ -234,6 +230,7 @@ class VllmRollout(Rollout):
             if time.monotonic() + 1 > deadline_s:  # other users' requests may hold blocks for a while
                 raise self._wrong("does not give its prefix cache up, text would be by older weights")
             time.sleep(0.2)
+        # It answers now, and what it says of the probe shows by which weights.
         found = self._servers_log_probs(ids, deadline_s)
         is_first = self.arrivals.folder is None
         if objection := self.arrivals.objection(folder, wanted, found):
@@ -244,6 +241,7 @@ class VllmRollout(Rollout):
                 "log-probabilities: weights that do not arrive show only when they differ by more than rounding",
                 flush=True,
             )
+        # The folder of this push stays: the next one is compared with it.
         for older in (self.folder / HAND_OVER, *self.folder.glob("step-*")):
             if older != folder:
                 shutil.rmtree(older, ignore_errors=True)
