@@ -700,9 +700,7 @@ def test_a_stored_tail_below_fp32s_smallest_number_has_its_logarithm(name):
     h, w, _, _ = inputs()
     h = torch.zeros_like(h).requires_grad_()  # a uniform student
     ids, log_tail = torch.zeros(13, 1, dtype=torch.int), torch.full((13,), -110.0, dtype=torch.float64)
-    found = fused(
-        Divergence(name), h, w, top_k=TopKTeacher(ids, torch.zeros(13, 1), log_tail.exp())
-    )
+    found = fused(Divergence(name), h, w, top_k=TopKTeacher(ids, torch.zeros(13, 1), log_tail.exp()))
     log_p = torch.stack([torch.zeros_like(log_tail), log_tail], -1)
     value = of_classes(name, classes(h.double() @ w.double().T, ids), log_p)
     assert name != "rkl" or 105 < value.min() < 110

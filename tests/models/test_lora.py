@@ -155,9 +155,7 @@ def stopped(tiny, ranks2, tmp_path):
         "schedule.policy": "mixed", "rollout.train_on_fresh": True, "train.steps": 6, "output_dir": str(tmp_path),
         "student.path": f"{tmp_path}/base", **LORA,
     }  # fmt: skip
-    for code, *_ in ranks2.run(
-        run_cases.run_until, settings(tiny, "lora", **changes), 3, signal.SIGUSR1, ranks=(0,)
-    ):
+    for code, *_ in ranks2.run(run_cases.run_until, settings(tiny, "lora", **changes), 3, signal.SIGUSR1, ranks=(0,)):
         assert code == EXIT_LATER
     return tmp_path, changes
 
@@ -186,9 +184,7 @@ def test_another_base_is_refused(tiny, ranks2, stopped):
     code, _, said = ranks2.run(run_cases.run_saying, settings(tiny, "lora", **changes))[0]
     assert code == 2 and "the student's before training: model.safetensors had SHA-256" in said
     flip(folder / "base" / "model.safetensors")
-    code, _, said = ranks2.run(run_cases.run_saying, settings(tiny, "lora", **changes | {"student.lora.alpha": 7}))[
-        0
-    ]
+    code, _, said = ranks2.run(run_cases.run_saying, settings(tiny, "lora", **changes | {"student.lora.alpha": 7}))[0]
     assert code == 2 and "student.lora.alpha was 6.0, is 7.0" in said
     (folder / "base").rename(folder / "elsewhere")
     changes = changes | {"student.path": f"{folder}/elsewhere"}

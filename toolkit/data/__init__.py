@@ -1,4 +1,5 @@
-"""Data: sources -> templates -> tokens -> examples. `load_data` does all of it."""
+"""Data: sources -> templates -> tokens -> examples. `load_data` does all of it. Imports batch, ranks,
+settings and storage."""
 # ruff: noqa: F401 (what is imported here is what other rooms may use)
 
 from toolkit.data.dataset import PromptDataset

@@ -60,7 +60,7 @@ METHODS = {
     "distillm_srkl": Method("skewed reverse KL, adaptive off-policy schedule (arXiv 2402.03898)",
                             {"loss.divergence": "srkl", "loss.alpha": 0.1, "schedule.policy": "adaptive"}),
     "distillm2": Method(
-        "skewed forward KL on the teacher's text, skewed reverse KL on the student's, an alpha of each text's own; "
+        "skewed forward KL on the teacher's text, skewed reverse KL on the student's, with an alpha for each text; "
         "half of the steps each, where arXiv 2503.07067 has pairs",
         {"loss.divergence": "skl", "loss.student_text_divergence": "srkl", "loss.alpha": 0.1,
          "loss.alpha_per_sequence": True, "data.packing": False, "data.responses": "teacher",

@@ -1,5 +1,5 @@
 """A teacher's answers to fixed text, computed once: `build` makes a cache, `TeacherCache` reads it, `CachedTeacher`
-stands where a teacher would in a training step."""
+stands where a teacher would in a training step. Imports what `teachers` may."""
 
 # ruff: noqa: F401 - the names imported here are what the room offers
 
