@@ -126,7 +126,7 @@ def test_a_stopped_run_with_plain_text_ends_bitwise_like_one_that_was_not(tiny, 
         assert code == EXIT_LATER
     if streaming:
         code, _, said = ranks1.run(run_cases.run_saying, [*stopped, "train.rows_per_micro_batch=4"])[0]
-        assert code == 2 and "the checkpoint is of 2 ranks, this run of 1" in said
+        assert code == 2 and "is a stream of 2 ranks in the checkpoint, and of 1 in this run" in said
     assert "goes on from" in ranks2.run(run_cases.run_saying, stopped)[0][1]
     assert_equal(outcome(tiny, name + " stopped"), outcome(tiny, name))
 
