@@ -281,7 +281,7 @@ def flip(folder):
         ("loss.divergence = 'jsd' with teacher.cache", {"loss.divergence": "jsd"}),
         ("loss.alpha_per_sequence = True", {"loss.divergence": "skl", "loss.alpha_per_sequence": True}),
         ("loss.cross_entropy_weight = 0.5", {"loss.temperature": 2.0, "loss.cross_entropy_weight": 0.5}),
-        ("only a teacher's answers are kept", {"student.cache": "x"}),
+        ("is for a teacher's answers", {"student.cache": "x"}),
         ("no finished teacher cache in", {"teacher.cache": "{tiny}/nothing"}),
         ("shard-000001.safetensors has SHA-256", {"teacher.cache": flip}),
         ("shard-000002.safetensors has None bytes", {
