@@ -99,7 +99,10 @@ class DataConfig(Section):
 
         # The last checks are about how much is read, and how long it may be.
         if self.kind != "text" and self.streaming:
-            raise ValueError(f'{section}.streaming is for plain text, but {section}.kind = {self.kind!r}; set "text"')
+            raise ValueError(
+                f"{section}.streaming = true is for plain text, but {section}.kind = {self.kind!r}; set {section}.kind "
+                f'to "text", or {section}.streaming to false'
+            )
         _check_stream(section, self.streaming, self.max_rows)
         _check_block(section, self.max_length, self.kind == "text")
         if self.kind != "text" and not 1 <= self.max_prompt_length < self.max_length:
@@ -195,4 +198,7 @@ def _check_block(section: str, max_length: int, is_text: bool) -> None:
 
 def _check_stream(section: str, streaming: bool, max_rows: int | None) -> None:
     if streaming and max_rows is not None:
-        raise ValueError(f"{section}.max_rows = {max_rows} with {section}.streaming = true; set it to null, or false")
+        raise ValueError(
+            f"{section}.max_rows = {max_rows} with {section}.streaming = true; a stream is read over and over: set "
+            "max_rows to null, or streaming to false"
+        )
