@@ -300,7 +300,7 @@ def test_a_stream_that_cannot_be_read_is_refused_before_a_model_loads(tmp_path, 
     (TextConfig(rows_per_step=0), "text.rows_per_step = 0"),
     (TextConfig(streaming=True, max_rows=9), "text.max_rows = 9 with text.streaming = true; .* set max_rows to null"),
     (DataConfig(kind="text", streaming=True, max_rows=9), "data.max_rows = 9 with data.streaming = true"),
-    (DataConfig(messages_field="m", template="alpaca"), "data.messages_field = 'm' is for a chat template, but data.template = 'alpaca'"),
+    (DataConfig(messages_field="m", template="alpaca"), "'m' is for a chat template, but data.template = 'alpaca'"),
     (DataConfig(messages_field="m", prefix="summarize: "), "data.prefix = 'summarize: ' goes before a prompt"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(config, message):

@@ -100,7 +100,7 @@ class DataConfig(Section):
         # The last checks are about how much is read, and how long it may be.
         if self.kind != "text" and self.streaming:
             raise ValueError(
-                f"{section}.streaming = true is for plain text, but {section}.kind = {self.kind!r}; set {section}.kind "
+                f"{section}.streaming is for plain text, but {section}.kind = {self.kind!r}; set {section}.kind "
                 f'to "text", or {section}.streaming to false'
             )
         _check_stream(section, self.streaming, self.max_rows)
