@@ -4,5 +4,5 @@ imports no other room."""
 # ruff: noqa: F401 - the names imported here are what the room offers
 
 from toolkit.batch.layout import DECODER_ONLY, DecoderOnly, EncoderDecoder, RowLayout, layout_of
-from toolkit.batch.token_batch import Example, TokenBatch
+from toolkit.batch.token_batch import Example, TokenBatch, round_up
 from toolkit.batch.window import make_window

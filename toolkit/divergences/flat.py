@@ -29,7 +29,9 @@ def or_flat(converted: Callable[..., dict[str, Any]]) -> Callable[[Callable[P, R
         def call(*args: P.args, **named: P.kwargs) -> R:
             first = args[0] if args else named.get("spec", named.get("hidden_NS"))
             is_flat = isinstance(first, Divergence | Tensor)
-            return operation(**converted(*args, **named)) if is_flat else operation(*args, **named)  # type: ignore
+            if not is_flat:
+                return operation(*args, **named)
+            return operation(**converted(*args, **named))  # type: ignore[call-arg]  # flat arguments are not in P
 
         return call
 

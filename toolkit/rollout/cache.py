@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrainedModel
 
+from toolkit.batch import round_up
+
 ATTENTION = "ragged_rows"  # the name under which transformers' models find `_attend`
 
 
 def row_tokens(longest: int) -> int:
     """Places that a row of `longest` tokens takes: a multiple of 16, as GPU attention wants its masks."""
-    return -(-longest // 16) * 16
+    return round_up(longest, 16)
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:

@@ -1,7 +1,6 @@
 """What a run reads before it builds an engine: models, tokenizer, data, plain text, the teacher's stored answers;
 each is checked on one rank and refused on all."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from toolkit import models
-from toolkit.batch import Example
+from toolkit.batch import Example, round_up
 from toolkit.data import Data, TextStream, end_with_turns, load_data, load_text
 from toolkit.data.store import longest
 from toolkit.divergences import Divergence
@@ -22,7 +21,9 @@ from toolkit.models.load import resolve
 from toolkit.pruning.made import materialize
 from toolkit.ranks import collectives
 from toolkit.run.checkpoint import identity
+from toolkit.run.summary import SUMMARY
 from toolkit.settings import NO_DIVERGENCE, RunConfig
+from toolkit.storage.manifest import read_json
 from toolkit.teachers.cache import TeacherCache, identity_of
 
 
@@ -155,7 +156,7 @@ def _check_positions(config: RunConfig, data: Data, teacher_path: str, student_p
         rows = max(rows, config.text.max_length)
 
     # Batches are padded to a multiple of 8, and generated text comes after the longest prompt.
-    padded = -(-rows // 8) * 8
+    padded = round_up(rows, 8)
     if config.generates:
         padded = max(padded, prompts + config.max_new_tokens)
     if config.has_teacher:
@@ -184,7 +185,7 @@ def cache_identity(
 ) -> RunIdentity:
     """The run's identity `parts`, with what the cache says of its teacher. Only the manifest is read, and checked to be
     for this run. Where the cache was deleted after the run had finished, the run's summary says it. Collective."""
-    folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / "summary.json"
+    folder, summary = Path(config.teacher.cache).expanduser(), config.run_dir / SUMMARY
 
     def known() -> dict[str, Any]:
         vocabulary.layout.check_use(cache=True)
@@ -200,7 +201,7 @@ def cache_identity(
     # If the cache is gone, the summary of the finished run says what it was.
     found: dict[str, Any] = {}
     if config.resume != "never" and not collectives.anywhere(TeacherCache.is_in(folder)):
-        saved = collectives.together(lambda: json.loads(summary.read_text()) if summary.is_file() else {})
+        saved = collectives.together(lambda: read_json(summary) if summary.is_file() else {})
         found = collectives.gather_objects(saved.get("identity", {}))[0]
     if "teacher_cache" in found:
         found["teacher_sha256"] |= parts["teacher_sha256"]  # files that are here have to be the same ones still

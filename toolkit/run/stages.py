@@ -17,14 +17,16 @@ from toolkit.models.load import load_model
 from toolkit.models.portable import make_portable
 from toolkit.models.tokenizer import load_tokenizer
 from toolkit.pruning.made import calibration_data, prune_model
+from toolkit.run.summary import STUDENT, SUMMARY
 from toolkit.settings import DataConfig, InitConfig, ModelConfig, RunConfig
 from toolkit.settings.overrides import unknown
 from toolkit.storage.appear import made_once, remove
 from toolkit.storage.differences import differences, refuse
+from toolkit.storage.manifest import read_json
 from toolkit.tables import format_table
 
-INIT, STUDENT, RANDOM_TEACHER = "init", "student", "random_teacher"
-SETTINGS, SUMMARY = "config.yaml", "summary.json"  # the latter is written last, of every stage
+INIT, RANDOM_TEACHER = "init", "random_teacher"
+SETTINGS = "config.yaml"
 #: of the calibration text, what decides which it is
 TEXT_SETTINGS = (
     "kind", "source", "subset", "split", "text_field", "prompt_field", "response_field", "input_field",
@@ -192,7 +194,7 @@ class Stages:
             changed,
             "set these back, choose another name (name=...), or delete the folder",
         )
-        return json.loads((made / SUMMARY).read_text())
+        return read_json(made / SUMMARY)
 
 
 def stages_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:

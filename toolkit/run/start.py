@@ -1,9 +1,8 @@
 """Where a run begins: at its first step, at a checkpoint of an earlier start, or nowhere, since it is finished."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import yaml
 
@@ -15,6 +14,7 @@ from toolkit.run.checkpoint import Checkpoint, Checkpoints, compare
 from toolkit.run.state import LoopState
 from toolkit.run.summary import BEST, STUDENT, SUMMARY, Summary
 from toolkit.settings import RunConfig
+from toolkit.storage.manifest import read_json
 
 CONFIG = "config.yaml"
 
@@ -56,7 +56,7 @@ def finished(config: RunConfig, start: Start, identity: RunIdentity) -> Summary 
     files = [run_dir / name for name in (SUMMARY, CONFIG, f"{STUDENT}/config.json")]
     if config.resume == "never" or not collectives.everywhere(all(file.is_file() for file in files)):
         return None
-    summary = collectives.together(lambda: json.loads(files[0].read_text()))
+    summary = cast(Summary, collectives.together(lambda: read_json(files[0])))
     # Without a checkpoint the summary itself says which run was finished, by the settings beside it.
     if start.checkpoint is None:
         if "identity" not in summary:

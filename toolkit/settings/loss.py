@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from toolkit.settings.run import RunConfig
 
 NO_DIVERGENCE = "none"
-WITH_SEQUENCE_ALPHA = ("skl", "srkl")
 
 
 def divergence_names() -> Sequence[str]:
@@ -63,7 +62,7 @@ class LossConfig(Section):
     def validate(self, section: str = "loss") -> None:
         """Raises ValueError for the first setting that cannot work."""
         super().validate(section)
-        from toolkit.divergences import Divergence
+        from toolkit.divergences.spec import WITH_SEQUENCE_ALPHA, Divergence
 
         names = {self.divergence, self.student_text_divergence or self.divergence} - {NO_DIVERGENCE}
         for name in sorted(names):
