@@ -8,6 +8,14 @@ from toolkit.settings import RunConfig
 
 #: the loop's monitor writes what these ask for; an engine that was given them would write there too, by samples
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
+#: what tunes how ZeRO-3 shards weights: a file that sets one of these is obeyed
+SHARDS = (
+    "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "zero_hpz_partition_size",
+    "zero_quantized_weights", "offload_param",
+)  # fmt: skip
+#: what ZeRO-2 and ZeRO-3 both know: how gradients and optimizer state are sharded
+OF_GRADIENTS = ("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "reduce_scatter", "allgather_bucket_size",
+                "allgather_partitions", "offload_optimizer")  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: key of a DeepSpeed config -> the setting of RunConfig that owns it
 OWNED = {
@@ -40,8 +48,40 @@ def read_ds_config(path: str) -> dict[str, Any]:
     return config
 
 
+def sharding_of_file(path: str) -> str | None:
+    """What the DeepSpeed file at `path` itself wants for the weights: "resident" (ZeRO stages 0 to 2), "sharded" where it
+    tunes how ZeRO-3 shards, or None, which leaves the choice to the memory plan."""
+    zero = _zero(path)
+    if zero.get("stage", 0) < 3:
+        return "resident"
+    return "sharded" if any(name in zero for name in SHARDS) else None
+
+
+def check_sharding(config: RunConfig) -> None:
+    """Raises ValueError where `sharding` asks for what the DeepSpeed file beside it does not do."""
+    for role, model in (("teacher", config.teacher), ("student", config.student)):
+        if role == "teacher" and not config.has_teacher:
+            continue
+        wanted = sharding_of_file(model.ds_config)
+        if model.sharding == "sharded" and wanted == "resident":
+            raise ValueError(
+                f'{role}.sharding = "sharded", but {model.ds_config} has a ZeRO stage below 3, which keeps weights '
+                f"whole: take ds_configs/{role}_zero3.json, or set {role}.sharding=resident"
+            )
+        if model.sharding == "resident" and "offload_param" in _zero(model.ds_config):
+            raise ValueError(
+                f'{role}.sharding = "resident", but {model.ds_config} keeps parameters in CPU memory (offload_param): '
+                f"take ds_configs/{role}_zero3.json, or set {role}.sharding=sharded"
+            )
+
+
+def _zero(path: str) -> dict[str, Any]:
+    return read_ds_config(path).get("zero_optimization", {})
+
+
 def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[str, Any]:
-    """The student's file, with batch, precision and clipping from `config`."""
+    """The student's file, with batch, precision and clipping from `config`; of a resident student with ZeRO-2 in the
+    place of ZeRO-3."""
     given = read_ds_config(config.student.ds_config)
     sharding = given.get("zero_optimization", {})
     if sharding.get("stage") not in (1, 2, 3) or sharding.get("offload_optimizer", {}).get("device") == "nvme":
@@ -49,6 +89,10 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
             f"{config.student.ds_config}: zero_optimization = {sharding}, and checkpoints are made of ZeRO stages 1, 2 "
             "and 3 with the optimizer on the device or in CPU memory; see ds_configs/student_zero2.json"
         )
+    if config.student.sharding == "resident" and sharding["stage"] == 3:
+        # Gradients and optimizer state stay sharded. What else the file says of ZeRO-3 is about sharded weights.
+        kept = {name: value for name, value in sharding.items() if name in OF_GRADIENTS}
+        given = given | {"zero_optimization": {"stage": 2, **kept}}
     rows, accumulation = config.train.rows_per_step + config.text_rows, config.accumulation(world)
     return {
         **{key: value for key, value in given.items() if key not in MONITOR_SECTIONS},
