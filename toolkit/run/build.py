@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.evaluation import Validator
 from toolkit.models import Student, Vocabulary, build_student, check_packing
-from toolkit.models.ds_config import read_ds_config, student_ds_config, teacher_ds_config
+from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.export import export_student, rehearse_export
 from toolkit.ranks import collectives
 from toolkit.ranks.watchdog import Watchdog
@@ -23,6 +23,7 @@ from toolkit.run.monitor import Monitor, monitor_master
 from toolkit.run.state import LoopState
 from toolkit.run.timer import PhaseTimer
 from toolkit.settings import NO_DIVERGENCE, SCORES, RunConfig
+from toolkit.settings.ds_files import read_ds_config
 from toolkit.teachers.cache import CachedTeacher, TeacherCache
 from toolkit.teachers.live import NoTeacher, Teacher, build_teacher
 

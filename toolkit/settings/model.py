@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEPTHS = ("importance", "greedy", "even", "random")
 WIDTHS = ("importance", "even", "random")
+SHARDINGS = ("auto", "sharded", "resident")
 AS_IN_THE_TEACHER = {None: "as many as the model at path has"}
 
 
@@ -106,6 +107,10 @@ class ModelConfig(Section):
     ds_config: str = setting("",
         "DeepSpeed JSON file with the sharding, looked for in the working directory, then in the repository.",
         may_change=True)
+    sharding: str = setting("auto",
+        "resident holds the whole model on every rank through a step; a student's gradients and optimizer stay sharded. "
+        "sharded is what ds_config says. auto takes resident where the plan says that it fits and is faster "
+        "(docs/scale.md).", choices=SHARDINGS, may_change=True)
     rows_per_pass: int | None = setting(None,
         "Rows of one forward pass of the teacher, rounded down to whole micro-batches. A pass gathers the sharded "
         "weights once, so lower it only where activations do not fit the memory.", unit="rows of one rank", least=1,
