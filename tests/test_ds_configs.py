@@ -6,7 +6,7 @@ import pytest
 
 from tests.run import run_cases
 from tests.tiny import tiny_overrides
-from toolkit.models.ds_config import REPOSITORY
+from toolkit.settings.ds_files import REPOSITORY
 
 pytestmark = pytest.mark.multiprocess
 FILES = sorted(path.name for path in (REPOSITORY / "ds_configs").glob("*.json"))

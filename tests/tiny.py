@@ -120,7 +120,7 @@ def tiny_overrides(folder, **changes):
     settings = {
         "teacher.path": f"{folder}/teacher", "student.path": f"{folder}/student", "data.source": f"{folder}/rows.jsonl",
         "data.validation_source": f"{folder}/rows.jsonl", "data.max_length": 96, "data.max_prompt_length": 64,
-        "teacher.ds_config": "ds_configs/teacher_cpu.json", "student.ds_config": "ds_configs/student_cpu.json",
+        "teacher.ds_config": "tests/teacher_sharded.json", "student.ds_config": "tests/student_sharded.json",
         "precision": "fp32", "train.steps": 3, "train.rows_per_step": 8, "train.rows_per_micro_batch": 4,
         "optimizer.name": "sgd",
         "optimizer.lr": 0.5, "optimizer.max_grad_norm": 0, "optimizer.weight_decay": 0, "schedule.policy": "off",

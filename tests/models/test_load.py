@@ -19,11 +19,11 @@ from transformers import (
 from tests.models import load_cases
 from tests.tiny import make_tokenizer, save_llama
 from toolkit.models import load_model, load_tokenizer, shared_vocabulary
-from toolkit.models.ds_config import OWNED, read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.models.load import base_name
 from toolkit.pruning.made import materialize
 from toolkit.settings import ModelConfig
+from toolkit.settings.ds_files import OWNED, read_ds_config
 
 
 def layers_of(model):

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from toolkit.evaluation import Validator
 from toolkit.models import Student, Vocabulary, build_student, check_packing
-from toolkit.models.ds_config import read_ds_config, student_ds_config, teacher_ds_config
+from toolkit.models.ds_config import student_ds_config, teacher_ds_config
 from toolkit.models.export import export_student, rehearse_export
 from toolkit.ranks import collectives
 from toolkit.ranks.watchdog import Watchdog
@@ -23,6 +23,7 @@ from toolkit.run.monitor import Monitor, monitor_master
 from toolkit.run.state import LoopState
 from toolkit.run.timer import PhaseTimer
 from toolkit.settings import NO_DIVERGENCE, SCORES, RunConfig
+from toolkit.settings.ds_files import check_sharding, read_ds_config
 from toolkit.teachers.cache import CachedTeacher, TeacherCache
 from toolkit.teachers.live import NoTeacher, Teacher, build_teacher
 
@@ -63,8 +64,10 @@ def checked(config: RunConfig) -> RunConfig:
     student_ds_config(config, "bf16", collectives.world())
     if config.has_teacher:
         teacher_ds_config(config, "bf16")
+        check_sharding("teacher", config.teacher.ds_config, config.teacher.sharding)
     if config.schedule.policy != "off":
         local_capacity(config.rollout.capacity, 0, collectives.world())
+    check_sharding("student", config.student.ds_config, config.student.sharding)
     return config
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.data import TextStream
-from toolkit.models.ds_config import read_ds_config
 from toolkit.models.identity import file_hashes
 from toolkit.ranks import collectives
 from toolkit.ranks.output import say
@@ -17,6 +16,7 @@ from toolkit.ranks.watchdog import Watchdog
 from toolkit.run.inputs import load_inputs
 from toolkit.run.recipe import Recipe, chosen
 from toolkit.settings import RunConfig
+from toolkit.settings.ds_files import read_ds_config
 from toolkit.teachers.cache import Form, TeacherCache, build, identity_of, plan
 from toolkit.teachers.cache.build import refuse_existing
 from toolkit.teachers.live import build_teacher

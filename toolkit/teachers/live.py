@@ -89,7 +89,7 @@ def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: 
     model.requires_grad_(False)
     split_where_memory_runs_out(model)
     module = TeacherForward(model)
-    engine = WholeModel(module) if ds_config is None else zero.initialize(module, ds_config)
+    engine = WholeModel(module.to(collectives.device())) if ds_config is None else zero.initialize(module, ds_config)
     engine.eval()
     check_engine("teacher", engine, vocabulary)
     return Teacher(engine, config.teacher.rows_per_pass, config.train.rows_per_step // collectives.world())

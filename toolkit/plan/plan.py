@@ -1,0 +1,234 @@
+"""The plan of a run: the layouts that settings allow are all planned, and of those that fit the fastest is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from toolkit.plan.layout import RESIDENT, SHARDED
+from toolkit.plan.machine import GIB, Machine
+from toolkit.plan.memory import DEVICE, HOST, Layout, Memory, Part, by_phase, peak
+from toolkit.plan.roofline import Time, limit, step_seconds, times
+from toolkit.plan.shape import ModelShape
+from toolkit.plan.traffic import Collective, collectives
+from toolkit.plan.work import Work
+from toolkit.settings import ModelConfig, RunConfig
+from toolkit.settings.ds_files import sharding_of_file
+
+AUTO = "auto"
+#: less of a difference in time is none
+FASTER = 0.99
+
+
+class Advice(NamedTuple):
+    """A change that was planned. saved: bytes at the peak; seconds: of a step with it. fits: it is enough by itself."""
+
+    change: str
+    costs: str
+    saved: float
+    seconds: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes on each rank, how long a step is, and how its models are held.
+
+    student, teacher: "resident" or "sharded" ("" without a teacher). gather: "always" or "never". why: one line.
+    together: changes of `advice` that make a plan fit in which none does by itself; None where it fits, or none do.
+    """
+
+    config: RunConfig
+    machine: Machine
+    teacher_shape: ModelShape | None
+    student_shape: ModelShape
+    layout: Layout
+    work: Work
+    parts: tuple[Part, ...]
+    moved: tuple[Collective, ...]
+    times: tuple[Time, ...]
+    why: str = ""
+    advice: tuple[Advice, ...] = ()
+    together: tuple[str, ...] | None = None
+
+    @property
+    def student(self) -> str:
+        """How the student is held through a step."""
+        return self.layout.student
+
+    @property
+    def teacher(self) -> str:
+        """How the teacher is held."""
+        return self.layout.teacher if self.teacher_shape is not None else ""
+
+    @property
+    def gather(self) -> str:
+        """Whether the whole student is on every rank while it generates."""
+        return self.layout.gather
+
+    @cached_property
+    def peak(self) -> tuple[str, float]:
+        """The phase with the most bytes of a rank's device, and how many."""
+        return peak(list(self.parts))
+
+    @cached_property
+    def host_bytes(self) -> float:
+        """Most bytes of the node's memory that are one rank's."""
+        return peak(list(self.parts), HOST)[1]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank has room for it, where its models are and in the node's memory."""
+        return self.peak[1] <= self.machine.room and self.host_bytes <= self.machine.host_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Of a step on average."""
+        return step_seconds(list(self.times))
+
+    @property
+    def limit(self) -> str:
+        """What limits it: memory where it does not fit, else what most time goes to."""
+        if not self.fits:
+            return f"memory, in {self.peak[0]}"
+        return limit(list(self.times))
+
+    @property
+    def steps(self) -> int | None:
+        """Of the run; None where its number of rows decides, which settings do not say."""
+        config = self.config.for_rows(None)
+        return None if config.train.epochs is not None else config.train.steps
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all steps; None where their number is not known."""
+        return None if self.steps is None else self.steps * self.seconds * self.machine.world / 3600
+
+    def table(self) -> str:
+        """The whole plan as text."""
+        from toolkit.plan.report import table
+
+        return table(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as plain values; bytes and seconds."""
+        from toolkit.plan.report import to_json
+
+        return to_json(self)
+
+    def refusal(self) -> str | None:
+        """Why a run cannot be made so, with the table; None where it fits. What is planned on a CPU is only said, never
+        refused, since a step's rows are seldom as long as they may be and the system can swap."""
+        if self.fits:
+            return None
+        return f"this run does not fit: {self.why}\n\n{self.table()}"
+
+
+def plan_run(
+    config: RunConfig, machine: Machine, teacher: ModelShape | None, student: ModelShape, *, advises: bool = True
+) -> Plan:
+    """Settles `auto` for teacher, student and rollout.gather together: of the layouts that the settings allow and that
+    fit, the one with the fastest step, of equal ones that with the least memory. Where none fits, the smallest.
+
+    teacher: None where none is loaded. advises: what to change is planned too, where it does not fit. Raises ValueError
+    for a DeepSpeed file that cannot be read, and for a batch that does not divide among the ranks.
+    """
+    work, element = Work.of(config, machine.world), element_bytes(config, machine)
+    plans = [
+        _planned(Memory(config, machine, teacher, student, layout, work, element))
+        for layout in layouts(config, machine, teacher)
+    ]
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        best = min(plans, key=lambda plan: plan.peak[1] + max(0, plan.host_bytes - machine.host_bytes))
+    else:
+        fastest = min(plan.seconds for plan in fitting)
+        best = min((p for p in fitting if p.seconds * FASTER <= fastest), key=lambda plan: plan.peak[1])
+    best = dataclasses.replace(best, why=_why(best, plans))
+    if best.fits or not advises:
+        return best
+    from toolkit.plan.advice import advise
+
+    advice, together = advise(best, lambda c, m: plan_run(c, m, teacher, student, advises=False))
+    return dataclasses.replace(best, advice=tuple(advice), together=together)
+
+
+def plan_of(config: RunConfig, machine: Machine, init: Any = None) -> Plan:
+    """`plan_run` of the models that the settings name. init: what a stage before the run cuts out of the teacher, which
+    is then the student. Raises ValueError where a configuration is not to be had."""
+    teacher = ModelShape.of_settings(config.teacher) if config.has_teacher else None
+    student = ModelShape.of_settings(config.student if init is None else config.teacher, init)
+    return plan_run(config, machine, teacher, student)
+
+
+def element_bytes(config: RunConfig, machine: Machine) -> int:
+    """Of a number in the run's precision."""
+    if config.precision != AUTO:
+        return {"bf16": 2, "fp32": 4}[config.precision]
+    if not machine.kind.is_cpu:
+        return 2
+    from toolkit.divergences.products import cpu_has_bf16_products
+
+    return 2 if cpu_has_bf16_products() else 4
+
+
+def layouts(config: RunConfig, machine: Machine, teacher: ModelShape | None) -> Iterator[Layout]:
+    """Those that the settings allow."""
+    of_student, of_teacher = _allowed(config.student, machine), [SHARDED]
+    if teacher is not None:
+        of_teacher = _allowed(config.teacher, machine)
+    gathers = ["always", "never"] if config.rollout.gather == AUTO else [config.rollout.gather]
+    for student, held, gather in itertools.product(of_student, of_teacher, gathers):
+        yield Layout(student, held, gather)
+
+
+def _allowed(model: ModelConfig, machine: Machine) -> list[str]:
+    """A file by which its user has decided how weights are kept is obeyed."""
+    chosen = sharding_of_file(model.ds_config) if model.sharding == AUTO else model.sharding
+    return [RESIDENT, SHARDED] if chosen is None else [chosen]
+
+
+def _planned(memory: Memory) -> Plan:
+    moved = collectives(memory)
+    return Plan(
+        config=memory.config, machine=memory.machine, teacher_shape=memory.teacher, student_shape=memory.student,
+        layout=memory.layout, work=memory.work, parts=tuple(memory.parts()), moved=tuple(moved),
+        times=tuple(times(memory, moved)),
+    )  # fmt: skip
+
+
+def _why(best: Plan, plans: list[Plan]) -> str:
+    """One line for the run's log."""
+    phase, bytes_ = best.peak
+    room, machine = best.machine.room, best.machine
+    held = f"student {best.student}"
+    if best.teacher:
+        held += f", teacher {best.teacher}"
+    if best.config.generates:
+        held += f", rollout.gather {best.gather}"
+    at = f"{bytes_ / GIB:.2f} of {room / GIB:.2f} GiB of a rank at the peak ({phase})"
+    if not best.fits:
+        least = "the least of all layouts" if len(plans) > 1 else "the only layout that the settings allow"
+        host = f", and {best.host_bytes / GIB:.2f} GiB of the node's memory where it may take "
+        host += f"{machine.host_bytes / GIB:.2f}"
+        return f"{held} takes {at}{host if best.host_bytes > machine.host_bytes else ''}, {least}"
+    others = [plan for plan in plans if plan is not best and plan.layout[:2] != best.layout[:2]]
+    if not others:
+        return f"{held}: {at}, as the settings say"
+    faster = [plan for plan in others if plan.seconds < best.seconds * FASTER and not plan.fits]
+    if faster:
+        other = min(faster, key=lambda plan: plan.peak[1])
+        return (
+            f"{held}: {at}; student {other.student} and teacher {other.teacher or 'none'} would take "
+            f"{other.peak[1] / GIB:.2f} GiB"
+        )
+    other = min(others, key=lambda plan: plan.seconds)
+    return f"{held}: {at}; the fastest of {len(plans)} layouts, a step {other.seconds / best.seconds:.2f} times as fast as the next"
+
+
+Planner = Callable[[RunConfig, Machine], Plan]
+__all__ = ["DEVICE", "Advice", "Plan", "Planner", "by_phase", "plan_of", "plan_run"]
