@@ -115,6 +115,11 @@ def save_rows(path, count=40):
     return str(path)
 
 
+def ds_file(name):
+    """A DeepSpeed file of ds_configs/, or one of tests/ that shards also what is as small as these models."""
+    return f"{'tests' if name.endswith('_sharded') else 'ds_configs'}/{name}.json"
+
+
 def tiny_overrides(folder, **changes):
     """key=value settings of a run on the models and rows in `folder` (made by the `tiny` fixture)."""
     settings = {
