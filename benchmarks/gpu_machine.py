@@ -88,7 +88,8 @@ def main() -> None:
         f"{torch.version.cuda or 'none'}, {os.cpu_count()} cores, Python {platform.python_version()}."
     )
     record.table(
-        ["package", "here", "requirements.txt"], [[name, version, asked.get(name)] for name, version in versions.items()]
+        ["package", "here", "requirements.txt"],
+        [[name, version, asked.get(name)] for name, version in versions.items()],
     )
     if versions["transformers"] != asked["transformers"].partition("==")[2]:
         record.say(

@@ -310,7 +310,9 @@ def tell_profile(record: Record, name: str, events: list[dict]) -> None:
             "kernels": kernels, "operations": operations,
         }
     })  # fmt: skip
-    record.say(f"Profile of the {name}, milliseconds. Idle: the GPU has no work, and the host is in these calls meanwhile.")
+    record.say(
+        f"Profile of the {name}, milliseconds. Idle: the GPU has no work, and the host is in these calls meanwhile."
+    )
     record.table(["", *found], profile_rows(list(found.values())))
     if kernels:
         record.table(["work of the GPU", "times", "ms"], [list(row) for row in kernels])
@@ -333,7 +335,9 @@ def tell_samples(record: Record, counts: collections.Counter[tuple[str, str]]) -
     """Where Python was, by phase."""
     rows = [[phase, place, count] for (phase, place), count in counts.most_common(2 * TOP)]
     record.keep(samples=rows)
-    record.say(f"Python's innermost functions in a later step, samples of every thread each {SAMPLE_EVERY_S * 1e3:g} ms:")
+    record.say(
+        f"Python's innermost functions in a later step, samples of every thread each {SAMPLE_EVERY_S * 1e3:g} ms:"
+    )
     record.table(["phase", "function", "samples"], rows)
 
 

@@ -16,7 +16,9 @@ GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST_CALLS = ("cuda_runtime", "cuda_driver")
 #: what the host does while the GPU idles -> calls of CUDA; the first kind that fits takes the time
 KINDS = {
-    "allocator": re.compile(r"^cu(da)?(Malloc|Free|HostAlloc|HostRegister|MemCreate|MemMap|MemUnmap|MemRelease|MemAddr)"),
+    "allocator": re.compile(
+        r"^cu(da)?(Malloc|Free|HostAlloc|HostRegister|MemCreate|MemMap|MemUnmap|MemRelease|MemAddr)"
+    ),
     "synchronisation": re.compile(r"Synchronize|StreamWaitEvent|EventQuery"),
     "copies": re.compile(r"Memcpy|Memset"),
     "launches": re.compile(r"Launch"),
