@@ -11,6 +11,7 @@ This file needs nothing but Python: what the machine lacks is unpacked from the 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -117,10 +118,8 @@ def run_part(part: Part, out: Path, limit_s: float, environment: dict[str, str])
         except subprocess.TimeoutExpired:
             code, status = None, "stopped"
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # nothing is left of it
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:  # nothing was left of it
-                pass
             child.wait()
     found = {
         "part": part.name, "status": status, "exit_code": code, "seconds": time.monotonic() - started_s,
@@ -202,7 +201,7 @@ def how_it_ended(result: dict) -> str:
 
 
 def counted_tests(text: str) -> str:
-    """How many of pytest's tests ran and how they ended, also of a run that was stopped on the way; and which failed."""
+    """How many of pytest's tests ran and how they ended, also where it was stopped on the way; and which failed."""
     outcomes = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", text, re.M)
     collected = re.search(r"collected (\d+) items(?: / (\d+) deselected)?", text)
     wanted = int(collected[1]) - int(collected[2] or 0) if collected else 0
@@ -238,6 +237,11 @@ def part_environment(device: str, target: Path) -> dict[str, str]:
     return found
 
 
+def _without_folder(arguments: list[str]) -> list[str]:
+    """What the user typed: the script adds where it was called."""
+    return arguments[2:] if arguments[:1] == ["--relative-to"] else arguments
+
+
 def main() -> None:
     options = parse_arguments()
     began_s = time.monotonic()
@@ -248,7 +252,7 @@ def main() -> None:
         wheels = options.wheels and options.relative_to / options.wheels
         heading = {
             "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join(["python benchmarks/gpu_check.py", *sys.argv[1:]]),
+            "command": " ".join(["benchmarks/gpu_check.sh", *_without_folder(sys.argv[1:])]),
             "installed": install_missing(wheels, Path(target)) if wheels else [],
         }
         environment = part_environment(options.device, Path(target))

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ NAMED = ("torch", "triton", "transformers", "deepspeed", "accelerate", "numpy", 
 
 def pinned() -> dict[str, str]:
     """Package -> what requirements.txt asks for."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = Path(__file__).resolve().parents[1].joinpath("requirements.txt").read_text().splitlines()
     words = [line.split(";")[0].strip() for line in lines if line and not line.startswith("#")]
     return {word.replace(">", "=").partition("=")[0]: word for word in words}
 

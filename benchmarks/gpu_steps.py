@@ -1,18 +1,19 @@
-"""Whole training steps at the shapes of recipes/llama_7b_to_1b.py with random weights on one GPU: tokens per second, model
-FLOPs utilisation, peak memory, and a profile of where the time goes.
+"""Whole training steps at the shapes of recipes/llama_7b_to_1b.py with random weights on one GPU: tokens per second,
+model FLOPs utilisation, peak memory, and a profile of where the time goes.
 
     python benchmarks/gpu_steps.py --layout resident|sharded [--device cpu] [--tiny] [--json FILE]
 
-resident: both models are whole on the GPU, as ds_configs/student_zero2.json and a teacher of stage 0 have them. sharded:
-both as the ZeRO-3 files say; one rank gathers from itself, and hooks, buckets and copies are those of many.
+resident: both models are whole on the GPU, as ds_configs/student_zero2.json and a teacher of stage 0 have them.
+sharded: both as the ZeRO-3 files say; one rank gathers from itself, and hooks, buckets and copies are those of many.
 
-A step is `DistillationLoop.step` on the data's rows, half prompt and half response: skl, AdamW, no gradient checkpointing,
-no generation. Two sizes: 4 rows of 512 tokens in one micro-batch, and 64 in 8. The first step of each size is told apart
-from the later ones, of which the median counts: in it kernels are compiled and loaded, and memory is taken.
+A step is `DistillationLoop.step` on the data's rows, half prompt and half response: skl, AdamW, no gradient
+checkpointing, no generation. Two sizes: 4 rows of 512 tokens in one micro-batch, and 64 in 8. The first step of each
+size is told apart from the later ones, of which the median counts: in it kernels are compiled and loaded, and memory is
+taken. It runs under the profiler, which adds to its time.
 
 Model FLOPs utilisation is FLOPs / (seconds of a step x the card's peak by its data sheet). FLOPs are those of the
-mathematics, nothing that is computed twice: with P the weights of a model's layers, L layers of hidden size H, T tokens a
-row, N response tokens, V entries of the vocabulary, a forward pass over B tokens takes 2 P B + 2 L H T B (causal
+mathematics, nothing that is computed twice: with P the weights of a model's layers, L layers of hidden size H, T tokens
+a row, N response tokens, V entries of the vocabulary, a forward pass over B tokens takes 2 P B + 2 L H T B (causal
 attention) + 2 N V H (the head); the teacher makes one, the student's forward and backward count as three.
 
 The profile is torch.profiler's, of the first step and of a later one: see gpu_trace.py. Beside it every thread's Python
@@ -33,8 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
