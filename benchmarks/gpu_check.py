@@ -50,7 +50,7 @@ def parts(device: str, tiny: bool) -> list[Part]:
     else:
         loss += ["--divergence", "skl,srkl,fkl,rkl,jsd", "--parts", "time,memory,errors", "--repeats", "3"]
     # A GPU's tests are skipped without one, and then -k asks for few of them.
-    tests = ["-m", "pytest", "tests/divergences/test_cuda.py", "-v", "-p", "no:cacheprovider", "--durations=0"]
+    tests = ["-m", "pytest", "tests/divergences/test_cuda.py", "-vv", "-p", "no:cacheprovider", "--durations=0"]
     tests += ["-k", "stored"] if tiny else []
     return [
         Part("machine", "Machine", 25, ["benchmarks/gpu_machine.py", *common]),

@@ -2,8 +2,8 @@
 from the statistics to the gradient, and they exchange four numbers through global memory in between, twice a row.
 
 An experiment of gpu_rows.py, beside `toolkit/divergences/kernels/rows_triton.py`, which reads each row once a pass. It
-knows what the benchmark needs: two models' logits, weights, and gradients; no temperature, targets, biases, caps, nor the
-metrics' agreement. Every divergence but akl, taid and the stored top k, whose sums are other ones.
+knows what the benchmark needs: two models' logits, weights, and gradients; no temperature, targets, biases, caps, nor
+the metrics' agreement. Every divergence but akl, taid and the stored top k, whose sums are other ones.
 
 The programs of a row wait for each other, so all of the grid has to be on the GPU at once: it has one program for
 each multiprocessor at most, and a program takes up rows one after the other. The next row is loaded before the wait, so
