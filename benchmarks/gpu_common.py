@@ -61,6 +61,14 @@ def parser_of(documentation: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options. Ends the program where they ask for a GPU and there is none."""
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu --tiny tries whether everything runs")
+    return options
+
+
 def peak_tflops(card: str) -> float | None:
     """Of the data sheet; None for a card that is not known."""
     return next((float(peak) for name, peak in PEAK_TFLOPS.items() if name in card), None)

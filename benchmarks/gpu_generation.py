@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.gpu_common import Record, parser_of, shapes, synchronize
+from benchmarks.gpu_common import Record, parsed, parser_of, shapes, synchronize
 from toolkit.batch import round_up
 from toolkit.models import Vocabulary
 from toolkit.rollout.decode import DecodeStats, Passes, _hidden, decode
@@ -183,7 +183,7 @@ def tell(record: Record, lines: list[dict]) -> None:
 
 
 def main() -> None:
-    options = parser_of(__doc__).parse_args()
+    options = parsed(parser_of(__doc__))
     record, lines = Record(options.json), []
     teacher, student = shapes(options.tiny)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_common import Record, parser_of, peak_tflops, synchronize
+from benchmarks.gpu_common import Record, parsed, parser_of, peak_tflops, synchronize
 
 NAMED = ("torch", "triton", "transformers", "deepspeed", "accelerate", "numpy", "huggingface-hub", "tokenizers")
 
@@ -70,7 +70,7 @@ def speeds(device: str, size: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    options = parser_of(__doc__).parse_args()
+    options = parsed(parser_of(__doc__))
     record, device = Record(options.json), options.device
     card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import loss
-from benchmarks.gpu_common import Record, parser_of, synchronize
+from benchmarks.gpu_common import Record, parsed, parser_of, synchronize
 from benchmarks.gpu_one_read import OneRead
 from toolkit.divergences import products, tiles
 
@@ -142,7 +142,7 @@ def tell_errors(record: Record, bench: loss.Bench, shape: loss.Shape, divergence
 
 
 def main() -> None:
-    options = parser_of(__doc__).parse_args()
+    options = parsed(parser_of(__doc__))
     record = Record(options.json)
     bench = loss.Bench(options.device, "bf16", None, "triton", repeats=3)
     small = loss.Shape(8, 320, 16, 24)
@@ -152,8 +152,8 @@ def main() -> None:
         tell_times(record, bench, small, DIVERGENCES[:1], repeats=1)
     else:
         tell_errors(record, bench, loss.LONG, DIVERGENCES)
-        for shape in (loss.LONG, loss.MIDDLE):
-            tell_times(record, bench, shape, DIVERGENCES, repeats=3)
+        tell_times(record, bench, loss.LONG, DIVERGENCES, repeats=2)
+        tell_times(record, bench, loss.MIDDLE, DIVERGENCES[:1], repeats=3)
     record.keep(notes=bench.notes)
     if bench.notes:
         record.say("\n".join(f"- {note}" for note in bench.notes))

@@ -17,7 +17,7 @@ a row, N response tokens, V entries of the vocabulary, a forward pass over B tok
 attention) + 2 N V H (the head); the teacher makes one, the student's forward and backward count as three.
 
 The profile is torch.profiler's, of the first step and of a later one: see gpu_trace.py. Beside it every thread's Python
-stack is sampled through one more step, which is not timed: what is not a call of CUDA or torch has a name there.
+stack is sampled: what is not a call of CUDA or torch has a name there.
 """
 
 import collections
@@ -37,13 +37,14 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import gpu_trace
-from benchmarks.gpu_common import Record, parser_of, peak_tflops, shapes, synchronize
+from benchmarks.gpu_common import Record, parsed, parser_of, peak_tflops, shapes, synchronize
 from toolkit.batch import Example
 from toolkit.data import Data, PromptDataset
 from toolkit.models import Vocabulary, choose_dtype, load
@@ -51,7 +52,7 @@ from toolkit.ranks import collectives
 from toolkit.ranks.signals import StopSignals
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.rollout.schedule import ScheduleState
-from toolkit.run.build import Parts, build
+from toolkit.run.build import build
 from toolkit.run.checkpoint import Checkpoints, identity
 from toolkit.run.distill import ready
 from toolkit.run.inputs import RunInputs
@@ -84,7 +85,7 @@ class Size:
         return self.rows * (self.row_tokens // 2)
 
 
-SIZES = Size(4, 4, 512, 12.0), Size(64, 8, 512, 14.0)
+SIZES = Size(4, 4, 512, 8.0), Size(64, 8, 512, 10.0)
 TINY_SIZES = Size(2, 2, 16, 0.0), Size(4, 2, 16, 0.0)
 
 
@@ -94,16 +95,17 @@ TINY_SIZES = Size(2, 2, 16, 0.0), Size(4, 2, 16, 0.0)
 def make_config(layout: str, device: str, folder: Path, tiny: bool) -> RunConfig:
     """A run of the larger size whose models are laid out so."""
     largest = (TINY_SIZES if tiny else SIZES)[-1]
-    whole = folder / "teacher_whole.json"
-    whole.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     where = "zero3" if device == "cuda" else "cpu"
-    files = {
-        "resident": (str(whole), "ds_configs/student_zero2.json"),
-        "sharded": (f"ds_configs/teacher_{where}.json", f"ds_configs/student_{where}.json"),
-    }[layout]
+    files = [f"ds_configs/teacher_{where}.json", f"ds_configs/student_{where}.json"]
+    settings: list[dict] = [{}, {}]
+    if "sharding" in ModelConfig.__dataclass_fields__:
+        settings = [{"sharding": layout}] * 2
+    elif layout == "resident":
+        files = [str(folder / "teacher_whole.json"), "ds_configs/student_zero2.json"]
+        Path(files[0]).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     teacher, student = (
-        ModelConfig(random_weights=True, shape=shape, ds_config=file)
-        for shape, file in zip(shapes(tiny), files, strict=True)
+        ModelConfig(random_weights=True, shape=shape, ds_config=file, **more)
+        for shape, file, more in zip(shapes(tiny), files, settings, strict=True)
     )
     return RunConfig(
         name=layout, output_dir=str(folder), cache_dir=str(folder / "cache"), teacher=teacher, student=student,
@@ -229,13 +231,16 @@ def one_step(loop: DistillationLoop, step: int, device: str) -> dict:
     }  # fmt: skip
 
 
-def profiled_step(loop: DistillationLoop, step: int, device: str, file: Path) -> tuple[dict, list[dict]]:
-    """As `one_step`, and the events of its trace."""
+def profiled_step(record: Record, name: str, loop: DistillationLoop, step: int, device: str) -> dict:
+    """As `one_step`, under the profiler, whose tables are told."""
+    file = Path(loop.parts.config.output_dir) / "trace.json"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=activities) as profiler:
+    sampler = StackSampler(loop.parts.timer)
+    with sampler.running(), profile(activities=activities) as profiler:
         found = one_step(loop, step, device)
     profiler.export_chrome_trace(str(file))
-    return found, json.loads(file.read_text())["traceEvents"]
+    tell_profile(record, name, json.loads(file.read_text())["traceEvents"], sampler.counts)
+    return found
 
 
 class StackSampler(threading.Thread):
@@ -266,9 +271,9 @@ class StackSampler(threading.Thread):
 
 
 def later_steps(loop: DistillationLoop, first: int, budget_s: float, device: str) -> list[dict]:
-    """At least two steps and at most 20, until so many seconds are over."""
+    """At least one step and at most 20, until so many seconds are over."""
     found, ends_s = [], time.monotonic() + budget_s
-    while len(found) < 2 or (time.monotonic() < ends_s and len(found) < 20):
+    while not found or (time.monotonic() < ends_s and len(found) < 20):
         found.append(one_step(loop, first + len(found), device))
     return found
 
@@ -276,9 +281,19 @@ def later_steps(loop: DistillationLoop, first: int, budget_s: float, device: str
 # ------------------------------------------------------------------------------------------------- report
 
 
-def planned_gib(parts: Parts) -> float | None:
-    """Peak memory by the memory plan; None where this version has no plan."""
-    return None
+def planned_gib(config: RunConfig, card: str) -> float | None:
+    """Peak memory by the memory plan; None where it does not know the card, or this version has no plan."""
+    try:
+        from toolkit.plan import DEVICES, Machine, plan_of
+    except ImportError:
+        return None
+    kind = next((device for name, device in DEVICES.items() if name in card.lower()), None)
+    if kind is None:
+        return None
+    is_cpu = kind.name == "cpu"
+    memory = psutil.virtual_memory().total if is_cpu else torch.cuda.get_device_properties(0).total_memory
+    machine = Machine.of_gpus(1, 1, memory / GIB, psutil.virtual_memory().total / GIB, kind)
+    return plan_of(config, machine).peak[1] / GIB
 
 
 def size_row(size: Size, first: dict, later: list[dict], flops: float, card: str, peak_gib: float | None,
@@ -300,14 +315,16 @@ SIZE_HEADERS = [
 ]  # fmt: skip
 
 
-def tell_profile(record: Record, name: str, events: list[dict]) -> None:
-    """The tables of one profiled step."""
+def tell_profile(record: Record, name: str, events: list[dict], samples: collections.Counter[tuple[str, str]]) -> None:
+    """The tables of one profiled step, and where its Python was."""
     found = gpu_trace.phases(events)
+    functions = [[phase, place, count] for (phase, place), count in samples.most_common(TOP)]
     kernels, operations = gpu_trace.top_kernels(events, TOP), gpu_trace.top_operations(events, TOP)
     record.keep(**{
         f"profile of the {name}": {
             "phases": {phase: values._asdict() for phase, values in found.items()},
             "kernels": kernels, "operations": operations,
+            "samples": functions,
         }
     })  # fmt: skip
     record.say(
@@ -317,6 +334,8 @@ def tell_profile(record: Record, name: str, events: list[dict]) -> None:
     if kernels:
         record.table(["work of the GPU", "times", "ms"], [list(row) for row in kernels])
     record.table(["call of the host, without those inside", "times", "ms"], [list(row) for row in operations])
+    record.say(f"Python's innermost functions meanwhile, in all threads, every {SAMPLE_EVERY_S * 1e3:g} ms:")
+    record.table(["phase", "function", "samples"], functions)
 
 
 def profile_rows(found: list[gpu_trace.Phase]) -> list[list]:
@@ -331,16 +350,6 @@ def profile_rows(found: list[gpu_trace.Phase]) -> list[list]:
     return rows if has_work else rows[:1]
 
 
-def tell_samples(record: Record, counts: collections.Counter[tuple[str, str]]) -> None:
-    """Where Python was, by phase."""
-    rows = [[phase, place, count] for (phase, place), count in counts.most_common(2 * TOP)]
-    record.keep(samples=rows)
-    record.say(
-        f"Python's innermost functions in a later step, samples of every thread each {SAMPLE_EVERY_S * 1e3:g} ms:"
-    )
-    record.table(["phase", "function", "samples"], rows)
-
-
 def tell_steps(record: Record, steps: list[dict]) -> None:
     """What the allocator did in each step."""
     rows = [[s["step"], s["seconds"], *(s["allocator"][name] for name in ALLOCATOR)] for s in steps]
@@ -353,30 +362,24 @@ def measure_size(record: Record, loop: DistillationLoop, size: Size, first_step:
     device = options.device
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    file = Path(loop.parts.config.output_dir) / "trace.json"
-    first, events = profiled_step(loop, first_step, device, file)
-    tell_profile(record, f"first step of {size.tokens} tokens", events)
+    first = profiled_step(record, f"first step of {size.tokens} tokens", loop, first_step, device)
     later = later_steps(loop, first_step + 1, size.budget_s, device)
     peak_gib = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
     flops = step_flops(loop.parts.config.teacher.shape, loop.parts.config.student.shape, size)
-    row = size_row(size, first, later, flops, card, peak_gib, planned_gib(loop.parts))
+    row = size_row(size, first, later, flops, card, peak_gib, planned_gib(loop.parts.config, card))
     record.keep(**{f"{size.tokens} tokens": {
         "first": first, "later": later, "flops": flops, "row": dict(zip(SIZE_HEADERS, row, strict=True))
     }})  # fmt: skip
     record.table(SIZE_HEADERS, [row])
     tell_steps(record, [first, *later[:3], later[-1]])
-    _, events = profiled_step(loop, first_step + 1 + len(later), device, file)
-    tell_profile(record, f"later step of {size.tokens} tokens", events)
-    with StackSampler(loop.parts.timer).running() as sampler:
-        one_step(loop, first_step + 2 + len(later), device)
-    tell_samples(record, sampler.counts)
+    profiled_step(record, f"later step of {size.tokens} tokens", loop, first_step + 1 + len(later), device)
     return row
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--layout", choices=("resident", "sharded"), required=True)
-    options = parser.parse_args()
+    options = parsed(parser)
     record = Record(options.json)
     card = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     with contextlib.ExitStack() as stack:

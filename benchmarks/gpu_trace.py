@@ -6,6 +6,7 @@ intervals that is "merged" is in order and without overlaps.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -19,7 +20,7 @@ KINDS = {
     "allocator": re.compile(
         r"^cu(da)?(Malloc|Free|HostAlloc|HostRegister|MemCreate|MemMap|MemUnmap|MemRelease|MemAddr)"
     ),
-    "synchronisation": re.compile(r"Synchronize|StreamWaitEvent|EventQuery"),
+    "synchronisation": re.compile(r"Synchronize"),
     "copies": re.compile(r"Memcpy|Memset"),
     "launches": re.compile(r"Launch"),
     "loading kernels": re.compile(r"ModuleLoad|LibraryLoad|GetFunction|FuncGetAttributes|FuncSetAttribute"),
@@ -84,8 +85,6 @@ def without(a: list[Interval], b: list[Interval]) -> list[Interval]:
 
 def _near(intervals: list[Interval], start: float, end: float) -> list[Interval]:
     """Those that may overlap with (start, end)."""
-    from bisect import bisect_left, bisect_right
-
     first = max(0, bisect_right(intervals, (start, float("inf"))) - 1)
     return intervals[first : bisect_left(intervals, (end, -1.0))]
 
