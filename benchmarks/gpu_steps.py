@@ -17,19 +17,22 @@ a row, N response tokens, V entries of the vocabulary, a forward pass over B tok
 attention) + 2 N V H (the head); the teacher makes one, the student's forward and backward count as three.
 
 The profile is torch.profiler's, of the first step and of a later one: see gpu_trace.py. Beside it every thread's Python
-stack is sampled: what is not a call of CUDA or torch has a name there.
+stack is sampled: what is not a call of CUDA or torch has a name there. The later step's trace is kept beside the JSON
+file, for chrome://tracing or Perfetto.
 """
 
+import argparse
 import collections
 import contextlib
 import dataclasses
+import gzip
 import json
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -231,15 +234,39 @@ def one_step(loop: DistillationLoop, step: int, device: str) -> dict:
     }  # fmt: skip
 
 
-def profiled_step(record: Record, name: str, loop: DistillationLoop, step: int, device: str) -> dict:
-    """As `one_step`, under the profiler, whose tables are told."""
+@contextmanager
+def student_in_two(loop: DistillationLoop, device: str) -> Iterator[None]:
+    """Inside, the student's phase is marked in two parts as well, with a synchronisation in between."""
+    student, engine = loop.parts.student, loop.parts.student.engine
+
+    def marked(name: str, call: Callable) -> Callable:
+        def marking(*arguments, **named):
+            with record_function(gpu_trace.PHASE + name):
+                found = call(*arguments, **named)
+                synchronize(device)
+            return found
+
+        return marking
+
+    forward = mock.patch.object(student, "loss", marked("forward and loss", student.loss))
+    with forward, mock.patch.object(engine, "backward", marked("backward", engine.backward)):
+        yield
+
+
+def profiled_step(
+    record: Record, name: str, loop: DistillationLoop, step: int, device: str, keep: Path | None = None
+) -> dict:
+    """As `one_step`, under the profiler, whose tables are told. keep: where the trace is kept, compressed."""
     file = Path(loop.parts.config.output_dir) / "trace.json"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     sampler = StackSampler(loop.parts.timer)
-    with sampler.running(), profile(activities=activities) as profiler:
+    with student_in_two(loop, device), sampler.running(), profile(activities=activities) as profiler:
         found = one_step(loop, step, device)
     profiler.export_chrome_trace(str(file))
-    tell_profile(record, name, json.loads(file.read_text())["traceEvents"], sampler.counts)
+    trace = file.read_bytes()
+    tell_profile(record, name, json.loads(trace)["traceEvents"], sampler.counts)
+    if keep is not None:
+        keep.write_bytes(gzip.compress(trace, compresslevel=3))
     return found
 
 
@@ -357,7 +384,9 @@ def tell_steps(record: Record, steps: list[dict]) -> None:
     record.table(["step", "s", *(f"{name}" for name in ALLOCATOR)], rows)
 
 
-def measure_size(record: Record, loop: DistillationLoop, size: Size, first_step: int, options, card: str) -> list:
+def measure_size(
+    record: Record, loop: DistillationLoop, size: Size, first_step: int, options: argparse.Namespace, card: str
+) -> list:
     """Times the steps of one size, and tells them. Returns the line of the table of sizes."""
     device = options.device
     if device == "cuda":
@@ -372,7 +401,8 @@ def measure_size(record: Record, loop: DistillationLoop, size: Size, first_step:
     }})  # fmt: skip
     record.table(SIZE_HEADERS, [row])
     tell_steps(record, [first, *later[:3], later[-1]])
-    profiled_step(record, f"later step of {size.tokens} tokens", loop, first_step + 1 + len(later), device)
+    keep = options.json and options.json.with_name(f"{options.json.stem}-{size.tokens}-tokens.trace.json.gz")
+    profiled_step(record, f"later step of {size.tokens} tokens", loop, first_step + 1 + len(later), device, keep)
     return row
 
 

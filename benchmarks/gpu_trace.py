@@ -103,7 +103,7 @@ def phases(events: list[dict]) -> dict[str, Phase]:
 
     A phase begins and ends with a synchronisation, so the GPU's work in its time is its own."""
     stretches = defaultdict(list)
-    for event in of(events, "user_annotation"):
+    for event in sorted(of(events, "user_annotation"), key=span):
         if event["name"].startswith(PHASE):
             stretches[event["name"].removeprefix(PHASE)].append(span(event))
     if stretches:
