@@ -120,7 +120,8 @@ def run_part(part: Part, out: Path, limit_s: float, environment: dict[str, str])
         finally:
             with contextlib.suppress(ProcessLookupError):  # nothing is left of it
                 os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+                child.wait(10)
     found = {
         "part": part.name, "status": status, "exit_code": code, "seconds": time.monotonic() - started_s,
         "limit_s": limit_s, "command": command, "numbers": _json_of(files["json"]),

@@ -105,81 +105,73 @@ def make_model(shape: dict, device: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-class Generation:
+class Case:
     """A model's texts after prompts of random ids, on one path or another."""
 
-    def __init__(self, model: PreTrainedModel, device: str, prompt_tokens: int, new_tokens: int):
-        self.model, self.device, self.new_tokens = model, device, new_tokens
-        self.size = model.config.vocab_size
-        self.draw, self.prompt_tokens = np.random.default_rng(0), prompt_tokens
+    def __init__(self, name: str, model: PreTrainedModel, rows: int, prompt_tokens: int, new_tokens: int):
+        self.name, self.model, self.rows, self.new_tokens = name, model, rows, new_tokens
+        draw, size = np.random.default_rng(0), model.config.vocab_size
+        lengths = prompt_tokens - np.arange(rows) % max(1, prompt_tokens // 4)  # of so many tokens and somewhat fewer
+        self.prompts = [draw.integers(3, size, length).astype(np.int32) for length in lengths]
+        self.reference: list[np.ndarray] | None = None  # what the first path said
 
-    def prompts(self, rows: int) -> list[np.ndarray]:
-        """Of this and somewhat fewer tokens."""
-        lengths = self.prompt_tokens - np.arange(rows) % max(1, self.prompt_tokens // 4)
-        return [self.draw.integers(3, self.size, length).astype(np.int32) for length in lengths]
-
-    def run(self, path: str, prompts: list[np.ndarray], new_tokens: int) -> tuple[list[np.ndarray], DecodeStats, float]:
+    def run(self, path: str, new_tokens: int) -> tuple[list[np.ndarray], DecodeStats, float]:
         """Texts, counts, and seconds."""
-        sampling = SeededSampling(new_tokens, seeds=range(len(prompts)))
-        synchronize(self.device)
+        device, vocabulary = self.model.device.type, Vocabulary(self.model.config.vocab_size, (2,), 2)
+        sampling = SeededSampling(new_tokens, seeds=range(self.rows))
+        synchronize(device)
         started_s = time.perf_counter()
-        texts, stats = decode(
-            self.model, prompts, sampling, Vocabulary(self.size, (2,), 2), len(prompts), passes_of=PATHS[path]
-        )
-        synchronize(self.device)
+        texts, stats = decode(self.model, self.prompts, sampling, vocabulary, self.rows, passes_of=PATHS[path])
+        synchronize(device)
         return texts, stats, time.perf_counter() - started_s
 
-
-def measure(generation: Generation, name: str, rows: int, repeats: int) -> list[dict]:
-    """Each path after one short call that does not count."""
-    found, prompts, reference = [], generation.prompts(rows), None
-    weights = sum(p.nbytes for p in generation.model.parameters())
-    for path in PATHS:
-        line = {"model": name, "rows": rows, "path": path}
-        found.append(line)
-        if path == "CUDA graph" and generation.device != "cuda":
-            line["failure"] = "needs a GPU"
-            continue
-        try:
-            generation.run(path, prompts, min(4, generation.new_tokens))
-            FullBatchPasses.capture_s, seconds = 0.0, []
-            for _ in range(repeats):
-                texts, stats, elapsed_s = generation.run(path, prompts, generation.new_tokens)
-                seconds.append(elapsed_s)
-        except Exception as error:  # an experiment: the other paths are still wanted
-            line["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            continue
-        reference = texts if reference is None else reference
-        same = sum(np.array_equal(a, b) for a, b in zip(texts, reference, strict=True))
-        elapsed_s = statistics.median(seconds)
-        line |= {
-            "tokens_per_s": stats.tokens / elapsed_s, "ms_per_pass": 1e3 * elapsed_s / (stats.steps + stats.prefills),
-            "weights_tb_per_s": weights * (stats.steps + stats.prefills) / elapsed_s / 1e12,
-            "capture_s": FullBatchPasses.capture_s / repeats, "same_texts": same / rows, "tokens": stats.tokens,
+    def measure(self, path: str, repeats: int) -> dict:
+        """The figures of a path, after one short call that does not count."""
+        self.run(path, min(4, self.new_tokens))
+        FullBatchPasses.capture_s, seconds = 0.0, []
+        for _ in range(repeats):
+            texts, stats, elapsed_s = self.run(path, self.new_tokens)
+            seconds.append(elapsed_s)
+        self.reference = self.reference or texts
+        same = sum(np.array_equal(a, b) for a, b in zip(texts, self.reference, strict=True))
+        passes, elapsed_s = stats.steps + stats.prefills, statistics.median(seconds)
+        weights = sum(p.nbytes for p in self.model.parameters())
+        return {
+            "tokens_per_s": stats.tokens / elapsed_s, "ms_per_pass": 1e3 * elapsed_s / passes,
+            "weights_tb_per_s": weights * passes / elapsed_s / 1e12, "capture_s": FullBatchPasses.capture_s / repeats,
+            "same_texts": same / self.rows, "tokens": stats.tokens,
         }  # fmt: skip
-    return found
+
+
+def measured(case: Case, path: str, repeats: int) -> dict:
+    """A line of the table, or why there is none."""
+    line = {"model": case.name, "rows": case.rows, "path": path}
+    if path == "CUDA graph" and case.model.device.type != "cuda":
+        return line | {"failure": "needs a GPU"}
+    try:
+        return line | case.measure(path, repeats)
+    except Exception as error:  # an experiment: the other figures are still wanted
+        return line | {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
 HEADERS = ["model", "rows", "path", "tokens/s", "x decode", "ms a pass", "weights, TB/s", "capture s", "same texts"]
+FIGURES = ("ms_per_pass", "weights_tb_per_s", "capture_s", "same_texts")
 
 
-def tell(record: Record, lines: list[dict]) -> None:
-    """The table of what was measured so far."""
+def tell(record: Record, lines: list[dict], path: str) -> None:
+    """The table of one path beside the first one."""
     rates = {(line["model"], line["rows"]): line.get("tokens_per_s") for line in lines if line["path"] == "decode"}
-    rows, failures = [], []
-    for line in lines:
-        if "failure" in line:
-            failures.append(f"- {line['model']}, {line['rows']} rows, {line['path']}: {line['failure']}")
-            continue
-        base = rates[line["model"], line["rows"]]
-        rows.append([
-            line["model"], line["rows"], line["path"], line["tokens_per_s"],
-            line["tokens_per_s"] / base if base else None, line["ms_per_pass"], line["weights_tb_per_s"],
-            line["capture_s"], line["same_texts"],
-        ])  # fmt: skip
-    record.table(HEADERS, rows)
-    if failures:
-        record.say("\n".join(failures))
+    found = [line for line in lines if line["path"] == path]
+    rows = []
+    for line in found:
+        if "failure" not in line:
+            base, rate = rates[line["model"], line["rows"]], line["tokens_per_s"]
+            shown = (line["model"], line["rows"], path, rate, rate / base if base else None)
+            rows.append([*shown, *(line[name] for name in FIGURES)])
+    if rows:
+        record.table(HEADERS, rows)
+    if failed := [line for line in found if "failure" in line]:
+        record.say("\n".join(f"- {line['model']}, {line['rows']} rows, {path}: {line['failure']}" for line in failed))
 
 
 def main() -> None:
@@ -187,18 +179,21 @@ def main() -> None:
     record, lines = Record(options.json), []
     teacher, student = shapes(options.tiny)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    plan = [("student", student, (3,)), ("teacher", teacher, (2,))]
-    prompt_tokens, new_tokens, repeats = 9, 6, 1
-    if not options.tiny:
-        plan = [("student", student, (8, 32, 128)), ("teacher", teacher, (32,))]
-        prompt_tokens, new_tokens, repeats = 128, 128, 2
+    plan = [("student", student, (8, 32, 128)), ("teacher", teacher, (32,))]
+    prompt_tokens, new_tokens, repeats = 128, 128, 2
+    if options.tiny:
+        plan = [("student", student, (3,)), ("teacher", teacher, (2,))]
+        prompt_tokens, new_tokens, repeats = 9, 6, 1
+    cases = []
     for name, shape, sizes in plan:
-        generation = Generation(make_model(shape, options.device, dtype), options.device, prompt_tokens, new_tokens)
-        for rows in sizes:
-            found = measure(generation, name, rows, repeats)
-            lines += found
+        model = make_model(shape, options.device, dtype)
+        cases += [Case(name, model, rows, prompt_tokens, new_tokens) for rows in sizes]
+    # Graphs come last: what breaks there may leave the device unusable for this process.
+    for path in PATHS:
+        for case in cases:
+            lines.append(measured(case, path, repeats))
             record.keep(paths=lines)
-            tell(record, found)
+        tell(record, lines, path)
 
 
 if __name__ == "__main__":
