@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -247,6 +248,45 @@ def test_passes_over_the_full_batch_give_the_same_texts():
     for text, expected in zip(found, texts, strict=True):
         np.testing.assert_array_equal(text, expected)
     assert of_full.tokens == stats.tokens
+
+
+class Operators(TorchDispatchMode):
+    """The names of all operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_pass_that_a_graph_captures_asks_the_host_for_nothing():
+    """Neither a number of the device nor a tensor of the host's numbers, as the pass over prompts does."""
+    from benchmarks.gpu_generation import FullBatchPasses
+
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=40,
+    )  # fmt: skip
+    passes = FullBatchPasses(LlamaForCausalLM(config).eval(), [np.array([3, 4, 5], np.int32)] * 2, 2, 8)
+    of_host = {"_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "unique_dim", "_unique2"}
+    with torch.no_grad(), passes.attention():
+        with Operators() as of_prompts:
+            passes.prompt([0, 1], 0)
+        with Operators() as of_steps:
+            passes.whole_step(11)
+    assert of_prompts.names & of_host and "index_copy_" in of_steps.names
+    assert not of_steps.names & of_host
+
+
+def test_what_is_known_of_a_version_of_transformers_is_said():
+    from benchmarks.gpu_machine import about_transformers
+
+    assert "tested with" in about_transformers("5.24.0", "5.24.0")
+    assert "Refused with a message: sentencepiece" in about_transformers("5.17.0", "5.24.0")
+    assert "never tried" in about_transformers("5.9.1", "5.24.0") and "None here" in about_transformers(None, "5.24.0")
 
 
 @pytest.mark.skipif(not has_triton() or torch.cuda.is_available(), reason="runs in Triton's interpreter")
