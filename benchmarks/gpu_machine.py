@@ -40,8 +40,8 @@ def here(name: str) -> str | None:
 #: other versions of transformers that were tried, by their first two numbers: what works with them and what does not
 TRIED = {
     "5.17": "LLaMA-like models load, train, pack, generate and are exported as with 5.24, which is all this check "
-    "needs. Refused with a message: sentencepiece tokenizers without a tokenizer.json (LLaMA, mT5) and those of GGUF files, "
-    "packing Falcon. Packing OPT fails: create_causal_mask has no argument `cache` there."
+    "needs. Refused with a message: sentencepiece tokenizers without a tokenizer.json (LLaMA, mT5), those of GGUF "
+    "files, and packing Falcon. Packing OPT fails: create_causal_mask has no argument `cache` there."
 }
 
 
