@@ -9,16 +9,16 @@ sharded: both as the ZeRO-3 files say; one rank gathers from itself, and hooks, 
 A step is `DistillationLoop.step` on the data's rows, half prompt and half response: skl, AdamW, no gradient
 checkpointing, no generation. Two sizes: 4 rows of 512 tokens in one micro-batch, and 64 in 8. The first step of each
 size is told apart from the later ones, of which the median counts: in it kernels are compiled and loaded, and memory is
-taken. It runs under the profiler, which adds to its time.
+taken. The very first one runs under the profiler, which adds to its time.
 
 Model FLOPs utilisation is FLOPs / (seconds of a step x the card's peak by its data sheet). FLOPs are those of the
 mathematics, nothing that is computed twice: with P the weights of a model's layers, L layers of hidden size H, T tokens
 a row, N response tokens, V entries of the vocabulary, a forward pass over B tokens takes 2 P B + 2 L H T B (causal
 attention) + 2 N V H (the head); the teacher makes one, the student's forward and backward count as three.
 
-The profile is torch.profiler's, of the first step and of a later one: see gpu_trace.py. Beside it every thread's Python
-stack is sampled: what is not a call of CUDA or torch has a name there. The later step's trace is kept beside the JSON
-file, for chrome://tracing or Perfetto.
+The profile is torch.profiler's, of the first step and of a later one of each size: see gpu_trace.py. Beside it every
+thread's Python stack is sampled: what is not a call of CUDA or torch has a name there. The later step's trace is kept
+beside the JSON file, for Perfetto.
 """
 
 import argparse
@@ -391,7 +391,10 @@ def measure_size(
     device = options.device
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    first = profiled_step(record, f"first step of {size.tokens} tokens", loop, first_step, device)
+    if first_step == 0:
+        first = profiled_step(record, f"first step of {size.tokens} tokens", loop, first_step, device)
+    else:  # most of what a first step has to do was done for another size
+        first = one_step(loop, first_step, device)
     later = later_steps(loop, first_step + 1, size.budget_s, device)
     peak_gib = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
     flops = step_flops(loop.parts.config.teacher.shape, loop.parts.config.student.shape, size)

@@ -5,8 +5,9 @@ A trace is the "traceEvents" of `export_chrome_trace`. Times are microseconds. A
 intervals that is "merged" is in order and without overlaps.
 """
 
+import functools
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -59,6 +60,9 @@ def length(intervals: Iterable[Interval]) -> float:
 def common(a: list[Interval], b: list[Interval]) -> list[Interval]:
     """What lies in both, which are merged."""
     found, i, j = [], 0, 0
+    if a and b:  # what lies before the other's first is passed over at once
+        i = max(0, bisect_left(a, (b[0][0],)) - 1)
+        j = max(0, bisect_left(b, (a[0][0],)) - 1)
     while i < len(a) and j < len(b):
         start, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
         if start < end:
@@ -72,21 +76,8 @@ def common(a: list[Interval], b: list[Interval]) -> list[Interval]:
 
 def without(a: list[Interval], b: list[Interval]) -> list[Interval]:
     """What lies in `a` and not in `b`; both are merged."""
-    found = []
-    for start, end in a:
-        for other_start, other_end in common([(start, end)], _near(b, start, end)):
-            if start < other_start:
-                found.append((start, other_start))
-            start = other_end
-        if start < end:
-            found.append((start, end))
-    return found
-
-
-def _near(intervals: list[Interval], start: float, end: float) -> list[Interval]:
-    """Those that may overlap with (start, end)."""
-    first = max(0, bisect_right(intervals, (start, float("inf"))) - 1)
-    return intervals[first : bisect_left(intervals, (end, -1.0))]
+    edges = [float("-inf"), *(edge for interval in b for edge in interval), float("inf")]
+    return common(a, list(zip(edges[::2], edges[1::2], strict=True)))
 
 
 def of(events: Iterable[dict], *categories: str) -> list[dict]:
@@ -109,44 +100,51 @@ def phases(events: list[dict]) -> dict[str, Phase]:
     if stretches:
         bounds = merged(interval for intervals in stretches.values() for interval in intervals)
         stretches["step"] = [(bounds[0][0], bounds[-1][1])]
-    work, calls = of(events, *GPU_WORK), of(events, *HOST_CALLS)
+    work, calls = in_order(of(events, *GPU_WORK)), in_order(of(events, *HOST_CALLS))
     operations = merged(span(event) for event in of(events, "cpu_op"))
     busy = merged(map(span, work))
-    by_kind = {
-        kind: [event for event in calls if kind_of(event["name"]) == kind] for kind in KINDS
-    }  # fmt: skip
+    by_kind: dict[str, list[dict]] = {kind: [] for kind in KINDS}
+    for event in calls:
+        if kind := kind_of(event["name"]):
+            by_kind[kind].append(event)
     hosts = {kind: merged(map(span, found)) for kind, found in by_kind.items()} | {OPERATIONS: operations}
-    return {
-        name: _phase(merged(intervals), busy, hosts, work, by_kind) for name, intervals in stretches.items()
-    }  # fmt: skip
+    idle, left = {}, without(stretches.get("step", []), busy)
+    for kind, intervals in hosts.items():
+        idle[kind], left = common(left, intervals), without(left, intervals)
+    idle[OUTSIDE] = left
+    return {name: _phase(merged(intervals), busy, idle, work, by_kind) for name, intervals in stretches.items()}
 
 
+def in_order(events: list[dict]) -> list[dict]:
+    """By their begin."""
+    return sorted(events, key=lambda event: event["ts"])
+
+
+def inside(events: list[dict], time: list[Interval]) -> list[dict]:
+    """Those that begin in these intervals; `events` are in order."""
+    begins = [event["ts"] for event in events]
+    return [event for start, end in time for event in events[bisect_left(begins, start) : bisect_left(begins, end)]]
+
+
+@functools.cache
 def kind_of(call: str) -> str | None:
     """Of a call of CUDA."""
     return next((kind for kind, pattern in KINDS.items() if pattern.search(call)), None)
 
 
 def _phase(
-    time: list[Interval], busy: list[Interval], hosts: dict[str, list[Interval]], work: list[dict],
+    time: list[Interval], busy: list[Interval], idle: dict[str, list[Interval]], work: list[dict],
     by_kind: dict[str, list[dict]],
 ) -> Phase:  # fmt: skip
-    idle, idle_ms = without(time, busy), {}
-    for kind, intervals in hosts.items():
-        idle_ms[kind] = length(common(idle, intervals)) / 1e3
-        idle = without(idle, intervals)
-    idle_ms[OUTSIDE] = length(idle) / 1e3
-
-    def inside(events: list[dict]) -> list[dict]:
-        return [event for event in events if any(start <= event["ts"] < end for start, end in time)]
-
-    here, copied = inside(work), defaultdict(float)
+    here, copied = inside(work, time), defaultdict(float)
     for event in here:
-        if direction := re.search(r"Memcpy (\w+)", event["name"]):
+        if event["cat"] == "gpu_memcpy" and (direction := re.search(r"Memcpy (\w+)", event["name"])):
             copied[direction[1]] += event.get("args", {}).get("bytes", 0) / 2**20
     return Phase(
-        wall_ms=length(time) / 1e3, busy_ms=length(common(time, busy)) / 1e3, idle_ms=idle_ms,
+        wall_ms=length(time) / 1e3, busy_ms=length(common(time, busy)) / 1e3,
+        idle_ms={kind: length(common(time, intervals)) / 1e3 for kind, intervals in idle.items()},
         kernels=sum(event["cat"] == "kernel" for event in here),
-        calls={kind: len(inside(events)) for kind, events in by_kind.items()}, copied_mib=dict(copied),
+        calls={kind: len(inside(events, time)) for kind, events in by_kind.items()}, copied_mib=dict(copied),
     )  # fmt: skip
 
 
