@@ -223,7 +223,8 @@ def measured(case: Case, config: RunConfig, folder: Path) -> list[dict[str, Any]
         )
         for rank in range(case.ranks)
     ]  # fmt: skip
-    if any([rank.wait() for rank in ranks]):
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
         raise SystemExit(f"{case.name} failed:\n{Path(log.name).read_text()[-3000:]}")
     return [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(case.ranks)]
 
@@ -246,8 +247,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help=", ".join(case.name for case in CASES))
     parser.add_argument("--phases", action="store_true", help="print each phase's bytes too")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all cases")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.worker:
         return worker(options.worker)
     from toolkit.pruning.made import materialize
@@ -260,7 +262,7 @@ def main() -> None:
         for case in CASES:
             if options.only and case.name not in options.only:
                 continue
-            config = config_of(case, folder, tokenizer)
+            config = config_of(case, folder, tokenizer).with_overrides(options.settings)
             machine = Machine(1, case.ranks, 2**40, 2**40, "cpu")
             plan, found = plan_of(config, machine), measured(case, config, folder)
             rows.append(row_of(case, plan, found))
@@ -272,7 +274,15 @@ def main() -> None:
                 for rank in found:
                     print({name: round(bytes_ / MIB) for name, bytes_ in rank["peaks"].items()})
                     print({name: round(bytes_ / MIB, 1) for name, bytes_ in rank["bytes"].items()}, flush=True)
-    titles = ["run", "the plan's peak", "MiB planned", "MiB measured", "off by", "MiB of collectives planned", "counted"]
+    titles = [
+        "run",
+        "the plan's peak",
+        "MiB planned",
+        "MiB measured",
+        "off by",
+        "collectives, MiB planned",
+        "counted",
+    ]
     print("\n" + format_table([*titles, "off by"], rows))
     if options.json:
         options.json.write_text(json.dumps(kept, indent=1))

@@ -7,6 +7,8 @@ from toolkit.settings.ds_files import read_ds_config
 
 #: the loop's monitor writes what these ask for; an engine that was given them would write there too, by samples
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
+
 def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[str, Any]:
     """The student's file, with batch, precision and clipping from `config`."""
     given = read_ds_config(config.student.ds_config)

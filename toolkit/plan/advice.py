@@ -11,6 +11,7 @@ from toolkit.settings import RunConfig
 
 Planner = Callable[[RunConfig, Machine], Plan]
 LEAST_TILES_MIB = 256
+MORE_PASSES = "more micro-batches a step, each with its collectives"
 OFFLOADED = "ds_configs/teacher_zero3_offload.json"
 
 
@@ -32,7 +33,7 @@ def advise(plan: Plan, planned: Planner) -> tuple[list[Advice], tuple[str, ...] 
     for change in _changes(plan):
         if (found := _tried(config, machine, change, planned)) is None:
             continue
-        saved = plan.peak[1] - found.peak[1] + max(0.0, plan.host_bytes - machine.host_bytes) * 0
+        saved = plan.peak[1] - found.peak[1]
         if saved > 0 or found.fits:
             useful.append((change, Advice(str(change), change.costs, saved, found.seconds, found.fits)))
     # The cheapest is what lengthens a step least; more machines cost more than any settings do.
@@ -42,7 +43,8 @@ def advise(plan: Plan, planned: Planner) -> tuple[list[Advice], tuple[str, ...] 
         return advice, None
 
     # Together, one after another as long as each saves something.
-    now, taken = plan, []
+    taken: list[str] = []
+    now = plan
     for change, _ in useful:
         if change.nodes is not None:
             continue
@@ -64,9 +66,9 @@ def _changes(plan: Plan) -> Iterator[Change]:
             break
     rows = work.micro_rows
     while config.train.tokens_per_micro_batch is None and (rows := rows // 2) >= 1:
-        yield Change((f"train.rows_per_micro_batch={rows}",), "more micro-batches a step, each with its collectives")
+        yield Change((f"train.rows_per_micro_batch={rows}",), MORE_PASSES)
     if config.train.tokens_per_micro_batch is not None:
-        yield Change((f"train.tokens_per_micro_batch={max(work.length, work.micro_tokens // 2)}",), "more micro-batches")
+        yield Change((f"train.tokens_per_micro_batch={max(work.length, work.micro_tokens // 2)}",), MORE_PASSES)
     if plan.teacher_shape is not None and work.micro_rows < work.rows:
         yield Change((f"teacher.rows_per_pass={work.micro_rows}",), "the teacher is gathered once for each pass")
     if not config.student.gradient_checkpointing:

@@ -97,7 +97,9 @@ class Memory:
         for weight in self.student.weights:
             module = weight.name.removesuffix(".weight").rpartition(".")[2]
             if len(weight.shape) == 2 and weight.part and (not targets or module in targets):
-                found += [Weight(f"{weight.name}.{side}", (lora.rank, n)) for side, n in zip("ab", weight.shape)]
+                found += [
+                    Weight(f"{weight.name}.{side}", (lora.rank, n)) for side, n in zip("ab", weight.shape, strict=True)
+                ]
         return found
 
     @cached_property
@@ -178,10 +180,10 @@ class Memory:
             yield Part("teacher's gathered layers", element * self.gathered_at_once(self.teacher), TEACHER)
             yield Part("teacher's activations", work.pass_tokens * pass_bytes(self.teacher, element), TEACHER)
             window = element * work.window * self.teacher.hidden
-            for phase in (TEACHER, FORWARD, BACKWARD, SENDING):
+            for phase in (TEACHER, FORWARD, BACKWARD, SENDING, STEP):
                 yield Part("teacher's hidden states", window, phase)
             if self.teacher_is_partitioned:
-                for phase in (FORWARD, BACKWARD, SENDING):
+                for phase in (FORWARD, BACKWARD, SENDING, STEP):
                     yield Part("teacher's head, gathered", element * self.teacher.head, phase)
         for phase, left in ((FORWARD, 1.0), (BACKWARD, 1.0), (SENDING, self.left_when_sending())):
             yield Part("student's gathered weights", left * element * self.kept_numel(), phase)
@@ -192,17 +194,17 @@ class Memory:
         ZeRO-2 when it ends."""
         if not self.student_is_partitioned:
             return 0.0
-        in_layers = sum(weight.numel for weight in self.trained if weight.name.startswith("model.") or weight.part)
-        outside = self.trained_numel - in_layers
-        return max(0.0, 1 - max(0, bucket_fill(self.trained, self.of_student.reduce_bucket) - outside) / max(1, in_layers))
+        in_layers = sum(weight.numel for weight in self.trained if weight.part)
+        before = min(self.student.head, self.of_student.reduce_bucket)  # the head's gradient comes first
+        sent = max(0, bucket_fill(self.trained, self.of_student.reduce_bucket) - before)
+        return max(0.0, 1 - sent / max(1, in_layers))
 
     def gathered_at_once(self, shape: ModelShape) -> int:
         """Elements of the largest layer, or of an embedding, twice: as they arrive, and laid out again; and what is
         fetched ahead. None where nothing is sharded, or all of it is on one rank."""
-        is_teacher = shape is self.teacher
-        file, is_partitioned = (
-            (self.of_teacher, self.teacher_is_partitioned) if is_teacher else (self.of_student, self.student_is_partitioned)
-        )  # fmt: skip
+        file, is_partitioned = self.of_student, self.student_is_partitioned
+        if shape is self.teacher:
+            file, is_partitioned = self.of_teacher, self.teacher_is_partitioned
         if not is_partitioned or self.machine.world == 1:
             return 0
         outside = max((w.numel for w in shape.weights if not w.part), default=0)
@@ -285,7 +287,8 @@ class Memory:
 
     def _generation(self) -> Iterator[Part]:
         config, work, element = self.config, self.work, self.element
-        if config.schedule.policy != "off" and config.rollout.engine == "local" or config.asks_models:
+        speaks = config.schedule.policy != "off" and config.rollout.engine == "local"
+        if speaks or config.asks_models:
             yield from self._speaking(self.student, GENERATION, self.student_is_partitioned, self.layout.gather)
         if self.teacher is not None and (config.asks_models or config.data.responses == "teacher"):
             gather = "never" if self.layout.gather == "never" else "always"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from toolkit.plan.layout import RESIDENT, SHARDED, Sharding
 from toolkit.plan.machine import GIB, Machine
 from toolkit.plan.memory import DEVICE, HOST, Layout, Memory, Part, by_phase, peak
-from toolkit.plan.roofline import Time, limit, step_seconds, times
+from toolkit.plan.roofline import Time, exposed_seconds, limit, step_seconds, times
 from toolkit.plan.shape import ModelShape
 from toolkit.plan.traffic import Collective, collectives
 from toolkit.plan.work import Work
@@ -50,6 +50,7 @@ class Plan:
     parts: tuple[Part, ...]
     moved: tuple[Collective, ...]
     times: tuple[Time, ...]
+    exposed_seconds: float
     why: str = ""
     advice: tuple[Advice, ...] = ()
     together: tuple[str, ...] | None = None
@@ -131,7 +132,8 @@ def plan_run(
     config: RunConfig, machine: Machine, teacher: ModelShape | None, student: ModelShape, *, advises: bool = True
 ) -> Plan:
     """Settles `auto` for teacher, student and rollout.gather together: of the layouts that the settings allow and that
-    fit, the one with the fastest step, of equal ones that with the least memory. Where none fits, the smallest.
+    fit, the one with the fastest step where collectives and hooks hide behind nothing, of equal ones that with more
+    models resident. Where none fits, the smallest.
 
     teacher: None where none is loaded. advises: what to change is planned too, where it does not fit. Raises ValueError
     for a DeepSpeed file that cannot be read, and for a batch that does not divide among the ranks.
@@ -145,8 +147,9 @@ def plan_run(
     if not fitting:
         best = min(plans, key=lambda plan: plan.peak[1] + max(0, plan.host_bytes - machine.host_bytes))
     else:
-        fastest = min(plan.seconds for plan in fitting)
-        best = min((p for p in fitting if p.seconds * FASTER <= fastest), key=lambda plan: plan.peak[1])
+        fastest = min(plan.exposed_seconds for plan in fitting)
+        equal = [plan for plan in fitting if plan.exposed_seconds * FASTER <= fastest]
+        best = max(equal, key=lambda plan: plan.layout.count(RESIDENT))
     best = dataclasses.replace(best, why=_why(best, plans))
     if best.fits or not advises:
         return best
@@ -197,10 +200,11 @@ def _allowed(model: ModelConfig, machine: Machine) -> list[str]:
 
 def _planned(memory: Memory) -> Plan:
     moved = collectives(memory)
+    found = times(memory, moved)
     return Plan(
         config=memory.config, machine=memory.machine, teacher_shape=memory.teacher, student_shape=memory.student,
         layout=memory.layout, work=memory.work, parts=tuple(memory.parts()), moved=tuple(moved),
-        times=tuple(times(memory, moved)),
+        times=tuple(found), exposed_seconds=exposed_seconds(memory, found),
     )  # fmt: skip
 
 
@@ -219,18 +223,20 @@ def _why(best: Plan, plans: list[Plan]) -> str:
         host = f", and {best.host_bytes / GIB:.2f} GiB of the node's memory where it may take "
         host += f"{machine.host_bytes / GIB:.2f}"
         return f"{held} takes {at}{host if best.host_bytes > machine.host_bytes else ''}, {least}"
-    others = [plan for plan in plans if plan is not best and plan.layout[:2] != best.layout[:2]]
-    if not others:
-        return f"{held}: {at}, as the settings say"
-    faster = [plan for plan in others if plan.seconds < best.seconds * FASTER and not plan.fits]
-    if faster:
-        other = min(faster, key=lambda plan: plan.peak[1])
-        return (
-            f"{held}: {at}; student {other.student} and teacher {other.teacher or 'none'} would take "
-            f"{other.peak[1] / GIB:.2f} GiB"
-        )
-    other = min(others, key=lambda plan: plan.seconds)
-    return f"{held}: {at}; the fastest of {len(plans)} layouts, a step {other.seconds / best.seconds:.2f} times as fast as the next"
+    # What each choice takes and gives, beside the layout in which it alone is made the other way.
+    told = []
+    for role in best.layout._fields:
+        turned = [plan for plan in plans if _differs_in(plan.layout, best.layout) == [role]]
+        if turned and getattr(best, role) and (role != "gather" or best.config.generates):
+            other = turned[0]
+            more, slower = (other.peak[1] - bytes_) / GIB, other.exposed_seconds - best.exposed_seconds
+            no_room = "" if other.fits else ", which does not fit"
+            told.append(f"{role} {getattr(other.layout, role)}: {more:+.2f} GiB{no_room}, {slower:+.3g} s a step")
+    return f"{held}: {at}" + (f" ({'; '.join(told)})" if told else ", as the settings say")
+
+
+def _differs_in(one: Layout, other: Layout) -> list[str]:
+    return [name for name, a, b in zip(Layout._fields, one, other, strict=True) if a != b]
 
 
 Planner = Callable[[RunConfig, Machine], Plan]

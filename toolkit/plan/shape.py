@@ -1,7 +1,8 @@
 """The shape of a model from its configuration alone: how many weights it has, in which tensors and layers.
 
-LLaMA's tensors, and those of families built like it, are written down here, since importing a family's code takes longer
-than the whole plan may. Any other family is built by transformers on the meta device, where tensors have no numbers.
+LLaMA's tensors, and those of families built like it, are written down here, since importing a family's code takes
+longer than the whole plan may. Any other family is built by transformers on the meta device, where tensors have no
+numbers.
 """
 
 from __future__ import annotations
@@ -140,10 +141,8 @@ class ModelShape:
 
 def settings_configuration(model: ModelConfig, init: InitConfig | None = None) -> dict[str, Any]:
     """The configuration that a model of these settings has. Raises ValueError as `read_configuration` does."""
-    if model.random_weights and model.shape:
-        config = dict(model.shape)
-    else:
-        config = read_configuration(model.path)
+    is_given = model.random_weights and model.shape
+    config = dict(model.shape) if is_given else read_configuration(model.path)
     if model.num_layers is not None:
         config = resized(config, InitConfig(layers=model.num_layers))
     if model.drop_layers:
@@ -236,8 +235,8 @@ def _shape(config: dict[str, Any], trust_remote_code: bool, path: str) -> ModelS
     family = config.get("model_type", "")
     if family in LLAMA_LIKE:
         config = {**DEFAULTS[family], **config}
-        if (size := config.get("head_dim")) is None:
-            config["head_dim"] = size = config["hidden_size"] // config["num_attention_heads"]
+        if config.get("head_dim") is None:
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         is_tied, weights = bool(config.get("tie_word_embeddings", False)), tuple(_llama_weights(config))
     else:
         config, weights = _by_transformers(config, trust_remote_code, path)
@@ -274,7 +273,9 @@ def _llama_weights(config: Mapping[str, Any]) -> Iterator[Weight]:
             "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
         }  # fmt: skip
         if biased:
-            shapes |= {f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (query, key, key))}
+            shapes |= {
+                f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (query, key, key), strict=True)
+            }
             if config["model_type"] != "qwen2" and config.get("attention_bias"):
                 shapes["self_attn.o_proj.bias"] = (hidden,)
         if config.get("mlp_bias"):
@@ -308,7 +309,7 @@ def _by_transformers(
             full = AutoConfig.for_model(family, **given)
         with torch.device("meta"), meta_device_safe_creation_ops():
             if family in ENCODER_DECODERS:
-                kind = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}[family]
+                kind: Any = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}[family]
                 model: Any = kind._from_config(full)
             else:
                 model = AutoModelForCausalLM.from_config(full, trust_remote_code=trust_remote_code)

@@ -108,8 +108,8 @@ class ModelConfig(Section):
         "DeepSpeed JSON file with the sharding, looked for in the working directory, then in the repository.",
         may_change=True)
     sharding: str = setting("auto",
-        "resident holds the whole model on every rank through a step; a student's gradients and optimizer stay sharded. "
-        "sharded is what ds_config says. auto takes resident where the plan says that it fits and is faster "
+        "resident holds the whole model on every rank through a step; a student's gradients and optimizer stay "
+        "sharded. sharded is what ds_config says. auto takes resident where it fits and is faster by the plan "
         "(docs/scale.md).", choices=SHARDINGS, may_change=True)
     rows_per_pass: int | None = setting(None,
         "Rows of one forward pass of the teacher, rounded down to whole micro-batches. A pass gathers the sharded "
