@@ -24,7 +24,8 @@ FASTER = 0.99
 
 
 class Advice(NamedTuple):
-    """A change that was planned. saved: bytes at the peak; seconds: of a step with it. fits: it is enough by itself."""
+    """A change that was planned. saved: bytes at the peak; seconds: of a step with it, where nothing overlaps. fits: it
+    is enough by itself."""
 
     change: str
     costs: str
@@ -38,7 +39,8 @@ class Plan:
     """What a run takes on each rank, how long a step is, and how its models are held.
 
     student, teacher: "resident" or "sharded" ("" without a teacher). gather: "always" or "never". why: one line.
-    together: changes of `advice` that make a plan fit in which none does by itself; None where it fits, or none do.
+    exposed_seconds: of a step where collectives and ZeRO-3's hooks hide behind nothing. together: settings that make a
+    plan fit in which no change does by itself; None where it fits, or where none were found.
     """
 
     config: RunConfig
@@ -217,7 +219,7 @@ def _why(best: Plan, plans: list[Plan]) -> str:
         held += f", teacher {best.teacher}"
     if best.config.generates:
         held += f", rollout.gather {best.gather}"
-    at = f"{bytes_ / GIB:.2f} of {room / GIB:.2f} GiB of a rank at the peak ({phase})"
+    at = f"{bytes_ / GIB:.3g} of {room / GIB:.3g} GiB of a rank at the peak ({phase})"
     if not best.fits:
         least = "the least of all layouts" if len(plans) > 1 else "the only layout that the settings allow"
         host = f", and {best.host_bytes / GIB:.2f} GiB of the node's memory where it may take "

@@ -80,7 +80,13 @@ def _summary(plan: Plan) -> str:
 
 def _advice(plan: Plan) -> str:
     rows = [
-        [one.change, one.saved / GIB, f"{one.seconds / plan.seconds - 1:+.0%}", "yes" if one.fits else "no", one.costs]
+        [
+            one.change,
+            one.saved / GIB,
+            f"{one.seconds / plan.exposed_seconds - 1:+.0%}",
+            "yes" if one.fits else "no",
+            one.costs,
+        ]
         for one in plan.advice
     ]
     text = format_table(["to change, the cheapest first", "saves GiB", "time of a step", "then it fits", "costs"], rows)

@@ -60,7 +60,7 @@ def times(memory: Memory, moved: list[Collective]) -> list[Time]:
         time = _time(machine, TEACHER, flops, bytes_, moved)
         if memory.teacher_is_partitioned and memory.of_teacher.parameters_offloaded:
             read = bytes_ / machine.world / (machine.kind.host_rate * LINKS_REACHED)
-            time = time._replace(memory=time.memory + read)
+            time = time._replace(in_node=time.in_node + read)
         found.append(time)
     # Forward and backward pass are three times the forward one, and once more where activations are made again.
     factor = 4 if memory.config.student.gradient_checkpointing else 3
