@@ -37,12 +37,12 @@ class Device:
 
 #: Data sheets: NVIDIA A100 80GB SXM (312 TFLOP/s dense bf16, 2,039 GB/s, NVLink 600 GB/s both ways, DGX A100 with eight
 #: ports of 200 Gb/s), H100 SXM (989, 3.35 TB/s, 900 GB/s, DGX H100 with eight of 400 Gb/s), H200 SXM (989, 4.8 TB/s,
-#: 900 GB/s), B200 (2,250, 8 TB/s, 1.8 TB/s, 400 Gb/s a GPU). The last line is no data sheet: a core of a server.
+#: 900 GB/s), HGX B200 (2,250, 8 TB/s, 1.8 TB/s, 400 Gb/s a GPU). The last line is no data sheet: a core of a server.
 DEVICES = {
     "a100": Device("a100", 312e12, 2.039e12, 300e9, 25e9, 32e9, 80),
-    "h100": Device("h100", 989e12, 3.35e12, 450e9, 50e9, 64e9, 80),
-    "h200": Device("h200", 989e12, 4.8e12, 450e9, 50e9, 64e9, 141),
-    "b200": Device("b200", 2250e12, 8e12, 900e9, 50e9, 64e9, 180),
+    "h100": Device("h100", 989e12, 3.35e12, 450e9, 50e9, 64e9, 79.6),
+    "h200": Device("h200", 989e12, 4.8e12, 450e9, 50e9, 64e9, 140.4),
+    "b200": Device("b200", 2250e12, 8e12, 900e9, 50e9, 64e9, 179),
     "cpu": Device("cpu", 0.15e12, 12e9, 4e9, 1e9, 12e9, 16, launch_s=5e-6),
 }
 

@@ -27,6 +27,7 @@ DEVICE, HOST = "device", "host"
 MIB = 2**20
 FP32 = 4
 TOKEN_BYTES = 4  # of a token in the replay buffer
+ALL_PROMPTS = 10**9  # of a data set, whose size settings do not say
 SAMPLED = 3  # tiles of fp32 logits that sampling of a token needs at once
 ADAM, SGD = 2, 0  # numbers that the optimizer keeps for each weight
 
@@ -131,7 +132,8 @@ class Memory:
     def parts(self) -> list[Part]:
         """All of them; none is empty."""
         found = [*self._teacher(), *self._student(), *self._passes(), *self._loss(), *self._optimizer()]
-        found += [*self._generation(), *self._host()]
+        always = sum(part.bytes for part in found if part.when == ALWAYS and part.where == DEVICE)
+        found += [*self._generation(always), *self._host()]
         return [part for part in found if part.bytes > 0]
 
     def _teacher(self) -> Iterator[Part]:
@@ -285,32 +287,34 @@ class Memory:
             again = self.accumulator if self.accumulator == FP32 else self.accumulator + FP32
             yield Part("gradients, flat and in fp32", again * own, STEP)
 
-    def _generation(self) -> Iterator[Part]:
-        config, work, element = self.config, self.work, self.element
-        speaks = config.schedule.policy != "off" and config.rollout.engine == "local"
-        if speaks or config.asks_models:
-            yield from self._speaking(self.student, GENERATION, self.student_is_partitioned, self.layout.gather)
-        if self.teacher is not None and (config.asks_models or config.data.responses == "teacher"):
-            gather = "never" if self.layout.gather == "never" else "always"
-            yield from self._speaking(self.teacher, ANSWERS, self.teacher_is_partitioned, gather)
-        if config.student.lora.rank and work.generating:
-            yield Part("adapters", element * self.trained_numel, GENERATION)
+    def _generation(self, always: float) -> Iterator[Part]:
+        """Of the student's text for training and of both models' answers in a validation. always: bytes beside it."""
+        config, world = self.config, self.machine.world
+        asked = math.ceil(max(config.validation.scored_rows, config.validation.samples) / world)
+        fresh = self.work.generated_rows if config.schedule.policy != "off" and config.rollout.engine == "local" else 0
+        if rows := max(fresh, asked):
+            yield from self._speaking(self.student, GENERATION, rows, self.student_is_partitioned, always)
+        if self.teacher is None:
+            return
+        # The teacher's own text is made of all prompts at once, as many as the cache has room for.
+        if rows := ALL_PROMPTS if config.data.responses == "teacher" else asked:
+            yield from self._speaking(self.teacher, ANSWERS, rows, self.teacher_is_partitioned, always)
 
-    def _speaking(self, shape: ModelShape, phase: str, is_partitioned: bool, gather: str) -> Iterator[Part]:
+    def _speaking(
+        self, shape: ModelShape, phase: str, rows: int, is_partitioned: bool, always: float
+    ) -> Iterator[Part]:
         """Weights, cache and logits while a model generates."""
-        work, element = self.work, self.element
-        whole = 0
+        work, element, settings = self.work, self.element, self.config.rollout
+        weights, is_whole = 0, not is_partitioned or self.layout.gather == "always"
         if is_partitioned:
-            whole = shape.parameters if gather == "always" else self.gathered_at_once(shape)
-            name = "whole model, gathered" if gather == "always" else "gathered layers"
-            yield Part(name, element * whole, phase)
-        if self.is_cpu and gather == "always":  # packed_weights: linear layers again, in another order
+            weights = element * (shape.parameters if is_whole else self.gathered_at_once(shape))
+            yield Part("whole model, gathered" if is_whole else "gathered layers", weights, phase)
+        if self.is_cpu and is_whole:  # `packed_weights`: linear layers again, in another order
             yield Part("weights, packed for products of few rows", element * packed_numel(shape), phase)
-        row = element * 2 * shape.kv_width * shape.layers * work.row_tokens
-        rows = self.config.rollout.rows_at_once or work.generated_rows
-        if self.config.rollout.cache_mib:
-            rows = min(rows, max(1, self.config.rollout.cache_mib * MIB // max(1, row)))
-        rows = min(rows, work.generated_rows)
+        # As many rows as the cache may have bytes for, which is half of what is free unless settings say it.
+        row = max(1, element * 2 * shape.kv_width * shape.layers * work.row_tokens)
+        budget = settings.cache_mib * MIB if settings.cache_mib else (self.machine.memory_bytes - always - weights) / 2
+        rows = min(rows, settings.rows_at_once or rows, max(1, int(budget / row)))
         yield Part("key-value cache", rows * row, phase)
         yield Part("activations of prompts", rows * work.prompt_tokens * pass_bytes(shape, element), phase)
         yield Part("logits of sampled tokens", SAMPLED * FP32 * rows * shape.vocabulary, phase)

@@ -123,8 +123,7 @@ class Plan:
         return to_json(self)
 
     def refusal(self) -> str | None:
-        """Why a run cannot be made so, with the table; None where it fits. What is planned on a CPU is only said, never
-        refused, since a step's rows are seldom as long as they may be and the system can swap."""
+        """Why a run cannot be made so, with the table; None where it fits."""
         if self.fits:
             return None
         return f"this run does not fit: {self.why}\n\n{self.table()}"
@@ -185,9 +184,21 @@ def layouts(config: RunConfig, machine: Machine, teacher: ModelShape | None) -> 
     of_student, of_teacher = _allowed(config.student, machine), [SHARDED]
     if teacher is not None:
         of_teacher = _allowed(config.teacher, machine)
-    gathers = ["always", "never"] if config.rollout.gather == AUTO else [config.rollout.gather]
-    for student, held, gather in itertools.product(of_student, of_teacher, gathers):
-        yield Layout(student, held, gather)
+    for student, held in itertools.product(of_student, of_teacher):
+        # Where nothing is partitioned, or nothing generates, there is nothing to gather.
+        is_partitioned = _is_partitioned(config.student, student)
+        is_partitioned |= teacher is not None and _is_partitioned(config.teacher, held)
+        gathers = ["always"]
+        if config.rollout.gather != AUTO:
+            gathers = [config.rollout.gather]
+        elif is_partitioned and config.generates:
+            gathers = ["always", "never"]
+        for gather in gathers:
+            yield Layout(student, held, gather)
+
+
+def _is_partitioned(model: ModelConfig, how: str) -> bool:
+    return how == SHARDED and Sharding.of_model(model).is_partitioned
 
 
 def _allowed(model: ModelConfig, machine: Machine) -> list[str]:
