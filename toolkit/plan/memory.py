@@ -306,7 +306,7 @@ class Memory:
         """Weights, cache and logits while a model generates."""
         work, element, settings = self.work, self.element, self.config.rollout
         weights, is_whole = 0, not is_partitioned or self.layout.gather == "always"
-        if is_partitioned:
+        if is_partitioned and self.machine.world > 1:  # one rank has all parts, and copies none
             weights = element * (shape.parameters if is_whole else self.gathered_at_once(shape))
             yield Part("whole model, gathered" if is_whole else "gathered layers", weights, phase)
         if self.is_cpu and is_whole:  # `packed_weights`: linear layers again, in another order
