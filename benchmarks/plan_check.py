@@ -10,7 +10,7 @@ Memory is what a rank's process has resident above what it has after a run of th
 same process: libraries, their code, the process group and the tokenizer are not counted. The peak of each phase is the
 kernel's own (VmHWM, reset where a phase begins), so nothing between two looks is missed; the figure is the largest
 from the first validation to the last step. malloc returns each block of 64 KiB or more to the system at once
-(MALLOC_MMAP_THRESHOLD_): else the heap keeps what tensors have left, and the figure would be of the heap.
+(MALLOC_MMAP_THRESHOLD_), where a run keeps them for its next tensors: the figure would be of the heap.
 
 Bytes are counted where every collective of torch passes, at the methods of its process groups: the larger of what one
 makes and takes, over the last step. The plan's figure is the same sum.
@@ -103,7 +103,7 @@ def config_of(case: Case, folder: Path, tokenizer: str) -> RunConfig:
         teacher=ModelConfig(random_weights=True, shape=teacher, tokenizer=tokenizer, sharding=case.layout,
                             ds_config="ds_configs/teacher_cpu.json"),
         student=ModelConfig(random_weights=True, shape=student, tokenizer=tokenizer, sharding=case.layout,
-                            ds_config="ds_configs/student_cpu.json"),
+                            ds_config=str(folder / "student.json")),
         data=DataConfig(source=str(folder / "rows.jsonl"), prompt_field="prompt", response_field="response",
                         text_field="response", template="plain", max_length=256, max_prompt_length=128),
         train=TrainConfig(steps=3, rows_per_step=8, rows_per_micro_batch=2),
@@ -117,6 +117,12 @@ def tiny(config: RunConfig) -> RunConfig:
     """The same run with models that take nothing."""
     models = {role: replace(getattr(config, role), shape=BASE | TINY) for role in ("teacher", "student")}
     return replace(config, name=f"{config.name}-tiny", **models)
+
+
+def write_file(file: Path) -> None:
+    """The shipped file for CPUs, by which several micro-batches' gradients add up in fp32, as the plan counts them."""
+    found = json.loads((ROOT / "ds_configs/student_cpu.json").read_text())
+    file.write_text(json.dumps(found | {"data_types": {"grad_accum_dtype": "fp32"}}))
 
 
 def write_rows(file: Path) -> None:
@@ -177,12 +183,13 @@ class Watch:
 
 
 def worker(file: Path) -> None:
-    from toolkit.ranks import collectives, launch
+    from toolkit.ranks import collectives, launch, memory
     from toolkit.ranks.watchdog import Watchdog
     from toolkit.run.distill import quiet_libraries
     from toolkit.run.run import run
 
     quiet_libraries()
+    memory.keep_freed_memory = lambda: False  # a run keeps what it frees: then its size says nothing of its tensors
     launch.start(7200.0)
     watch, config = Watch(), RunConfig.from_dict(json.loads(file.read_text()))
     original = Watchdog.progress
@@ -258,6 +265,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_rows(folder / "rows.jsonl")
+        write_file(folder / "student.json")
         tokenizer = materialize(ModelConfig(path=PACKAGE), folder / "cache")
         for case in CASES:
             if options.only and case.name not in options.only:

@@ -115,12 +115,17 @@ def save_rows(path, count=40):
     return str(path)
 
 
+def ds_file(name):
+    """A DeepSpeed file of ds_configs/, or one of tests/ that shards also what is as small as these models."""
+    return f"{'tests' if name.endswith('_sharded') else 'ds_configs'}/{name}.json"
+
+
 def tiny_overrides(folder, **changes):
     """key=value settings of a run on the models and rows in `folder` (made by the `tiny` fixture)."""
     settings = {
         "teacher.path": f"{folder}/teacher", "student.path": f"{folder}/student", "data.source": f"{folder}/rows.jsonl",
         "data.validation_source": f"{folder}/rows.jsonl", "data.max_length": 96, "data.max_prompt_length": 64,
-        "teacher.ds_config": "ds_configs/teacher_cpu.json", "student.ds_config": "ds_configs/student_cpu.json",
+        "teacher.ds_config": "tests/teacher_sharded.json", "student.ds_config": "tests/student_sharded.json",
         "precision": "fp32", "train.steps": 3, "train.rows_per_step": 8, "train.rows_per_micro_batch": 4,
         "optimizer.name": "sgd",
         "optimizer.lr": 0.5, "optimizer.max_grad_norm": 0, "optimizer.weight_decay": 0, "schedule.policy": "off",

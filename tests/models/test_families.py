@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from tests.families import made
 from tests.models import load_cases
 from tests.run import run_cases
-from tests.tiny import make_tokenizer, save_rows, tiny_overrides
+from tests.tiny import ds_file, make_tokenizer, save_rows, tiny_overrides
 
 pytestmark = pytest.mark.multiprocess
 #: with routers, correction biases or buffers that are fp32 beside bf16 weights; the last with one that is bf16 always
@@ -77,10 +77,10 @@ def test_a_teacher_in_bf16_answers_as_transformers_does(runs, ranks1, tmp_path, 
         assert torch.equal(found, teacher.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1))
 
 
-@pytest.mark.parametrize("sharding", ["student_cpu", "student_zero2"])
+@pytest.mark.parametrize("sharding", ["student_sharded", "student_zero2"])
 def test_fp32_weights_that_are_trained_are_told_and_those_that_are_not_stay(runs, ranks2, sharding):
     folder, settings = runs(
-        "ernie4_5_moe", precision="bf16", name=sharding, student__ds_config=f"ds_configs/{sharding}.json",
+        "ernie4_5_moe", precision="bf16", name=sharding, student__ds_config=ds_file(sharding),
         optimizer__name="adamw", optimizer__lr=0.01, optimizer__weight_decay=0.1,
     )  # fmt: skip
     said = [out + err for _, out, err in ranks2.run(run_cases.run_saying, settings)]
@@ -97,11 +97,11 @@ def test_fp32_weights_that_are_trained_are_told_and_those_that_are_not_stay(runs
 
 
 @pytest.mark.parametrize(
-    ("sharding", "adapted"), [("student_cpu", "q_proj"), ("student_zero2", "q_proj"), ("student_cpu", "wg")]
+    ("sharding", "adapted"), [("student_sharded", "q_proj"), ("student_zero2", "q_proj"), ("student_sharded", "wg")]
 )
 def test_under_adapters_fp32_weights_stay_and_are_exported_so(runs, ranks1, sharding, adapted):
     folder, settings = runs(
-        "hunyuan_v1_moe", precision="bf16", name="lora", student__ds_config=f"ds_configs/{sharding}.json",
+        "hunyuan_v1_moe", precision="bf16", name="lora", student__ds_config=ds_file(sharding),
         student__lora__rank=2, student__lora__target_modules=[adapted],
     )  # fmt: skip
     (_, out, err) = ranks1.run(run_cases.run_saying, settings)[0]

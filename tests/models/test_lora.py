@@ -20,7 +20,7 @@ from tests.tiny import tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
 
 pytestmark = pytest.mark.multiprocess
-STAGES = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}
+STAGES = {3: "tests/student_sharded.json", 2: "ds_configs/student_zero2.json"}
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LORA = {"student.lora.rank": 3, "student.lora.alpha": 6, "student.lora.target_modules": TARGETS}
 

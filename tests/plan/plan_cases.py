@@ -14,11 +14,14 @@ TEACHER = STUDENT | dict(hidden_size=16, intermediate_size=32, num_hidden_layers
 STUDENT_NUMEL, TEACHER_NUMEL = 2344, 9840
 
 
+EVERY_WEIGHT = {"stage3_param_persistence_threshold": 0}  # is sharded, however small
+
+
 def ds_file(folder, **zero):
-    """A DeepSpeed file under which every parameter is sharded."""
+    """A DeepSpeed file of ZeRO-3, small buckets and `zero`."""
     file = folder / f"ds-{len(list(folder.iterdir()))}.json"
-    small = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 1000}
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **small, **zero}}))
+    small = {"stage": 3, "stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 1000}
+    file.write_text(json.dumps({"zero_optimization": small | zero}))
     return str(file)
 
 

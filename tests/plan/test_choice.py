@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.plan.plan_cases import machine, run_config, shapes
-from toolkit.plan import DEVICES, Machine, plan_run
+from toolkit.plan import DEVICES, Machine, ModelShape, plan_run
 
 
 def planned(config, on):
@@ -22,17 +22,25 @@ def test_models_that_fit_are_resident(tmp_path):
 
 
 def test_with_less_memory_fewer_are_and_with_the_least_none(tmp_path):
-    config = run_config(tmp_path)
-    layouts = {(s, t): planned(config.with_overrides([f"student.sharding={s}", f"teacher.sharding={t}"]), machine(4))
-               for s in ("resident", "sharded") for t in ("resident", "sharded")}  # fmt: skip
-    peaks = {layout: plan.peak[1] for layout, plan in layouts.items()}
-    assert peaks["sharded", "sharded"] < peaks["resident", "resident"]
+    """Of models whose weights are more than their activations."""
+    config, wide = run_config(tmp_path), dict(model_type="llama", num_attention_heads=8, vocab_size=2000)
+    sizes = {"teacher": dict(hidden_size=1024, num_hidden_layers=12), "student": dict(hidden_size=512)}
+    teacher, student = (ModelShape.of(wide | {"intermediate_size": 2048} | size) for size in sizes.values())
+
+    def of(student_held, teacher_held, memory_bytes=2**40):
+        settings = [f"student.sharding={student_held}", f"teacher.sharding={teacher_held}"]
+        return plan_run(config.with_overrides(settings), machine(4, memory_bytes), teacher, student)
+
+    both = ("resident", "sharded")
+    peaks = {(one, other): of(one, other).peak[1] for one in both for other in both}
+    assert peaks["sharded", "sharded"] == min(peaks.values()) < peaks["resident", "resident"] == max(peaks.values())
     for layout, bytes_ in peaks.items():
-        found = planned(config, machine(4, int(bytes_ / 0.92) + 1))
-        assert found.peak[1] <= bytes_ and found.fits, layout
-    smallest = min(peaks, key=peaks.get)
-    found = planned(config, machine(4, int(peaks[smallest] / 0.92) + 1))
-    assert (found.student, found.teacher) == smallest
+        found = of("auto", "auto", int(bytes_ / 0.92) + 1)
+        assert found.fits and found.peak[1] <= bytes_, layout
+    found = of("auto", "auto", int(peaks["sharded", "sharded"] / 0.92) + 1)
+    assert (found.student, found.teacher) == ("sharded", "sharded")
+    found = of("auto", "auto", int(peaks["resident", "resident"] / 0.92) + 1)
+    assert (found.student, found.teacher) == ("resident", "resident")
 
 
 def test_settings_and_files_that_decide_are_obeyed(tmp_path):

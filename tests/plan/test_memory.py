@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.plan.plan_cases import STUDENT_NUMEL, TEACHER_NUMEL, machine, run_config, shapes
+from tests.plan.plan_cases import EVERY_WEIGHT, STUDENT_NUMEL, TEACHER_NUMEL, machine, run_config, shapes
 from toolkit.plan import ModelShape, plan_run
 from toolkit.plan.layout import Sharding, bucket_fill, kept_for_backward, share
 from toolkit.plan.memory import ALWAYS, saved_bytes
@@ -25,7 +25,7 @@ RESIDENT = ("student.sharding=resident", "teacher.sharding=resident")
 
 
 def test_a_sharded_pair_keeps_its_share_of_every_weight(tmp_path):
-    plan = planned(run_config(tmp_path, *SHARDED), machine(4))
+    plan = planned(run_config(tmp_path, *SHARDED, **EVERY_WEIGHT), machine(4))
     assert (plan.student, plan.teacher) == ("sharded", "sharded")
     # bf16, and a quarter: all sizes are multiples of 4
     assert named(plan, "teacher's shard") == 2 * TEACHER_NUMEL / 4
@@ -41,7 +41,7 @@ def test_a_sharded_pair_keeps_its_share_of_every_weight(tmp_path):
 
 def test_a_share_that_does_not_divide_is_padded(tmp_path):
     assert share([Weight("a", (5,)), Weight("b", (3, 4))], 4) == 2 + 3
-    plan = planned(run_config(tmp_path, *SHARDED, "train.rows_per_step=15"), machine(3))
+    plan = planned(run_config(tmp_path, *SHARDED, "train.rows_per_step=15", **EVERY_WEIGHT), machine(3))
     # embedding and head 171 each, a layer 4 x 22 + 3 x 43 + 2 x 3, the norm 3
     assert named(plan, "fp32 weights") == 4 * (2 * 171 + 2 * (4 * 22 + 3 * 43 + 6) + 3)
 
@@ -56,23 +56,23 @@ def test_a_resident_pair_is_whole_and_its_optimizer_is_not(tmp_path):
 
 
 def test_one_micro_batch_pays_for_no_sum_in_fp32(tmp_path):
-    plan = planned(run_config(tmp_path, *SHARDED, "train.rows_per_micro_batch=8"), machine(2))
+    plan = planned(run_config(tmp_path, *SHARDED, "train.rows_per_micro_batch=8", **EVERY_WEIGHT), machine(2))
     assert plan.work.micro_batches == 1
     assert named(plan, "gradients") == 2 * STUDENT_NUMEL / 2
 
 
 def test_sgd_has_no_states_and_adapters_are_all_that_is_trained(tmp_path):
-    plan = planned(run_config(tmp_path, *SHARDED, "optimizer.name=sgd"), machine(2))
+    plan = planned(run_config(tmp_path, *SHARDED, "optimizer.name=sgd", **EVERY_WEIGHT), machine(2))
     assert not named(plan, "optimizer's states")
     lora = ("student.lora.rank=2", "student.lora.target_modules=[q_proj]")
-    plan = planned(run_config(tmp_path, *SHARDED, *lora), machine(2))
+    plan = planned(run_config(tmp_path, *SHARDED, *lora, **EVERY_WEIGHT), machine(2))
     # 2 layers, each with A of 2 x 8 and B of 8 x 2
     assert named(plan, "fp32 weights") == 4 * 2 * 32 / 2
     assert not named(plan, "loss: gradient of the head", "forward and loss")
 
 
 def test_the_teacher_s_window_and_head_wait_for_the_student(tmp_path):
-    plan = planned(run_config(tmp_path, *SHARDED), machine(2))
+    plan = planned(run_config(tmp_path, *SHARDED, **EVERY_WEIGHT), machine(2))
     # 8 rows of a rank with responses of 24 tokens, 16 numbers each; the head is 64 x 16
     for phase in ("teacher", "forward and loss", "optimizer"):
         assert named(plan, "teacher's hidden states", phase) == 2 * 8 * 24 * 16
@@ -80,7 +80,7 @@ def test_the_teacher_s_window_and_head_wait_for_the_student(tmp_path):
 
 
 def test_loss_tiles_and_the_head_s_gradient(tmp_path):
-    plan = planned(run_config(tmp_path, *SHARDED), machine(2))
+    plan = planned(run_config(tmp_path, *SHARDED, **EVERY_WEIGHT), machine(2))
     # One tile: 2 x 24 tokens by 64 columns, logits of both models in fp32 and the gradient in bf16
     assert named(plan, "loss: tiles of logits", "forward and loss") == 48 * 64 * (4 + 4 + 2)
     assert named(plan, "loss: gradient of the head", "forward and loss") == 2 * 64 * 8
@@ -93,14 +93,14 @@ def test_loss_tiles_and_the_head_s_gradient(tmp_path):
 
 def test_generation_takes_the_whole_student_and_its_cache(tmp_path):
     settings = (*SHARDED, "schedule.policy=on_policy", "rollout.gather=always")
-    plan = planned(run_config(tmp_path, *settings), machine(2))
+    plan = planned(run_config(tmp_path, *settings, **EVERY_WEIGHT), machine(2))
     assert named(plan, "whole model, gathered", "generation") == 2 * STUDENT_NUMEL
     # 8 rows of 32 places, keys and values of 8 numbers in 2 layers
     assert named(plan, "key-value cache", "generation") == 2 * 8 * 32 * 2 * 8 * 2
-    few = planned(run_config(tmp_path, *settings, "rollout.rows_at_once=3"), machine(2))
+    few = planned(run_config(tmp_path, *settings, "rollout.rows_at_once=3", **EVERY_WEIGHT), machine(2))
     assert named(few, "key-value cache", "generation") == 2 * 3 * 32 * 2 * 8 * 2
     # never: two of the largest part at a time, which is a layer of 656
-    never = planned(run_config(tmp_path, *settings[:-1], "rollout.gather=never"), machine(2))
+    never = planned(run_config(tmp_path, *settings[:-1], "rollout.gather=never", **EVERY_WEIGHT), machine(2))
     assert named(never, "gathered layers", "generation") == 2 * 2 * 656
     assert named(plan, "whole model, gathered", "generation") > named(never, "gathered layers", "generation")
 
@@ -174,6 +174,6 @@ def test_activations_are_what_autograd_keeps(kv_heads):
 
 def test_the_shipped_files_are_read_as_they_are():
     teacher = Sharding.of(read_ds_config("ds_configs/teacher_zero3_hpz.json"))
-    assert (teacher.stage, teacher.secondary, teacher.decides) == (3, 8, True)
+    assert (teacher.stage, teacher.secondary, teacher.persistence) == (3, 8, 100_000)
     student = Sharding.of(read_ds_config("ds_configs/student_zero2.json"))
     assert (student.stage, student.is_partitioned, student.overlaps) == (2, False, True)

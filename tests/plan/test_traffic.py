@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.plan.plan_cases import STUDENT_NUMEL, TEACHER_NUMEL, machine, run_config, shapes
+from tests.plan.plan_cases import EVERY_WEIGHT, STUDENT_NUMEL, TEACHER_NUMEL, machine, run_config, shapes
 from toolkit.plan import plan_run
 from toolkit.plan.traffic import Collective
 
@@ -16,7 +16,7 @@ RESIDENT = ("student.sharding=resident", "teacher.sharding=resident")
 
 
 def test_a_sharded_step_gathers_weights_and_scatters_gradients(tmp_path):
-    found = moved(run_config(tmp_path, *SHARDED), machine(4))
+    found = moved(run_config(tmp_path, *SHARDED, **EVERY_WEIGHT), machine(4))
     # Each of 2 micro-batches gathers the student; it is small enough to stay until its backward pass
     assert found["student's weights, forward"].payload == 2 * 2 * STUDENT_NUMEL
     assert "student's weights, backward" not in found
@@ -27,12 +27,12 @@ def test_a_sharded_step_gathers_weights_and_scatters_gradients(tmp_path):
 
 
 def test_what_is_not_kept_is_gathered_again(tmp_path):
-    found = moved(run_config(tmp_path, *SHARDED, stage3_max_reuse_distance=1), machine(4))
+    found = moved(run_config(tmp_path, *SHARDED, stage3_max_reuse_distance=1, **EVERY_WEIGHT), machine(4))
     assert found["student's weights, backward"].payload == 2 * 2 * (STUDENT_NUMEL - 512)
 
 
 def test_passes_of_the_teacher_gather_it_each(tmp_path):
-    found = moved(run_config(tmp_path, *SHARDED, "teacher.rows_per_pass=2"), machine(2))
+    found = moved(run_config(tmp_path, *SHARDED, "teacher.rows_per_pass=2", **EVERY_WEIGHT), machine(2))
     assert found["teacher's layers"].payload == 4 * 2 * (TEACHER_NUMEL - 1024)
 
 
@@ -45,15 +45,15 @@ def test_a_resident_step_reduces_gradients_and_gathers_updated_weights_once(tmp_
 
 def test_generation_gathers_the_student_once_or_for_each_token(tmp_path):
     settings = (*SHARDED, "schedule.policy=on_policy")
-    once = moved(run_config(tmp_path, *settings, "rollout.gather=always"), machine(2))
+    once = moved(run_config(tmp_path, *settings, "rollout.gather=always", **EVERY_WEIGHT), machine(2))
     assert once["student, to generate"].payload == 2 * STUDENT_NUMEL
     assert once["student's weights, backward after it"].payload == 2 * STUDENT_NUMEL
-    each = moved(run_config(tmp_path, *settings, "rollout.gather=never"), machine(2))
+    each = moved(run_config(tmp_path, *settings, "rollout.gather=never", **EVERY_WEIGHT), machine(2))
     assert each["student, to generate"].payload == 25 * 2 * STUDENT_NUMEL  # the prompt and 24 tokens
 
 
 def test_one_rank_moves_nothing(tmp_path):
-    assert not moved(run_config(tmp_path, *SHARDED), machine(1))
+    assert not moved(run_config(tmp_path, *SHARDED, **EVERY_WEIGHT), machine(1))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_bytes_between_nodes_enter_a_node_once(kind, nodes, inside, between):
 
 
 def test_a_second_shard_keeps_the_teacher_s_traffic_in_its_node(tmp_path):
-    found = moved(run_config(tmp_path, zero_hpz_partition_size=8), machine(8, nodes=2))
+    found = moved(run_config(tmp_path, zero_hpz_partition_size=8, **EVERY_WEIGHT), machine(8, nodes=2))
     inside, between = found["teacher's layers"].received(machine(8, nodes=2))
     assert between == 0
     assert inside == found["teacher's layers"].payload * 7 / 8

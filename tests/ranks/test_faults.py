@@ -9,13 +9,18 @@ from safetensors.torch import load_file
 
 from tests.ranks import fault_cases
 from tests.run import run_cases
-from tests.tiny import save_rows, tiny_overrides
+from tests.tiny import ds_file, save_rows, tiny_overrides
 from toolkit.ranks.memory import Halving, is_out_of_memory
 from toolkit.ranks.signals import EXIT_LATER
 from toolkit.run.guard import StepGuard
 from toolkit.settings import FaultsConfig
 
-STUDENTS = [("fp32", "student_cpu"), ("bf16", "student_cpu"), ("fp32", "student_zero2"), ("bf16", "student_zero2")]
+STUDENTS = [
+    ("fp32", "student_sharded"),
+    ("bf16", "student_sharded"),
+    ("fp32", "student_zero2"),
+    ("bf16", "student_zero2"),
+]
 
 
 def settings(tiny, name, **changes):
@@ -33,7 +38,7 @@ def records(tiny, name):
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tiny, ranks2, precision, ds_config, poison):
     name = f"{poison} {precision} {ds_config}"
-    overrides = settings(tiny, name, precision=precision, student__ds_config=f"ds_configs/{ds_config}.json")
+    overrides = settings(tiny, name, precision=precision, student__ds_config=ds_file(ds_config))
     for code, out, _, digests in ranks2.run(fault_cases.run_poisoned, overrides, poison, steps=(3, 4)):
         assert code == 0
         assert digests[1] == digests[2] == digests[3]  # nothing was taken

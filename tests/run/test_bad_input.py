@@ -194,6 +194,6 @@ def test_a_quantised_model_is_refused(refused, tiny, tmp_path):
 
 
 def test_a_monitor_that_cannot_start_is_told_before_models_are_loaded(refused, tmp_path):
-    config = json.loads(Path("ds_configs/student_cpu.json").read_text())
+    config = json.loads(Path("tests/student_sharded.json").read_text())
     (tmp_path / "ds.json").write_text(json.dumps(config | {"comet": {"enabled": True}}))
     refused("enables (comet) could not be started: ", student__ds_config=f"{tmp_path}/ds.json")

@@ -59,7 +59,7 @@ def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
 @pytest.mark.parametrize("divergence", ["skl", "srkl"])
 @pytest.mark.parametrize("stage", [3, 2])
 def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, divergence):
-    config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
+    config = {3: "tests/student_sharded.json", 2: "ds_configs/student_zero2.json"}[stage]
     name = f"dense {stage} {divergence}"
     ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name=name, student__ds_config=config, train__steps=4, train__rows_per_micro_batch=2,
@@ -189,7 +189,7 @@ def train_dense(tiny, student, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, a
 def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, stage, micro):
     """Each kind is divided by its own tokens, one backward for each micro-batch."""
     name = f"text {stage} {next(iter(micro))}"
-    config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
+    config = {3: "tests/student_sharded.json", 2: "ds_configs/student_zero2.json"}[stage]
     ranks2.run(
         run_cases.run_tiny,
         tiny_overrides(
@@ -419,7 +419,7 @@ def test_a_run_may_go_on_from_the_student_in_its_own_folder(tiny, ranks2):
 @pytest.mark.parametrize("stage", [3, 2])
 def test_weight_decay_is_for_matrices(tiny, ranks2, stage):
     """The student is its teacher: there is nothing else to learn."""
-    config = {3: "ds_configs/student_cpu.json", 2: "ds_configs/student_zero2.json"}[stage]
+    config = {3: "tests/student_sharded.json", 2: "ds_configs/student_zero2.json"}[stage]
     name = f"decay {stage}"
     ranks2.run(run_cases.run_tiny, tiny_overrides(
         tiny, name=name, student__path=f"{tiny}/teacher", student__ds_config=config, train__steps=1,

@@ -62,8 +62,8 @@ def test_llama_7b_to_1b_at_true_width(tmp_path):
     text.write_text("".join(json.dumps({"text": f"{row['prompt']} {row['response']}"}) + "\n" for row in rows))
     done = launch("llama_7b_to_1b.py", [
         "teacher.random_weights=true", "teacher.num_layers=2", f"teacher.tokenizer={tokenizer_file}", "init.layers=1",
-        "init.rows=2", "init.row_tokens=16", "teacher.ds_config=ds_configs/teacher_cpu.json",
-        "student.ds_config=ds_configs/student_cpu.json", f"recovery.data.source={text}", f"distil.data.source={dolly}",
+        "init.rows=2", "init.row_tokens=16", "teacher.ds_config=tests/teacher_sharded.json",
+        "student.ds_config=tests/student_sharded.json", f"recovery.data.source={text}", f"distil.data.source={dolly}",
         "distil.data.input_field=input",
         "recovery.data.max_length=16", "recovery.train.tokens=64", "distil.train.steps=2", "train.rows_per_step=2",
         "train.rows_per_micro_batch=1", "optimizer.warmup_steps=0", "distil.rollout.max_new_tokens=4",

@@ -20,7 +20,7 @@ from safetensors.torch import load, load_file
 
 from tests.run import loop_cases, resume_cases, run_cases
 from tests.settings.test_former_names import under_former_names
-from tests.tiny import tiny_overrides
+from tests.tiny import ds_file, tiny_overrides
 from toolkit.ranks.signals import EXIT_LATER
 from toolkit.rollout.replay import _unpack
 from toolkit.run.checkpoint import Checkpoint, compare
@@ -65,14 +65,14 @@ def assert_equal(found, wanted):
 @pytest.mark.parametrize(
     ("precision", "ds_config"),
     [
-        ("fp32", "student_cpu"), ("bf16", "student_cpu"), ("fp32", "student_zero2"), ("bf16", "student_zero2"),
+        ("fp32", "student_sharded"), ("bf16", "student_sharded"), ("fp32", "student_zero2"), ("bf16", "student_zero2"),
         ("fp32", "zero1"), ("bf16", "zero1"),
     ],
 )  # fmt: skip
 def test_a_stopped_run_ends_bitwise_like_one_that_was_not(tiny, ranks2, precision, ds_config):
     (tiny / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    folder = tiny if ds_config == "zero1" else "ds_configs"
-    changes = {"precision": precision, "student.ds_config": f"{folder}/{ds_config}.json"}
+    file = f"{tiny}/zero1.json" if ds_config == "zero1" else ds_file(ds_config)
+    changes = {"precision": precision, "student.ds_config": file}
     name = f"whole {precision} {ds_config}"
     ranks2.run(run_cases.run_tiny, settings(tiny, name, **changes))
     records = outcome(tiny, name)[1]

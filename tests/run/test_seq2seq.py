@@ -196,7 +196,7 @@ def test_recipes_take_two_steps_on_text_of_their_own(t5, ranks2, tmp_path, recip
     } | {
         f"{role}.{name}": value for role in ("teacher", "student") for name, value in {
             "path": "", "random_weights": True, "tokenizer": f"{t5}/student",
-            "ds_config": f"ds_configs/{role}_cpu.json"}.items()
+            "ds_config": f"tests/{role}_sharded.json"}.items()
     }  # fmt: skip
     summary = ranks2.run(run_cases.run_recipe, recipe, [f"{k}={json.dumps(v)}" for k, v in settings.items()])[0]
     assert summary["source_counts"] == {"dataset": 0, "replay": summary["steps"] - summary["source_counts"]["generate"],

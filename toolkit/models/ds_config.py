@@ -7,10 +7,14 @@ from toolkit.settings.ds_files import read_ds_config
 
 #: the loop's monitor writes what these ask for; an engine that was given them would write there too, by samples
 MONITOR_SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
+#: what ZeRO-2 and ZeRO-3 both know: how gradients and optimizer state are sharded
+OF_GRADIENTS = ("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "reduce_scatter", "allgather_bucket_size",
+                "allgather_partitions", "offload_optimizer")  # fmt: skip
 
 
 def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[str, Any]:
-    """The student's file, with batch, precision and clipping from `config`."""
+    """The student's file, with batch, precision and clipping from `config`; of a resident student with ZeRO-2 in the
+    place of ZeRO-3."""
     given = read_ds_config(config.student.ds_config)
     sharding = given.get("zero_optimization", {})
     if sharding.get("stage") not in (1, 2, 3) or sharding.get("offload_optimizer", {}).get("device") == "nvme":
@@ -18,6 +22,10 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
             f"{config.student.ds_config}: zero_optimization = {sharding}, and checkpoints are made of ZeRO stages 1, 2 "
             "and 3 with the optimizer on the device or in CPU memory; see ds_configs/student_zero2.json"
         )
+    if config.student.sharding == "resident" and sharding["stage"] == 3:
+        # Gradients and optimizer state stay sharded. What else the file says of ZeRO-3 is about sharded weights.
+        kept = {name: value for name, value in sharding.items() if name in OF_GRADIENTS}
+        given = given | {"zero_optimization": {"stage": 2, **kept}}
     rows, accumulation = config.train.rows_per_step + config.text_rows, config.accumulation(world)
     return {
         **{key: value for key, value in given.items() if key not in MONITOR_SECTIONS},

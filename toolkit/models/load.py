@@ -86,7 +86,7 @@ def row_layout(model: ModelConfig, path: str) -> RowLayout:
     """How the model reads a prompt and its response. `path` is what `materialize` returned. Raises ValueError for a
     configuration that is not to be had or not known."""
     with _told_plainly(model, path):
-        return layout_of(_configuration(model, path))
+        return layout_of(configuration(model, path))
 
 
 def generation_ends(path: str) -> list[int]:
@@ -101,7 +101,7 @@ def generation_ends(path: str) -> list[int]:
 def check_positions(section: str, model: ModelConfig, path: str, tokens: int) -> None:
     """Raises ValueError, with both values, where a text of so many tokens has more than the model has positions: beyond
     them learned positions do not exist, and rotary ones were never trained. T5's relative ones have no end."""
-    room = getattr(_configuration(model, path).get_text_config(), "max_position_embeddings", None)
+    room = getattr(configuration(model, path).get_text_config(), "max_position_embeddings", None)
     if room is not None and tokens > room:
         raise ValueError(
             f"the {section} at {path or model.shape!r} has {room} positions (max_position_embeddings), and texts take "
@@ -164,7 +164,7 @@ class _Plan(NamedTuple):
 
 def _plan(model: ModelConfig, path: str, ds_config: dict | None, dtype: torch.dtype) -> _Plan:
     """Of names and shapes alone. Raises ValueError for weights that do not fit the configuration."""
-    config = _configuration(model, path)
+    config = configuration(model, path)
     is_quantised = bool(getattr(config, "quantization_config", None))
     if ds_config and is_quantised:
         raise ValueError(
@@ -213,8 +213,9 @@ def _told_plainly(model: ModelConfig, path: str) -> Iterator[None]:
         raise ValueError(f"the model at {path or model.shape!r} could not be loaded: {error}") from error
 
 
-def _configuration(model: ModelConfig, path: str) -> PretrainedConfig:
-    """The configuration that the model is loaded with: of its files, or of the settings' shape."""
+def configuration(model: ModelConfig, path: str) -> PretrainedConfig:
+    """The configuration that the model is loaded with: of its files, or of the settings' shape. Raises ValueError for
+    fields that it does not know."""
     if model.random_weights and model.shape:
         shape = dict(model.shape)
         if "model_type" not in shape:

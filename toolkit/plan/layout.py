@@ -11,8 +11,6 @@ from toolkit.settings import ModelConfig
 from toolkit.settings.ds_files import read_ds_config
 
 SHARDED, RESIDENT = "sharded", "resident"
-#: keys of a file by which its user has decided how weights are kept: a whole copy on each rank would undo them
-DECIDES = ("offload_param", "offload_optimizer", "zero_hpz_partition_size")
 #: stage, and how resident students are trained
 ZERO_2, ZERO_3 = 2, 3
 
@@ -23,8 +21,8 @@ class Sharding:
 
     persistence: parameters up to this size stay whole under ZeRO-3, as long as all of them stay below
     model_persistence. reuse: a parameter that is used again within so many elements is not released in between.
-    secondary: ranks that keep a second copy among themselves (hpZ), 1 for none. decides: the file has keys by which its
-    user has chosen the layout. accumulates_fp32: whether the file sums gradients in fp32, None where it does not say.
+    secondary: ranks that keep a second copy among themselves (hpZ), 1 for none. accumulates_fp32: whether the file sums
+    gradients in fp32, None where it does not say.
     """
 
     stage: int
@@ -37,7 +35,6 @@ class Sharding:
     parameters_offloaded: bool
     optimizer_offloaded: bool
     overlaps: bool
-    decides: bool
     accumulates_fp32: bool | None
 
     @classmethod
@@ -60,7 +57,6 @@ class Sharding:
             parameters_offloaded=is_offloaded("offload_param"),
             optimizer_offloaded=is_offloaded("offload_optimizer"),
             overlaps=bool(zero.get("overlap_comm", stage == ZERO_3)),
-            decides=any(zero.get(name) for name in DECIDES),
             accumulates_fp32=None if accum is None else accum in ("fp32", "float32"),
         )
 

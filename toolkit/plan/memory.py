@@ -323,7 +323,7 @@ class Memory:
         if self.config.schedule.policy != "off":
             texts = math.ceil(self.config.rollout.capacity / self.machine.world)
             yield Part("replay buffer", texts * self.work.length * TOKEN_BYTES, where=HOST)
-        if self.of_student.optimizer_offloaded and self.layout.student == SHARDED:
+        if self.of_student.optimizer_offloaded:
             yield Part("gradients in fp32", FP32 * self.trained_share, where=HOST)
 
 

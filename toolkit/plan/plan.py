@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from toolkit.plan.layout import RESIDENT, SHARDED, Sharding
+from toolkit.plan.layout import RESIDENT, SHARDED
 from toolkit.plan.machine import GIB, Machine
 from toolkit.plan.memory import DEVICE, HOST, Layout, Memory, Part, by_phase, peak
 from toolkit.plan.roofline import Time, exposed_seconds, limit, step_seconds, times
@@ -17,6 +17,7 @@ from toolkit.plan.shape import ModelShape
 from toolkit.plan.traffic import Collective, collectives
 from toolkit.plan.work import Work
 from toolkit.settings import ModelConfig, RunConfig
+from toolkit.settings.ds_files import sharding_of_file
 
 AUTO = "auto"
 #: less of a difference in time is none
@@ -142,7 +143,7 @@ def plan_run(
     work, element = Work.of(config, machine.world), element_bytes(config, machine)
     plans = [
         _planned(Memory(config, machine, teacher, student, layout, work, element))
-        for layout in layouts(config, machine, teacher)
+        for layout in layouts(config, teacher)
     ]
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
@@ -179,15 +180,14 @@ def element_bytes(config: RunConfig, machine: Machine) -> int:
     return 2 if cpu_has_bf16_products() else 4
 
 
-def layouts(config: RunConfig, machine: Machine, teacher: ModelShape | None) -> Iterator[Layout]:
+def layouts(config: RunConfig, teacher: ModelShape | None) -> Iterator[Layout]:
     """Those that the settings allow."""
-    of_student, of_teacher = _allowed(config.student, machine), [SHARDED]
+    of_student, of_teacher = _allowed(config.student), [SHARDED]
     if teacher is not None:
-        of_teacher = _allowed(config.teacher, machine)
+        of_teacher = _allowed(config.teacher)
     for student, held in itertools.product(of_student, of_teacher):
         # Where nothing is partitioned, or nothing generates, there is nothing to gather.
-        is_partitioned = _is_partitioned(config.student, student)
-        is_partitioned |= teacher is not None and _is_partitioned(config.teacher, held)
+        is_partitioned = student == SHARDED or (teacher is not None and held == SHARDED)
         gathers = ["always"]
         if config.rollout.gather != AUTO:
             gathers = [config.rollout.gather]
@@ -197,18 +197,10 @@ def layouts(config: RunConfig, machine: Machine, teacher: ModelShape | None) -> 
             yield Layout(student, held, gather)
 
 
-def _is_partitioned(model: ModelConfig, how: str) -> bool:
-    return how == SHARDED and Sharding.of_model(model).is_partitioned
-
-
-def _allowed(model: ModelConfig, machine: Machine) -> list[str]:
+def _allowed(model: ModelConfig) -> list[str]:
     """A file by which its user has decided how weights are kept is obeyed."""
-    file = Sharding.of_model(model)
-    if model.sharding != AUTO:
-        return [model.sharding]
-    if file.decides:
-        return [SHARDED]
-    return [RESIDENT, SHARDED]
+    chosen = sharding_of_file(model.ds_config) if model.sharding == AUTO else model.sharding
+    return [RESIDENT, SHARDED] if chosen is None else [chosen]
 
 
 def _planned(memory: Memory) -> Plan:

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 
-from toolkit.ranks import builds, slurm
+from toolkit.ranks import builds, memory, slurm
 from toolkit.ranks.collectives import Told, rank, started_as, world
 from toolkit.ranks.output import say
 from toolkit.ranks.signals import EXIT_LATER, GoOnLater
@@ -37,6 +37,9 @@ def start(hang_s: float = 1800.0) -> None:
     # The variables say who this rank is. Without them deepspeed would ask for mpi4py.
     if "RANK" not in os.environ:
         os.environ.update(slurm.launcher_variables() or _alone())
+
+    if not torch.cuda.is_available():
+        memory.keep_freed_memory()
 
     # The device is set before the first message, or all ranks would send theirs from GPU 0.
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))

@@ -23,7 +23,7 @@ from toolkit.run.monitor import Monitor, monitor_master
 from toolkit.run.state import LoopState
 from toolkit.run.timer import PhaseTimer
 from toolkit.settings import NO_DIVERGENCE, SCORES, RunConfig
-from toolkit.settings.ds_files import read_ds_config
+from toolkit.settings.ds_files import check_sharding, read_ds_config
 from toolkit.teachers.cache import CachedTeacher, TeacherCache
 from toolkit.teachers.live import NoTeacher, Teacher, build_teacher
 
@@ -64,8 +64,10 @@ def checked(config: RunConfig) -> RunConfig:
     student_ds_config(config, "bf16", collectives.world())
     if config.has_teacher:
         teacher_ds_config(config, "bf16")
+        check_sharding("teacher", config.teacher.ds_config, config.teacher.sharding)
     if config.schedule.policy != "off":
         local_capacity(config.rollout.capacity, 0, collectives.world())
+    check_sharding("student", config.student.ds_config, config.student.sharding)
     return config
 
 

@@ -19,6 +19,7 @@ from toolkit.run.checkpoint import Checkpoints
 from toolkit.run.inputs import RunInputs, load_run_inputs, open_cache
 from toolkit.run.loop import DistillationLoop
 from toolkit.run.report import final_report, samples
+from toolkit.run.sharding import settle_sharding
 from toolkit.run.start import find_start, finished, prepare_folder
 from toolkit.run.summary import STUDENT, SUMMARY, Summary, summarize
 from toolkit.settings import RunConfig
@@ -62,6 +63,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> Summary
     start = find_start(config, checkpoints, inputs.identity)
     if summary := finished(config, start, inputs.identity):
         return summary
+    config, plan = settle_sharding(start.config, inputs.teacher_path, inputs.student_path)
     cache = open_cache(config) if config.teacher.cache else None
     if config.resume == "never":
         checkpoints.clear()
@@ -71,7 +73,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> Summary
     parts = build(config, inputs, cache, start.state, watchdog)
     held_out, timer = parts.held_out, parts.timer
     with parts.monitor:
-        for note in (*_introduction(config, inputs, cache), *start.notes, *parts.notes):
+        for note in (plan.why, *_introduction(config, inputs, cache), *start.notes, *parts.notes):
             parts.monitor.note(note)
         dataset = _in_order(training_rows(parts, inputs, signals), config.seed)
         text = None if inputs.text is None else _in_order(inputs.text, config.seed)
@@ -102,7 +104,7 @@ def _run(config: RunConfig, signals: StopSignals, watchdog: Watchdog) -> Summary
     zero.release(m.engine for m in (parts.teacher, parts.student) if not isinstance(m, NoTeacher))
 
     # Sum up. The summary's presence says that the run is finished.
-    summary = summarize(config, start.state, inputs.data, held_out, answers, inputs.identity, loop.wall_time_s)
+    summary = summarize(config, start.state, inputs.data, held_out, answers, inputs.identity, loop.wall_time_s, plan)
     if is_main:
         write_json(config.run_dir / SUMMARY, summary, durable=True, indent=2)
         say("\n" + final_report(summary, samples(inputs.data, answers)))

@@ -11,6 +11,7 @@ from toolkit.ranks import collectives
 from toolkit.ranks.output import say
 from toolkit.rollout.schedule import ScheduleState
 from toolkit.run.checkpoint import Checkpoint, Checkpoints, compare
+from toolkit.run.sharding import as_before
 from toolkit.run.state import LoopState
 from toolkit.run.summary import BEST, STUDENT, SUMMARY, Summary
 from toolkit.settings import RunConfig
@@ -25,6 +26,7 @@ class Start(NamedTuple):
     state: LoopState
     checkpoint: Checkpoint | None
     notes: list[str]  # what the user should know of this choice
+    config: RunConfig  # the run's, which keeps what the checkpoint's run had chosen where the settings leave it open
 
 
 def find_start(config: RunConfig, checkpoints: Checkpoints, identity: RunIdentity) -> Start:
@@ -35,15 +37,16 @@ def find_start(config: RunConfig, checkpoints: Checkpoints, identity: RunIdentit
     """
     fresh = LoopState(ScheduleState(config.schedule.phi_initial))
     if config.resume == "never":
-        return Start(fresh, None, [])
+        return Start(fresh, None, [], config)
     found, passed_over = checkpoints.newest()
     notes = [f"warning: {text}; an older checkpoint is used" for text in passed_over]
     if found is None:
-        return Start(fresh, None, notes)
+        return Start(fresh, None, notes, config)
+    config = collectives.together(lambda: as_before(config, found.state["config"]))
     changes = collectives.together(lambda: compare(found.state, config, identity))
     notes.append(f"goes on from {found.folder}, written by {found.world} ranks")
     notes += [f"changed since then: {change}" for change in changes]
-    return Start(LoopState.from_json(found.state), found, notes)
+    return Start(LoopState.from_json(found.state), found, notes, config)
 
 
 def finished(config: RunConfig, start: Start, identity: RunIdentity) -> Summary | None:

@@ -10,6 +10,7 @@ from toolkit.settings import RunConfig
 if TYPE_CHECKING:  # recipes import this file, and are imported by commands that need no model
     from toolkit.data import Data
     from toolkit.models.identity import RunIdentity
+    from toolkit.plan import Plan
     from toolkit.run.held_out import Answers, HeldOutPrompts
     from toolkit.run.state import LoopState
 
@@ -29,6 +30,7 @@ class Summary(TypedDict):
     tokens_per_s: float  # of training time
     ranks: int  # of the last start
     precision: str
+    sharding: dict[str, str]  # of teacher and student in the last start, and why
     peak_rss_gib: float
     validation: dict[str, dict[str, float | None]]  # "initial" and "final" -> Validation.metrics
     best: dict[str, Any] | None  # by, step, value and folder of the best student, where validation.best asks for it
@@ -45,7 +47,7 @@ class Summary(TypedDict):
 
 def summarize(
     config: RunConfig, state: LoopState, data: Data, held_out: HeldOutPrompts, answers: dict[str, Answers],
-    identity: RunIdentity, wall_time_s: float,
+    identity: RunIdentity, wall_time_s: float, plan: Plan,
 ) -> Summary:  # fmt: skip
     """The summary of a run that has taken its steps. answers: of "initial", "final" and perhaps "teacher". Collective.
 
@@ -72,6 +74,7 @@ def summarize(
         "tokens_per_s": state.tokens / train_time_s,
         "ranks": collectives.world(),
         "precision": identity["precision"],
+        "sharding": {"teacher": plan.teacher, "student": plan.student, "gather": plan.gather, "why": plan.why},
         "peak_rss_gib": collectives.sum_over_ranks([peak_rss_gib()])[0],
         "validation": {"initial": state.initial.metrics(), "final": state.latest.metrics()},
         "best": best and {"by": config.validation.best, **best._asdict(), "student": str(config.run_dir / BEST)},

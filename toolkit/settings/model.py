@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DEPTHS = ("importance", "greedy", "even", "random")
 WIDTHS = ("importance", "even", "random")
-SHARDINGS = ("auto", "sharded", "resident")
+SHARDING = ("auto", "sharded", "resident")
 AS_IN_THE_TEACHER = {None: "as many as the model at path has"}
 
 
@@ -108,9 +108,10 @@ class ModelConfig(Section):
         "DeepSpeed JSON file with the sharding, looked for in the working directory, then in the repository.",
         may_change=True)
     sharding: str = setting("auto",
-        "resident holds the whole model on every rank through a step; a student's gradients and optimizer stay "
-        "sharded. sharded is what ds_config says. auto takes resident where it fits and is faster by the plan "
-        "(docs/scale.md).", choices=SHARDINGS, may_change=True)
+        "resident: the model is whole on every rank; of the student, gradients and optimizer state are still sharded "
+        "(ZeRO-2). sharded: its weights are sharded as ds_config says (ZeRO-3). auto: resident where the memory plan "
+        "says that it fits; a ds_config that sets stage3 thresholds, hpZ or offload_param itself is obeyed.",
+        choices=SHARDING, may_change=True)
     rows_per_pass: int | None = setting(None,
         "Rows of one forward pass of the teacher, rounded down to whole micro-batches. A pass gathers the sharded "
         "weights once, so lower it only where activations do not fit the memory.", unit="rows of one rank", least=1,

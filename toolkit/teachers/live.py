@@ -82,12 +82,14 @@ class NoTeacher:
 def build_teacher(config: RunConfig, path: str, dtype: torch.dtype, vocabulary: Vocabulary) -> Teacher:
     """The model at `path`, which `materialize` returned, frozen and behind an engine. Collective; raises ValueError on
     every rank for a model that cannot be loaded, does not fit the tokenizer, or makes its logits in an unknown way."""
-    ds_config = teacher_ds_config(config, name_of(dtype))
+    is_resident = config.teacher.sharding == "resident"
+    ds_config = None if is_resident else teacher_ds_config(config, name_of(dtype))
     model = collectives.together(lambda: load_model(config.teacher, path, ds_config, dtype, config.seed))
     check_head("teacher", zero.whole_shape(model.get_output_embeddings().weight)[0], vocabulary)
     model.requires_grad_(False)
     split_where_memory_runs_out(model)
-    engine = zero.initialize(TeacherForward(model), ds_config)
+    module = TeacherForward(model)
+    engine = WholeModel(module.to(collectives.device())) if ds_config is None else zero.initialize(module, ds_config)
     engine.eval()
     check_engine("teacher", engine, vocabulary)
     return Teacher(engine, config.teacher.rows_per_pass, config.train.rows_per_step // collectives.world())
