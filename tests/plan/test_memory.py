@@ -105,6 +105,18 @@ def test_generation_takes_the_whole_student_and_its_cache(tmp_path):
     assert named(plan, "whole model, gathered", "generation") > named(never, "gathered layers", "generation")
 
 
+def test_text_of_a_whole_data_set_takes_what_is_left_and_no_more(tmp_path):
+    """How many prompts there are is not known: as many rows run at once as there is room for."""
+    settings = ("data.responses=teacher", "train.rows_per_micro_batch=1")
+    for memory_bytes in (2**20, 2**30):
+        plan = planned(run_config(tmp_path, *settings), machine(2, memory_bytes))
+        assert plan.fits and plan.refusal() is None
+        rows = named(plan, "key-value cache", "teacher's answers") / (2 * 2 * 16 * 3 * 32)
+        assert rows == int(rows) > 10
+        # Half of what is free is the cache's, and 3 x 4 x 64 bytes of logits and 24 tokens of activations a row beside it
+        assert plan.peak[1] <= plan.machine.room
+
+
 def test_a_replay_buffer_and_offloaded_parts_lie_on_the_host(tmp_path):
     offload = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     config = run_config(tmp_path, "schedule.policy=on_policy", "rollout.capacity=10", **offload)

@@ -96,7 +96,7 @@ def _changes(plan: Plan) -> Iterator[Change]:
     for role in ("teacher", "student"):
         if getattr(config, role).sharding == "resident":
             yield Change((f"{role}.sharding=sharded",), "weights are gathered layer by layer")
-    if plan.teacher_shape is not None and config.teacher.ds_config != OFFLOADED:
+    if plan.teacher_shape is not None and config.teacher.ds_config != OFFLOADED and not machine.kind.is_cpu:
         yield Change((f"teacher.ds_config={OFFLOADED}",), "each pass of the teacher reads its shard from the host")
     for more in (2, 4, 8):
         yield Change((), "more machines", nodes=more * machine.nodes)

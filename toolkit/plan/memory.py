@@ -311,13 +311,17 @@ class Memory:
             yield Part("whole model, gathered" if is_whole else "gathered layers", weights, phase)
         if self.is_cpu and is_whole:  # `packed_weights`: linear layers again, in another order
             yield Part("weights, packed for products of few rows", element * packed_numel(shape), phase)
-        # As many rows as the cache may have bytes for, which is half of what is free unless settings say it.
+        # As many rows as the cache may have bytes for, which is half of what is free unless settings say it; and where
+        # memory runs out, generation halves them.
         row = max(1, element * 2 * shape.kv_width * shape.layers * work.row_tokens)
-        budget = settings.cache_mib * MIB if settings.cache_mib else (self.machine.memory_bytes - always - weights) / 2
-        rows = min(rows, settings.rows_at_once or rows, max(1, int(budget / row)))
+        passes, logits = work.prompt_tokens * pass_bytes(shape, element), SAMPLED * FP32 * shape.vocabulary
+        free = self.machine.memory_bytes - always - weights
+        budget = settings.cache_mib * MIB if settings.cache_mib else free / 2
+        fit = min(budget / row, (free - self.machine.memory_bytes + self.machine.room) / (row + passes + logits))
+        rows = min(rows, settings.rows_at_once or rows, max(1, int(fit)))
         yield Part("key-value cache", rows * row, phase)
-        yield Part("activations of prompts", rows * work.prompt_tokens * pass_bytes(shape, element), phase)
-        yield Part("logits of sampled tokens", SAMPLED * FP32 * rows * shape.vocabulary, phase)
+        yield Part("activations of prompts", rows * passes, phase)
+        yield Part("logits of sampled tokens", rows * logits, phase)
 
     def _host(self) -> Iterator[Part]:
         if self.config.schedule.policy != "off":
