@@ -113,7 +113,7 @@ def test_text_of_a_whole_data_set_takes_what_is_left_and_no_more(tmp_path):
         assert plan.fits and plan.refusal() is None
         rows = named(plan, "key-value cache", "teacher's answers") / (2 * 2 * 16 * 3 * 32)
         assert rows == int(rows) > 10
-        # Half of what is free is the cache's, and 3 x 4 x 64 bytes of logits and 24 tokens of activations a row beside it
+        # Logits of 3 x 4 x 64 bytes a row and activations of 8 tokens stand beside the cache's half
         assert plan.peak[1] <= plan.machine.room
 
 
