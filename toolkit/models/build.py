@@ -61,6 +61,9 @@ class WholeModel:
 
     train = eval
 
+    def destroy(self) -> None:
+        """Nothing to do: it has no hooks and no buckets."""
+
     def zero_optimization_stage(self) -> int:
         """Nothing is sharded."""
         return 0

@@ -26,6 +26,7 @@ from toolkit.divergences import (
     fused_linear_divergence,
 )
 from toolkit.models import zero
+from toolkit.models.attention import as_transformers_does
 from toolkit.models.head import head_dtype, head_of, logits_of, stack_of
 from toolkit.models.vocabulary import Vocabulary
 from toolkit.ranks.memory import Halving
@@ -120,7 +121,8 @@ def hidden_states(engine: Any, batch: TokenBatch) -> Tensor:
 
 
 def _both_logits(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    own_BTV = model(**batch.model_inputs(), use_cache=False).logits
+    with as_transformers_does():
+        own_BTV = model(**batch.model_inputs(), use_cache=False).logits
     return own_BTV[batch.predicts_BT], logits_of(model, response_hidden(model, batch))
 
 

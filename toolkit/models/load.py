@@ -30,6 +30,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from toolkit.batch import RowLayout, layout_of
 from toolkit.divergences.products import cpu_has_bf16_products
+from toolkit.models import attention
 from toolkit.models.dtypes import dtypes_of
 from toolkit.models.files import first_weights_file, hub_version
 from toolkit.models.fit import Kind, blank, check_fit, from_config, quiet, rehearse
@@ -149,6 +150,7 @@ def load_model(
     for name in plan.frozen:
         loaded.get_parameter(name).requires_grad_(False)
     loaded.config.use_cache = False
+    attention.install()
     return loaded
 
 

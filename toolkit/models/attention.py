@@ -1,0 +1,110 @@
+"""Attention on a CPU by bf16 matrix products, in the place of torch's fused kernel for it.
+
+torch 2.13's CPU kernel of scaled_dot_product_attention takes 2 to 7 times as long for the short rows of a training step,
+forward and backward, most of it in its backward pass (`benchmarks/attention.py`). Longer rows, fp32 and GPUs keep
+torch's: it does not write scores to memory.
+
+Shapes: B rows, G heads of queries, K heads of keys and values, S queries, T keys, D numbers of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+#: scores of more than this, in fp32, are torch's
+MOST_SCORE_BYTES = 64 * 2**20
+#: fewer queries than this are a step of generation, which makes one row of scores
+LEAST_QUERIES = 16
+#: what a score becomes where a query may not look: exp of it is 0, and rows without any key have no NaN
+HIDDEN = torch.finfo(torch.float32).min
+
+_is_on = True
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **named: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' `sdpa_attention_forward`, and as it is called: query [B, G, S, D], key and value [B, K, T, D], a
+    mask of bools [B, 1, S, T] whose True are seen; returns [B, S, G, D]."""
+    if dropout or not _is_taken(query, key, value, attention_mask) or any(v is not None for v in _beside(named)):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **named
+        )
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out_BGSD = _ByProducts.apply(query, key, value, attention_mask, scale)
+    return out_BGSD.transpose(1, 2).contiguous(), None
+
+
+def install() -> None:
+    """Let the models of transformers whose attention is "sdpa" take `attention`."""
+    AttentionInterface.register("sdpa", attention)
+
+
+@contextmanager
+def as_transformers_does() -> Iterator[None]:
+    """Inside, `attention` is transformers' own: what a check compares with."""
+    global _is_on
+    _is_on = False
+    try:
+        yield
+    finally:
+        _is_on = True
+
+
+def _beside(named: dict[str, Any]) -> list[Any]:
+    """Arguments of some families that change scores."""
+    return [named.get(name) for name in ("position_bias", "softcap", "s_aux")]
+
+
+def _is_taken(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    rows, heads, queries, size = query.shape
+    return (
+        _is_on
+        and query.device.type == "cpu"
+        and query.dtype == torch.bfloat16 == key.dtype == value.dtype
+        and queries >= LEAST_QUERIES
+        and 4 * rows * heads * queries * key.shape[2] <= MOST_SCORE_BYTES
+        and heads % key.shape[1] == 0
+        and size == value.shape[-1]
+        and (mask is not None or queries == key.shape[2])
+        and (mask is None or mask.dtype == torch.bool)
+    )
+
+
+class _ByProducts(torch.autograd.Function):
+    """softmax(scale q k^T) v with probabilities in bf16, as they are multiplied, and everything between in fp32. The
+    query heads that share a head of keys are rows of one product, so that keys and values are never repeated."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BGSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        rows, heads, queries, size = q_BGSD.shape
+        keys, pairs = k_BKTD.shape[2], rows * k_BKTD.shape[1]
+        q, k, v = q_BGSD.reshape(pairs, -1, size), k_BKTD.reshape(pairs, keys, size), v_BKTD.reshape(pairs, keys, size)
+        scores_BGST = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, queries, keys).float().mul_(scale)
+        if mask is not None:
+            scores_BGST = torch.where(mask, scores_BGST, HIDDEN)
+        p = scores_BGST.softmax(-1).to(q.dtype).view(pairs, -1, keys)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale, ctx.shapes = scale, (q_BGSD.shape, k_BKTD.shape)
+        return torch.bmm(p, v).view(q_BGSD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, p = ctx.saved_tensors
+        of_queries, of_keys = ctx.shapes
+        grad = grads[0].reshape(q.shape)
+        # Where a mask hides a key its probability is 0, and so is the gradient of its score.
+        grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
+        grad_scores = torch._softmax_backward_data(grad_p, p.float(), -1, torch.float32).mul_(ctx.scale).to(q.dtype)
+        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
+        grad_v = torch.bmm(p.transpose(1, 2), grad)
+        return grad_q.view(of_queries), grad_k.view(of_keys), grad_v.view(of_keys), None, None
