@@ -1,11 +1,14 @@
 """Bytes of a rank, counted by hand for tiny shapes, and what autograd really keeps."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.plan.plan_cases import EVERY_WEIGHT, STUDENT_NUMEL, TEACHER_NUMEL, machine, run_config, shapes
-from toolkit.plan import ModelShape, plan_run
+from toolkit.models import attention
+from toolkit.plan import ModelShape, memory, plan_run
 from toolkit.plan.layout import Sharding, bucket_fill, kept_for_backward, share
 from toolkit.plan.memory import ALWAYS, saved_bytes
 from toolkit.plan.shape import Weight
@@ -170,18 +173,36 @@ def saved_by_autograd(model, ids_BT):
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_activations_are_what_autograd_keeps(kv_heads):
+@pytest.mark.parametrize("writes_scores", [False, True])
+def test_activations_are_what_autograd_keeps(kv_heads, writes_scores):
     sizes = dict(hidden_size=128, intermediate_size=320, num_attention_heads=8, num_key_value_heads=kv_heads)
     ids_BT = torch.zeros(2, 96, dtype=torch.long)
 
     def found(layers):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=layers, **sizes)).bfloat16()
-        return saved_by_autograd(model, ids_BT)
+        with nullcontext() if writes_scores else attention.as_transformers_does():
+            return saved_by_autograd(model, ids_BT)
+
+    attention.install()
 
     of_one = found(3) - found(2)
     shape = ModelShape.of(dict(model_type="llama", vocab_size=32, num_hidden_layers=1, **sizes))
-    assert saved_bytes(shape, 2) * ids_BT.numel() == pytest.approx(of_one, rel=0.06)
+    scores = ids_BT.shape[1] if writes_scores else 0
+    assert saved_bytes(shape, 2, scores) * ids_BT.numel() == pytest.approx(of_one, rel=0.06)
+
+
+def test_a_cpu_s_attention_writes_scores_down_up_to_the_size_that_the_models_know(tmp_path):
+    assert memory.MOST_SCORE_BYTES == attention.MOST_SCORE_BYTES
+    config = run_config(tmp_path, "train.rows_per_micro_batch=4")
+
+    def of(length, on):
+        long = config.with_overrides([f"data.max_length={length}"])
+        return named(planned(long, machine(2, device=on)), "student's activations", "forward and loss")
+
+    # 4 x 4 rows x 2 heads x length^2 reach 64 MiB at a length of 1,448
+    assert of(1448, "cpu") - of(1448, "h100") == 4 * 1448 * 2 * 2 * (2 * 1448 - 4)
+    assert of(1456, "cpu") == of(1456, "h100")
 
 
 def test_the_shipped_files_are_read_as_they_are():

@@ -28,6 +28,8 @@ MIB = 2**20
 FP32 = 4
 TOKEN_BYTES = 4  # of a token in the replay buffer
 ALL_PROMPTS = 10**9  # of a data set, whose size settings do not say
+#: scores of a CPU's attention up to this size are written to memory (toolkit/models/attention.py)
+MOST_SCORE_BYTES = 64 * MIB
 SAMPLED = 3  # tiles of fp32 logits that sampling of a token needs at once
 ADAM, SGD = 2, 0  # numbers that the optimizer keeps for each weight
 
@@ -180,7 +182,9 @@ class Memory:
         work, element = self.work, self.element
         if self.teacher is not None and self.asks_teacher:
             yield Part("teacher's gathered layers", element * self.gathered_at_once(self.teacher), TEACHER)
-            yield Part("teacher's activations", work.pass_tokens * pass_bytes(self.teacher, element), TEACHER)
+            rows = math.ceil(work.pass_tokens / work.length)
+            of_token = pass_bytes(self.teacher, element, self.written_scores(self.teacher, rows))
+            yield Part("teacher's activations", work.pass_tokens * of_token, TEACHER)
             window = element * work.window * self.teacher.hidden
             for phase in (TEACHER, FORWARD, BACKWARD, SENDING, STEP):
                 yield Part("teacher's hidden states", window, phase)
@@ -219,10 +223,16 @@ class Memory:
             return 0
         return kept_for_backward(self.student, self.of_student.reuse)
 
+    def written_scores(self, shape: ModelShape, rows: int) -> int:
+        """How many scores of a token each head writes down: all of its row's on a CPU in bf16, where they are few."""
+        length = self.work.length
+        is_written = self.is_cpu and self.element < FP32 and FP32 * rows * shape.heads * length**2 <= MOST_SCORE_BYTES
+        return length if is_written else 0
+
     def activation_bytes(self) -> float:
         """What the student's forward pass keeps for its backward pass, of one micro-batch."""
         shape, work, element = self.student, self.work, self.element
-        one = work.micro_tokens * saved_bytes(shape, element)
+        one = work.micro_tokens * saved_bytes(shape, element, self.written_scores(shape, work.micro_rows))
         around = work.micro_tokens * (FP32 + 2 * element) * shape.hidden  # the last norm, and what the embedding made
         mask = element * work.micro_rows * work.length**2 if self.config.packs else 0
         if self.config.student.gradient_checkpointing:
@@ -336,15 +346,17 @@ def packed_numel(shape: ModelShape) -> int:
     return shape.head + sum(w.numel for w in shape.weights if w.part and len(w.shape) > 1)
 
 
-def pass_bytes(shape: ModelShape, element: int) -> float:
-    """Of a token in a pass that keeps nothing: the widest place of a layer, between the MLP's matrices."""
+def pass_bytes(shape: ModelShape, element: int, scores: int = 0) -> float:
+    """Of a token in a pass that keeps nothing: the widest place of a layer, between the MLP's matrices, or its scores
+    where attention writes them down, three times in fp32."""
     inside = 3 if shape.is_gated else 2
-    return element * (inside * shape.mlp + 3 * shape.hidden)
+    attention = 3 * FP32 * shape.heads * scores + element * (2 * shape.heads * shape.head_dim + 2 * shape.kv_width)
+    return max(element * inside * shape.mlp, attention if scores else 0) + element * 3 * shape.hidden
 
 
-def saved_bytes(shape: ModelShape, element: int) -> float:
+def saved_bytes(shape: ModelShape, element: int, scores: int = 0) -> float:
     """Of a token in one layer, what autograd keeps for its backward pass. Transformers' own layers, attention by
-    scaled_dot_product_attention."""
+    scaled_dot_product_attention, or by products that write down so many `scores` of a token."""
     hidden, heads = shape.hidden, shape.heads * shape.head_dim
     if shape.is_gated:  # RMSNorm computes in fp32: its input so, and what it made in the model's dtype
         norms = 2 * (FP32 + element) * hidden
@@ -352,7 +364,8 @@ def saved_bytes(shape: ModelShape, element: int) -> float:
     else:  # LayerNorm keeps its input; an activation's input and output
         norms = 2 * element * hidden
         mlp = (6 if shape.family == "gpt2" else 2) * element * shape.mlp  # gelu_new is made of pieces
-    attention = element * (2 * heads + 2 * shape.kv_width) + FP32 * shape.heads  # q, k, v, the output, its statistics
+    # Queries, keys, values, the output, and its statistics or probabilities.
+    attention = element * (2 * heads + 2 * shape.kv_width) + shape.heads * (element * scores if scores else FP32)
     inputs = 2 * element * hidden  # of the linear layers behind the two norms
     return norms + inputs + attention + mlp
 
