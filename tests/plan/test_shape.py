@@ -29,14 +29,30 @@ def test_a_shape_has_the_tensors_of_the_real_model(family):
     assert shape.vocabulary == 96
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "opt"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_configuration_that_says_little_has_the_defaults_of_transformers(family, tied):
     small = {"num_hidden_layers": 1, "vocab_size": 32, "intermediate_size": 8, "tie_word_embeddings": tied}
+    if family in ("gpt2", "opt"):
+        small = {
+            {"gpt2": "n_layer", "opt": "num_hidden_layers"}[family]: 1,
+            "vocab_size": 32,
+            "tie_word_embeddings": tied,
+        }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **small))
     shape = ModelShape.of({"model_type": family, **small})
     assert counts(shape) == sorted(p.numel() for p in model.parameters())
     assert shape.is_tied == tied
+
+
+def test_an_opt_that_is_built_otherwise_is_asked_of_transformers():
+    """As OPT-350M is: narrower embeddings, and norms behind the layers."""
+    unusual = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    for more in ({"word_embed_proj_dim": 16}, {"word_embed_proj_dim": 16, "do_layer_norm_before": False}):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **unusual | more))
+        assert counts(ModelShape.of({"model_type": "opt", **unusual | more})) == sorted(
+            p.numel() for p in model.parameters()
+        )
 
 
 def test_a_mixture_multiplies_a_token_with_some_of_its_experts():
