@@ -60,6 +60,14 @@ def test_a_plan_that_does_not_fit_is_refused_with_its_table(tmp_path):
     assert plan.limit.startswith("memory, in ")
 
 
+def test_on_a_cpu_the_replay_buffer_takes_the_models_memory(tmp_path):
+    config = run_config(tmp_path, "schedule.policy=on_policy", "rollout.rows_at_once=1", "rollout.capacity=100000")
+    peak = planned(config, machine(2, device="cpu")).peak[1]
+    host = 50_000 * 32 * 4
+    assert not planned(config, machine(2, int(peak / 0.92) + 1, device="cpu")).fits
+    assert planned(config, machine(2, int((peak + host) / 0.92) + 1, device="cpu")).fits
+
+
 def rows_of_advice(plan):
     return [(one.change, one.fits) for one in plan.advice]
 

@@ -11,8 +11,7 @@ from toolkit.settings import ModelConfig
 from toolkit.settings.ds_files import read_ds_config
 
 SHARDED, RESIDENT = "sharded", "resident"
-#: stage, and how resident students are trained
-ZERO_2, ZERO_3 = 2, 3
+ZERO_3 = 3
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from toolkit.plan.layout import RESIDENT, SHARDED, ZERO_2, Sharding, bucket_fill, kept_for_backward, share
+from toolkit.plan.layout import RESIDENT, SHARDED, Sharding, bucket_fill, kept_for_backward, share
 from toolkit.plan.machine import Machine
 from toolkit.plan.shape import ModelShape, Weight
 from toolkit.plan.work import Work
@@ -386,6 +386,3 @@ def peak(parts: list[Part], where: str = DEVICE) -> tuple[str, float]:
     found = by_phase(parts, where)
     phase = max(found, key=lambda name: found[name])
     return phase, found[phase]
-
-
-__all__ = ["ZERO_2", "Layout", "Memory", "Part", "by_phase", "pass_bytes", "peak", "saved_bytes"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from toolkit.plan.layout import RESIDENT, SHARDED
 from toolkit.plan.machine import GIB, Machine
-from toolkit.plan.memory import DEVICE, HOST, Layout, Memory, Part, by_phase, peak
+from toolkit.plan.memory import HOST, Layout, Memory, Part, peak
 from toolkit.plan.roofline import Time, exposed_seconds, limit, step_seconds, times
 from toolkit.plan.shape import ModelShape
 from toolkit.plan.traffic import Collective, collectives
@@ -85,7 +85,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a rank has room for it, where its models are and in the node's memory."""
+        """Whether a rank has room for it, where its models are and in the node's memory; on a CPU both are one."""
+        if self.machine.kind.is_cpu:
+            return self.peak[1] + self.host_bytes <= self.machine.room
         return self.peak[1] <= self.machine.room and self.host_bytes <= self.machine.host_bytes
 
     @property
@@ -242,7 +244,3 @@ def _why(best: Plan, plans: list[Plan]) -> str:
 
 def _differs_in(one: Layout, other: Layout) -> list[str]:
     return [name for name, a, b in zip(Layout._fields, one, other, strict=True) if a != b]
-
-
-Planner = Callable[[RunConfig, Machine], Plan]
-__all__ = ["DEVICE", "Advice", "Plan", "Planner", "by_phase", "plan_of", "plan_run"]
