@@ -10,7 +10,8 @@ Memory is what a rank's process has resident above what it has after a run of th
 same process: libraries, their code, the process group and the tokenizer are not counted. The peak of each phase is the
 kernel's own (VmHWM, reset where a phase begins), so nothing between two looks is missed; the figure is the largest
 from the first validation to the last step. malloc returns each block of 64 KiB or more to the system at once
-(MALLOC_MMAP_THRESHOLD_), where a run keeps them for its next tensors: the figure would be of the heap.
+(MALLOC_MMAP_THRESHOLD_), where a run keeps them for its next tensors: the figure would be of the heap, which
+--keep-freed shows.
 
 Bytes are counted where every collective of torch passes, at the methods of its process groups: the larger of what one
 makes and takes, over the last step. The plan's figure is the same sum.
@@ -189,7 +190,8 @@ def worker(file: Path) -> None:
     from toolkit.run.run import run
 
     quiet_libraries()
-    memory.keep_freed_memory = lambda: False  # a run keeps what it frees: then its size says nothing of its tensors
+    if "MALLOC_ARENA_MAX" in os.environ:
+        memory.keep_freed_memory = lambda: False
     launch.start(7200.0)
     watch, config = Watch(), RunConfig.from_dict(json.loads(file.read_text()))
     original = Watchdog.progress
@@ -210,7 +212,7 @@ def worker(file: Path) -> None:
     launch.stop()
 
 
-def measured(case: Case, config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+def measured(case: Case, config: RunConfig, folder: Path, keeps_freed: bool) -> list[dict[str, Any]]:
     """What each rank's process found."""
     file = folder / f"{case.name}.json"
     file.write_text(json.dumps(config.to_dict()))
@@ -219,9 +221,10 @@ def measured(case: Case, config: RunConfig, folder: Path) -> list[dict[str, Any]
         port = str(probe.getsockname()[1])
     shared = {
         "WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT),
+        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
+    if not keeps_freed:
+        shared |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     log = file.with_suffix(".log").open("w")
     ranks = [
         subprocess.Popen(
@@ -253,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help=", ".join(case.name for case in CASES))
     parser.add_argument("--phases", action="store_true", help="print each phase's bytes too")
+    parser.add_argument("--keep-freed", action="store_true", help="let malloc keep what is freed, as a run does")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all cases")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -272,7 +276,7 @@ def main() -> None:
                 continue
             config = config_of(case, folder, tokenizer).with_overrides(options.settings)
             machine = Machine(1, case.ranks, 2**40, 2**40, "cpu")
-            plan, found = plan_of(config, machine), measured(case, config, folder)
+            plan, found = plan_of(config, machine), measured(case, config, folder, options.keep_freed)
             rows.append(row_of(case, plan, found))
             kept[case.name] = {"measured": found, "plan": plan.to_json()}
             print(*rows[-1], flush=True)
