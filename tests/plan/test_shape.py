@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.families import made
 from tests.tiny import make_tokenizer, save_llama, save_t5
+from toolkit.models.load import load_model
 from toolkit.plan import ModelShape
 from toolkit.plan.shape import settings_configuration
 from toolkit.settings import InitConfig, ModelConfig
@@ -65,15 +67,13 @@ def test_a_mixture_multiplies_a_token_with_some_of_its_experts():
 
 @pytest.mark.parametrize("kind, own_head", [("t5", False), ("t5", True), ("mt5", True)])
 def test_an_encoder_and_its_decoder_count_both_stacks_and_a_head_of_their_own(tmp_path, kind, own_head):
-    from toolkit.models.load import load_model
-
     save_t5(tmp_path, make_tokenizer(), seed=1, kind=kind, own_head=own_head)
-    import torch
-
     model = load_model(ModelConfig(path=str(tmp_path)), str(tmp_path), None, torch.float32)
     shape = ModelShape.of(tmp_path)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert (shape.layers, shape.encoder_layers) == (2, 2)
+    # transformers calls every T5 tied once it has read its configuration
+    assert ModelShape.of(AutoConfig.from_pretrained(tmp_path).to_dict()).parameters == shape.parameters
 
 
 def test_a_folder_is_read_and_what_settings_change_is_changed(tmp_path):

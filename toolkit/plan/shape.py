@@ -365,16 +365,22 @@ def _by_transformers(
         raise ValueError(f"transformers cannot build the {family!r} model of {path or config!r}: {error}") from error
     weights = []
     for name, parameter in model.named_parameters():
-        if _is_head(name) and family in ENCODER_DECODERS and config.get("tie_word_embeddings", True):
+        if _is_head(name) and family in ENCODER_DECODERS and not _has_own_head(config):
             continue
         weights.append(_weight(name, parameter))
     has_head = any(_is_head(weight.name) for weight in weights)
-    if family in ENCODER_DECODERS and config.get("tie_word_embeddings") is False and not has_head:
-        # transformers 5 ties every T5. The project gives those that say otherwise a head of their own.
+    if family in ENCODER_DECODERS and _has_own_head(config) and not has_head:
+        # transformers 5 ties every T5. The project gives a head of their own to those that have one.
         weights.append(Weight("lm_head.weight", (full.vocab_size, full.d_model)))
     text = full.get_text_config()
     sizes = {NAMES[size][0]: value for size, value in _text_sizes(text).items() if value is not None}
     return {**text.to_dict(), **sizes, "vocab_size": text.vocab_size}, tuple(weights)
+
+
+def _has_own_head(config: Mapping[str, Any]) -> bool:
+    """Of T5 1.1 and mT5. transformers 5 writes of every T5 that it is tied, and scales what a tied decoder says."""
+    is_tied = config.get("tie_word_embeddings", True) and config.get("scale_decoder_outputs") is not False
+    return not is_tied or config["model_type"] == "mt5"
 
 
 def _text_sizes(text: Any) -> dict[str, Any]:
