@@ -10,7 +10,8 @@ Memory is what a rank's process has resident above what it has after a run of th
 same process: libraries, their code, the process group and the tokenizer are not counted. The peak of each phase is the
 kernel's own (VmHWM, reset where a phase begins), so nothing between two looks is missed; the figure is the largest
 from the first validation to the last step. malloc returns each block of 64 KiB or more to the system at once
-(MALLOC_MMAP_THRESHOLD_): else the heap keeps what tensors have left, and the figure would be of the heap.
+(MALLOC_MMAP_THRESHOLD_), where a run keeps them for its next tensors: the figure would be of the heap, which
+--keep-freed shows.
 
 Bytes are counted where every collective of torch passes, at the methods of its process groups: the larger of what one
 makes and takes, over the last step. The plan's figure is the same sum.
@@ -103,7 +104,7 @@ def config_of(case: Case, folder: Path, tokenizer: str) -> RunConfig:
         teacher=ModelConfig(random_weights=True, shape=teacher, tokenizer=tokenizer, sharding=case.layout,
                             ds_config="ds_configs/teacher_cpu.json"),
         student=ModelConfig(random_weights=True, shape=student, tokenizer=tokenizer, sharding=case.layout,
-                            ds_config="ds_configs/student_cpu.json"),
+                            ds_config=str(folder / "student.json")),
         data=DataConfig(source=str(folder / "rows.jsonl"), prompt_field="prompt", response_field="response",
                         text_field="response", template="plain", max_length=256, max_prompt_length=128),
         train=TrainConfig(steps=3, rows_per_step=8, rows_per_micro_batch=2),
@@ -117,6 +118,12 @@ def tiny(config: RunConfig) -> RunConfig:
     """The same run with models that take nothing."""
     models = {role: replace(getattr(config, role), shape=BASE | TINY) for role in ("teacher", "student")}
     return replace(config, name=f"{config.name}-tiny", **models)
+
+
+def write_file(file: Path) -> None:
+    """The shipped file for CPUs, by which several micro-batches' gradients add up in fp32, as the plan counts them."""
+    found = json.loads((ROOT / "ds_configs/student_cpu.json").read_text())
+    file.write_text(json.dumps(found | {"data_types": {"grad_accum_dtype": "fp32"}}))
 
 
 def write_rows(file: Path) -> None:
@@ -177,12 +184,14 @@ class Watch:
 
 
 def worker(file: Path) -> None:
-    from toolkit.ranks import collectives, launch
+    from toolkit.ranks import collectives, launch, memory
     from toolkit.ranks.watchdog import Watchdog
     from toolkit.run.distill import quiet_libraries
     from toolkit.run.run import run
 
     quiet_libraries()
+    if "MALLOC_ARENA_MAX" in os.environ:
+        memory.keep_freed_memory = lambda: False
     launch.start(7200.0)
     watch, config = Watch(), RunConfig.from_dict(json.loads(file.read_text()))
     original = Watchdog.progress
@@ -203,7 +212,7 @@ def worker(file: Path) -> None:
     launch.stop()
 
 
-def measured(case: Case, config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+def measured(case: Case, config: RunConfig, folder: Path, keeps_freed: bool) -> list[dict[str, Any]]:
     """What each rank's process found."""
     file = folder / f"{case.name}.json"
     file.write_text(json.dumps(config.to_dict()))
@@ -212,9 +221,10 @@ def measured(case: Case, config: RunConfig, folder: Path) -> list[dict[str, Any]
         port = str(probe.getsockname()[1])
     shared = {
         "WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT),
+        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
+    if not keeps_freed:
+        shared |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     log = file.with_suffix(".log").open("w")
     ranks = [
         subprocess.Popen(
@@ -223,7 +233,8 @@ def measured(case: Case, config: RunConfig, folder: Path) -> list[dict[str, Any]
         )
         for rank in range(case.ranks)
     ]  # fmt: skip
-    if any([rank.wait() for rank in ranks]):
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
         raise SystemExit(f"{case.name} failed:\n{Path(log.name).read_text()[-3000:]}")
     return [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(case.ranks)]
 
@@ -245,9 +256,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help=", ".join(case.name for case in CASES))
     parser.add_argument("--phases", action="store_true", help="print each phase's bytes too")
+    parser.add_argument("--keep-freed", action="store_true", help="let malloc keep what is freed, as a run does")
     parser.add_argument("--json", type=Path, help="write what was found to this file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of all cases")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.worker:
         return worker(options.worker)
     from toolkit.pruning.made import materialize
@@ -256,13 +269,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_rows(folder / "rows.jsonl")
+        write_file(folder / "student.json")
         tokenizer = materialize(ModelConfig(path=PACKAGE), folder / "cache")
         for case in CASES:
             if options.only and case.name not in options.only:
                 continue
-            config = config_of(case, folder, tokenizer)
+            config = config_of(case, folder, tokenizer).with_overrides(options.settings)
             machine = Machine(1, case.ranks, 2**40, 2**40, "cpu")
-            plan, found = plan_of(config, machine), measured(case, config, folder)
+            plan, found = plan_of(config, machine), measured(case, config, folder, options.keep_freed)
             rows.append(row_of(case, plan, found))
             kept[case.name] = {"measured": found, "plan": plan.to_json()}
             print(*rows[-1], flush=True)
@@ -272,7 +286,15 @@ def main() -> None:
                 for rank in found:
                     print({name: round(bytes_ / MIB) for name, bytes_ in rank["peaks"].items()})
                     print({name: round(bytes_ / MIB, 1) for name, bytes_ in rank["bytes"].items()}, flush=True)
-    titles = ["run", "the plan's peak", "MiB planned", "MiB measured", "off by", "MiB of collectives planned", "counted"]
+    titles = [
+        "run",
+        "the plan's peak",
+        "MiB planned",
+        "MiB measured",
+        "off by",
+        "collectives, MiB planned",
+        "counted",
+    ]
     print("\n" + format_table([*titles, "off by"], rows))
     if options.json:
         options.json.write_text(json.dumps(kept, indent=1))

@@ -13,7 +13,7 @@ import pytest
 from toolkit.cli import app, main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["init-student", "cache-teacher", "evaluate"]
+COMMANDS = ["init-student", "cache-teacher", "plan", "evaluate"]
 PYTHON = [sys.executable, "-m", "toolkit"]
 
 

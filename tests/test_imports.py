@@ -18,6 +18,7 @@ ALLOWED = {
     "seeds": "",
     "tables": "",
     "settings": "divergences",
+    "plan": "divergences settings tables",
     "storage": "ranks",
     "data": "batch ranks settings storage",
     "models": "batch data divergences ranks seeds settings storage",
@@ -25,8 +26,8 @@ ALLOWED = {
     "rollout": "batch divergences models ranks seeds settings",
     "teachers": "batch divergences models ranks rollout seeds settings storage",
     "evaluation": "batch data divergences models pruning ranks rollout settings storage tables teachers",
-    "run": "batch data divergences evaluation models pruning ranks rollout seeds settings storage tables teachers",
-    "cli": "evaluation pruning ranks run settings",
+    "run": "batch data divergences evaluation models plan pruning ranks rollout seeds settings storage tables teachers",
+    "cli": "evaluation plan pruning ranks run settings",
 }
 
 

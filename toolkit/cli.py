@@ -17,6 +17,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
+from toolkit.plan.machine import DEVICES
 from toolkit.settings import DEPTHS, SCORES, TEMPLATE_NAMES, WIDTHS, DataConfig, FaultsConfig, InitConfig, ModelConfig
 
 SCRIPT = "distil-toolkit"
@@ -174,6 +175,62 @@ def cache_teacher(
         return cache_teacher(recipe, settings or [], out, top_k=top_k, draws=draws, shard_tokens=shard_tokens)
 
     return work
+
+
+@app.command(
+    "plan",
+    epilog=_example(
+        "plan quickstart --device cpu --gpus-per-node 2 --gpu-memory-gib 8",
+        "plan llama_7b_to_1b distil teacher.random_weights=true --nodes 8 --gpus-per-node 8 --device h100",
+    ),
+)
+def plan(
+    recipe: Annotated[str, Argument(metavar="RECIPE", help="File of a recipe, or its name in recipes/.")],
+    settings: Annotated[
+        list[str] | None,
+        Argument(
+            metavar="key=value",
+            help="Settings of the run; of a recipe with several runs or stages, the name of one first.",
+        ),
+    ] = None,
+    nodes: Annotated[int, Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, Option(min=1, help="GPUs (or on a CPU ranks) of each.")] = 8,
+    gpu_memory_gib: Annotated[
+        float | None, Option(help="Of one GPU; the device's own by default.", show_default=False)
+    ] = None,
+    host_memory_gib: Annotated[float, Option(help="Of a machine.")] = 1024,
+    device: Annotated[str, _choice(f"{', '.join(DEVICES)}.", list(DEVICES))] = "h100",
+    tflops: Annotated[
+        float | None, Option(help="Dense bf16 products of a GPU, 1e12 a second, over the device's.", show_default=False)
+    ] = None,
+    memory_gb_s: Annotated[float | None, Option(help="Its memory, 1e9 bytes a second.", show_default=False)] = None,
+    link_gb_s: Annotated[
+        float | None, Option(help="From the others of its machine, one way.", show_default=False)
+    ] = None,
+    network_gb_s: Annotated[
+        float | None, Option(help="From other machines, a GPU, one way.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, Option(metavar="FILE", help="Memory by phase, as a picture (needs matplotlib).")
+    ] = None,
+    json: Annotated[Path | None, Option(metavar="FILE", help="The plan as JSON.")] = None,
+) -> None:
+    """Plan a recipe's memory, traffic and time on a machine.
+
+    Of settings and config.json files alone: no weights, no GPU, and in one process for any number of GPUs. Says how
+    each model is held, what limits the run, and where it does not fit what to change (docs/scale.md).
+    """
+    from toolkit.ranks import launch
+
+    with launch.one_message():
+        from toolkit.run.plan_command import machine_of
+        from toolkit.run.plan_command import plan as print_plan
+
+        rates = {"flops": (tflops, 1e12), "memory_rate": (memory_gb_s, 1e9), "link_rate": (link_gb_s, 1e9),
+                 "network_rate": (network_gb_s, 1e9)}  # fmt: skip
+        given = {name: value * unit for name, (value, unit) in rates.items() if value is not None}
+        machine = machine_of(device, nodes, gpus_per_node, gpu_memory_gib, host_memory_gib, given)
+        print_plan(recipe, settings or [], machine, plot_to=plot, json_to=json)
 
 
 class _Evaluate(TyperCommand):

@@ -15,7 +15,12 @@ from toolkit.ranks.signals import EXIT_LATER
 from toolkit.run.guard import StepGuard
 from toolkit.settings import FaultsConfig
 
-STUDENTS = [("fp32", "student_sharded"), ("bf16", "student_sharded"), ("fp32", "student_zero2"), ("bf16", "student_zero2")]
+STUDENTS = [
+    ("fp32", "student_sharded"),
+    ("bf16", "student_sharded"),
+    ("fp32", "student_zero2"),
+    ("bf16", "student_zero2"),
+]
 
 
 def settings(tiny, name, **changes):

@@ -34,7 +34,7 @@ def settings(tiny, name, *more):
 
 def run_staged(arguments, recipe=None):
     """(exit code, stdout, stderr, elements of live tensors that each stage left behind so far) on this rank."""
-    from toolkit.run import recipe as staged
+    from toolkit.run import run as staged
 
     def count():
         return sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu")

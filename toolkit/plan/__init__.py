@@ -1,5 +1,7 @@
-"""What a run takes, before it is started: memory of each rank by part, bytes of collectives, seconds of a step. Of settings
-and configurations alone. It may import settings, and of divergences what divides a loss into tiles."""
+"""What a run takes, before it is started: memory of each rank by part, bytes of collectives, seconds of a step.
+
+Of settings and configurations alone. It imports settings and tables, and of divergences what divides a loss into tiles.
+"""
 
 from toolkit.plan.machine import DEVICES, Device, Machine
 from toolkit.plan.plan import Advice, Plan, plan_of, plan_run

@@ -11,6 +11,8 @@ from toolkit.settings import RunConfig
 
 Planner = Callable[[RunConfig, Machine], Plan]
 LEAST_TILES_MIB = 256
+MOST_CHANGES = 10  # that are made together
+MORE_PASSES = "more micro-batches a step, each with its collectives"
 OFFLOADED = "ds_configs/teacher_zero3_offload.json"
 
 
@@ -32,27 +34,40 @@ def advise(plan: Plan, planned: Planner) -> tuple[list[Advice], tuple[str, ...] 
     for change in _changes(plan):
         if (found := _tried(config, machine, change, planned)) is None:
             continue
-        saved = plan.peak[1] - found.peak[1] + max(0.0, plan.host_bytes - machine.host_bytes) * 0
+        saved = plan.peak[1] - found.peak[1]
         if saved > 0 or found.fits:
-            useful.append((change, Advice(str(change), change.costs, saved, found.seconds, found.fits)))
+            useful.append((change, Advice(str(change), change.costs, saved, found.exposed_seconds, found.fits)))
     # The cheapest is what lengthens a step least; more machines cost more than any settings do.
-    useful.sort(key=lambda pair: (pair[0].nodes is not None, round(pair[1].seconds / plan.seconds, 2), -pair[1].saved))
+    useful.sort(
+        key=lambda pair: (pair[0].nodes is not None, round(pair[1].seconds / plan.exposed_seconds, 2), -pair[1].saved)
+    )
     advice = [one for _, one in useful]
     if any(one.fits and change.nodes is None for change, one in useful):
         return advice, None
 
-    # Together, one after another as long as each saves something.
-    now, taken = plan, []
-    for change, _ in useful:
-        if change.nodes is not None:
-            continue
-        found = _tried(now.config, now.machine, change, planned)
-        if found is None or (found.peak[1] >= now.peak[1] and not found.fits):
-            continue
-        now, taken = found, [*taken, str(change)]
+    return advice, _together(plan, planned)
+
+
+def _together(plan: Plan, planned: Planner) -> tuple[str, ...] | None:
+    """Settings that fit, found by the cheapest change that saves something, again and again; None where the last such
+    change is not enough."""
+    now, taken = plan, dict[str, str]()
+    for _ in range(MOST_CHANGES):
+        best: tuple[tuple[float, ...], Plan, Change] | None = None
+        for change in _changes(now):
+            found = None if change.nodes else _tried(now.config, now.machine, change, planned)
+            if found is None or (found.peak[1] >= now.peak[1] and not found.fits):
+                continue
+            rank = (-found.fits, round(found.exposed_seconds / now.exposed_seconds, 2), -now.peak[1] + found.peak[1])
+            if best is None or rank < best[0]:
+                best = rank, found, change
+        if best is None:
+            return None
+        _, now, change = best
+        taken |= {text.partition("=")[0]: text for text in change.settings}
         if now.fits:
-            return advice, tuple(taken)
-    return advice, None
+            return tuple(taken.values())
+    return None
 
 
 def _changes(plan: Plan) -> Iterator[Change]:
@@ -64,11 +79,13 @@ def _changes(plan: Plan) -> Iterator[Change]:
             break
     rows = work.micro_rows
     while config.train.tokens_per_micro_batch is None and (rows := rows // 2) >= 1:
-        yield Change((f"train.rows_per_micro_batch={rows}",), "more micro-batches a step, each with its collectives")
+        yield Change((f"train.rows_per_micro_batch={rows}",), MORE_PASSES)
     if config.train.tokens_per_micro_batch is not None:
-        yield Change((f"train.tokens_per_micro_batch={max(work.length, work.micro_tokens // 2)}",), "more micro-batches")
-    if plan.teacher_shape is not None and work.micro_rows < work.rows:
-        yield Change((f"teacher.rows_per_pass={work.micro_rows}",), "the teacher is gathered once for each pass")
+        yield Change((f"train.tokens_per_micro_batch={max(work.length, work.micro_tokens // 2)}",), MORE_PASSES)
+    per_pass = config.teacher.rows_per_pass or work.rows
+    if plan.teacher_shape is not None and work.micro_rows < per_pass:
+        for rows in sorted({max(work.micro_rows, per_pass // 2), work.micro_rows}, reverse=True):
+            yield Change((f"teacher.rows_per_pass={rows}",), "the teacher is gathered once for each pass")
     if not config.student.gradient_checkpointing:
         yield Change(("student.gradient_checkpointing=true",), "a third more arithmetic in the student")
     if config.generates:
@@ -79,7 +96,7 @@ def _changes(plan: Plan) -> Iterator[Change]:
     for role in ("teacher", "student"):
         if getattr(config, role).sharding == "resident":
             yield Change((f"{role}.sharding=sharded",), "weights are gathered layer by layer")
-    if plan.teacher_shape is not None and config.teacher.ds_config != OFFLOADED:
+    if plan.teacher_shape is not None and config.teacher.ds_config != OFFLOADED and not machine.kind.is_cpu:
         yield Change((f"teacher.ds_config={OFFLOADED}",), "each pass of the teacher reads its shard from the host")
     for more in (2, 4, 8):
         yield Change((), "more machines", nodes=more * machine.nodes)

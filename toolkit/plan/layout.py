@@ -11,8 +11,7 @@ from toolkit.settings import ModelConfig
 from toolkit.settings.ds_files import read_ds_config
 
 SHARDED, RESIDENT = "sharded", "resident"
-#: stage, and how resident students are trained
-ZERO_2, ZERO_3 = 2, 3
+ZERO_3 = 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,8 @@ class Sharding:
 
     persistence: parameters up to this size stay whole under ZeRO-3, as long as all of them stay below
     model_persistence. reuse: a parameter that is used again within so many elements is not released in between.
-    secondary: ranks that keep a second copy among themselves (hpZ), 1 for none. accumulates_fp32: whether the file sums gradients in fp32, None where it does not say.
+    secondary: ranks that keep a second copy among themselves (hpZ), 1 for none. accumulates_fp32: whether the file sums
+    gradients in fp32, None where it does not say.
     """
 
     stage: int

@@ -16,7 +16,8 @@ ROOM = 0.92
 @dataclass(frozen=True)
 class Device:
     """What one rank can do at most. flops: of dense bf16 products, a second. memory_rate, link_rate, network_rate:
-    bytes a second from its own memory, from another rank of its node, and from other nodes, each in one direction.
+    bytes a second from its own memory, from another rank of its node, and from other nodes, each in one direction;
+    host_rate: from the node's memory.
     launch_s: time that one kernel of a short pass takes, whatever it computes."""
 
     name: str
@@ -24,6 +25,7 @@ class Device:
     memory_rate: float
     link_rate: float
     network_rate: float
+    host_rate: float
     memory_gib: float
     launch_s: float = 6e-6
 
@@ -37,11 +39,11 @@ class Device:
 #: ports of 200 Gb/s), H100 SXM (989, 3.35 TB/s, 900 GB/s, DGX H100 with eight of 400 Gb/s), H200 SXM (989, 4.8 TB/s,
 #: 900 GB/s), HGX B200 (2,250, 8 TB/s, 1.8 TB/s, 400 Gb/s a GPU). The last line is no data sheet: a core of a server.
 DEVICES = {
-    "a100": Device("a100", 312e12, 2.039e12, 300e9, 25e9, 80),
-    "h100": Device("h100", 989e12, 3.35e12, 450e9, 50e9, 80),
-    "h200": Device("h200", 989e12, 4.8e12, 450e9, 50e9, 141),
-    "b200": Device("b200", 2250e12, 8e12, 900e9, 50e9, 180),
-    "cpu": Device("cpu", 0.15e12, 12e9, 4e9, 1e9, 16, launch_s=5e-6),
+    "a100": Device("a100", 312e12, 2.039e12, 300e9, 25e9, 32e9, 80),
+    "h100": Device("h100", 989e12, 3.35e12, 450e9, 50e9, 64e9, 79.6),
+    "h200": Device("h200", 989e12, 4.8e12, 450e9, 50e9, 64e9, 140.4),
+    "b200": Device("b200", 2250e12, 8e12, 900e9, 50e9, 64e9, 179),
+    "cpu": Device("cpu", 0.15e12, 12e9, 4e9, 1e9, 12e9, 16, launch_s=5e-6),
 }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from toolkit.plan.layout import RESIDENT, SHARDED, ZERO_2, Sharding, bucket_fill, kept_for_backward, share
+from toolkit.plan.layout import RESIDENT, SHARDED, Sharding, bucket_fill, kept_for_backward, share
 from toolkit.plan.machine import Machine
 from toolkit.plan.shape import ModelShape, Weight
 from toolkit.plan.work import Work
@@ -27,6 +27,9 @@ DEVICE, HOST = "device", "host"
 MIB = 2**20
 FP32 = 4
 TOKEN_BYTES = 4  # of a token in the replay buffer
+ALL_PROMPTS = 10**9  # of a data set, whose size settings do not say
+#: scores of a CPU's attention up to this size are written to memory (toolkit/models/attention.py)
+MOST_SCORE_BYTES = 64 * MIB
 SAMPLED = 3  # tiles of fp32 logits that sampling of a token needs at once
 ADAM, SGD = 2, 0  # numbers that the optimizer keeps for each weight
 
@@ -97,7 +100,9 @@ class Memory:
         for weight in self.student.weights:
             module = weight.name.removesuffix(".weight").rpartition(".")[2]
             if len(weight.shape) == 2 and weight.part and (not targets or module in targets):
-                found += [Weight(f"{weight.name}.{side}", (lora.rank, n)) for side, n in zip("ab", weight.shape)]
+                found += [
+                    Weight(f"{weight.name}.{side}", (lora.rank, n)) for side, n in zip("ab", weight.shape, strict=True)
+                ]
         return found
 
     @cached_property
@@ -129,7 +134,8 @@ class Memory:
     def parts(self) -> list[Part]:
         """All of them; none is empty."""
         found = [*self._teacher(), *self._student(), *self._passes(), *self._loss(), *self._optimizer()]
-        found += [*self._generation(), *self._host()]
+        always = sum(part.bytes for part in found if part.when == ALWAYS and part.where == DEVICE)
+        found += [*self._generation(always), *self._host()]
         return [part for part in found if part.bytes > 0]
 
     def _teacher(self) -> Iterator[Part]:
@@ -176,12 +182,14 @@ class Memory:
         work, element = self.work, self.element
         if self.teacher is not None and self.asks_teacher:
             yield Part("teacher's gathered layers", element * self.gathered_at_once(self.teacher), TEACHER)
-            yield Part("teacher's activations", work.pass_tokens * pass_bytes(self.teacher, element), TEACHER)
+            rows = math.ceil(work.pass_tokens / work.length)
+            of_token = pass_bytes(self.teacher, element, self.written_scores(self.teacher, rows))
+            yield Part("teacher's activations", work.pass_tokens * of_token, TEACHER)
             window = element * work.window * self.teacher.hidden
-            for phase in (TEACHER, FORWARD, BACKWARD, SENDING):
+            for phase in (TEACHER, FORWARD, BACKWARD, SENDING, STEP):
                 yield Part("teacher's hidden states", window, phase)
             if self.teacher_is_partitioned:
-                for phase in (FORWARD, BACKWARD, SENDING):
+                for phase in (FORWARD, BACKWARD, SENDING, STEP):
                     yield Part("teacher's head, gathered", element * self.teacher.head, phase)
         for phase, left in ((FORWARD, 1.0), (BACKWARD, 1.0), (SENDING, self.left_when_sending())):
             yield Part("student's gathered weights", left * element * self.kept_numel(), phase)
@@ -192,17 +200,17 @@ class Memory:
         ZeRO-2 when it ends."""
         if not self.student_is_partitioned:
             return 0.0
-        in_layers = sum(weight.numel for weight in self.trained if weight.name.startswith("model.") or weight.part)
-        outside = self.trained_numel - in_layers
-        return max(0.0, 1 - max(0, bucket_fill(self.trained, self.of_student.reduce_bucket) - outside) / max(1, in_layers))
+        in_layers = sum(weight.numel for weight in self.trained if weight.part)
+        before = min(self.student.head, self.of_student.reduce_bucket)  # the head's gradient comes first
+        sent = max(0, bucket_fill(self.trained, self.of_student.reduce_bucket) - before)
+        return max(0.0, 1 - sent / max(1, in_layers))
 
     def gathered_at_once(self, shape: ModelShape) -> int:
         """Elements of the largest layer, or of an embedding, twice: as they arrive, and laid out again; and what is
         fetched ahead. None where nothing is sharded, or all of it is on one rank."""
-        is_teacher = shape is self.teacher
-        file, is_partitioned = (
-            (self.of_teacher, self.teacher_is_partitioned) if is_teacher else (self.of_student, self.student_is_partitioned)
-        )  # fmt: skip
+        file, is_partitioned = self.of_student, self.student_is_partitioned
+        if shape is self.teacher:
+            file, is_partitioned = self.of_teacher, self.teacher_is_partitioned
         if not is_partitioned or self.machine.world == 1:
             return 0
         outside = max((w.numel for w in shape.weights if not w.part), default=0)
@@ -215,10 +223,16 @@ class Memory:
             return 0
         return kept_for_backward(self.student, self.of_student.reuse)
 
+    def written_scores(self, shape: ModelShape, rows: int) -> int:
+        """How many scores of a token each head writes down: all of its row's on a CPU in bf16, where they are few."""
+        length = self.work.length
+        is_written = self.is_cpu and self.element < FP32 and FP32 * rows * shape.heads * length**2 <= MOST_SCORE_BYTES
+        return length if is_written else 0
+
     def activation_bytes(self) -> float:
         """What the student's forward pass keeps for its backward pass, of one micro-batch."""
         shape, work, element = self.student, self.work, self.element
-        one = work.micro_tokens * saved_bytes(shape, element)
+        one = work.micro_tokens * saved_bytes(shape, element, self.written_scores(shape, work.micro_rows))
         around = work.micro_tokens * (FP32 + 2 * element) * shape.hidden  # the last norm, and what the embedding made
         mask = element * work.micro_rows * work.length**2 if self.config.packs else 0
         if self.config.student.gradient_checkpointing:
@@ -283,34 +297,41 @@ class Memory:
             again = self.accumulator if self.accumulator == FP32 else self.accumulator + FP32
             yield Part("gradients, flat and in fp32", again * own, STEP)
 
-    def _generation(self) -> Iterator[Part]:
-        config, work, element = self.config, self.work, self.element
-        if config.schedule.policy != "off" and config.rollout.engine == "local" or config.asks_models:
-            yield from self._speaking(self.student, GENERATION, self.student_is_partitioned, self.layout.gather)
-        if self.teacher is not None and (config.asks_models or config.data.responses == "teacher"):
-            gather = "never" if self.layout.gather == "never" else "always"
-            yield from self._speaking(self.teacher, ANSWERS, self.teacher_is_partitioned, gather)
-        if config.student.lora.rank and work.generating:
-            yield Part("adapters", element * self.trained_numel, GENERATION)
+    def _generation(self, always: float) -> Iterator[Part]:
+        """Of the student's text for training and of both models' answers in a validation. always: bytes beside it."""
+        config, world = self.config, self.machine.world
+        asked = math.ceil(max(config.validation.scored_rows, config.validation.samples) / world)
+        fresh = self.work.generated_rows if config.schedule.policy != "off" and config.rollout.engine == "local" else 0
+        if rows := max(fresh, asked):
+            yield from self._speaking(self.student, GENERATION, rows, self.student_is_partitioned, always)
+        if self.teacher is None:
+            return
+        # The teacher's own text is made of all prompts at once, as many as the cache has room for.
+        if rows := ALL_PROMPTS if config.data.responses == "teacher" else asked:
+            yield from self._speaking(self.teacher, ANSWERS, rows, self.teacher_is_partitioned, always)
 
-    def _speaking(self, shape: ModelShape, phase: str, is_partitioned: bool, gather: str) -> Iterator[Part]:
+    def _speaking(
+        self, shape: ModelShape, phase: str, rows: int, is_partitioned: bool, always: float
+    ) -> Iterator[Part]:
         """Weights, cache and logits while a model generates."""
-        work, element = self.work, self.element
-        whole = 0
-        if is_partitioned:
-            whole = shape.parameters if gather == "always" else self.gathered_at_once(shape)
-            name = "whole model, gathered" if gather == "always" else "gathered layers"
-            yield Part(name, element * whole, phase)
-        if self.is_cpu and gather == "always":  # packed_weights: linear layers again, in another order
+        work, element, settings = self.work, self.element, self.config.rollout
+        weights, is_whole = 0, not is_partitioned or self.layout.gather == "always"
+        if is_partitioned and self.machine.world > 1:  # one rank has all parts, and copies none
+            weights = element * (shape.parameters if is_whole else self.gathered_at_once(shape))
+            yield Part("whole model, gathered" if is_whole else "gathered layers", weights, phase)
+        if self.is_cpu and is_whole:  # `packed_weights`: linear layers again, in another order
             yield Part("weights, packed for products of few rows", element * packed_numel(shape), phase)
-        row = element * 2 * shape.kv_width * shape.layers * work.row_tokens
-        rows = self.config.rollout.rows_at_once or work.generated_rows
-        if self.config.rollout.cache_mib:
-            rows = min(rows, max(1, self.config.rollout.cache_mib * MIB // max(1, row)))
-        rows = min(rows, work.generated_rows)
+        # As many rows as the cache may have bytes for, which is half of what is free unless settings say it; and where
+        # memory runs out, generation halves them.
+        row = max(1, element * 2 * shape.kv_width * shape.layers * work.row_tokens)
+        passes, logits = work.prompt_tokens * pass_bytes(shape, element), SAMPLED * FP32 * shape.vocabulary
+        free = self.machine.memory_bytes - always - weights
+        budget = settings.cache_mib * MIB if settings.cache_mib else free / 2
+        fit = min(budget / row, (free - self.machine.memory_bytes + self.machine.room) / (row + passes + logits))
+        rows = min(rows, settings.rows_at_once or rows, max(1, int(fit)))
         yield Part("key-value cache", rows * row, phase)
-        yield Part("activations of prompts", rows * work.prompt_tokens * pass_bytes(shape, element), phase)
-        yield Part("logits of sampled tokens", SAMPLED * FP32 * rows * shape.vocabulary, phase)
+        yield Part("activations of prompts", rows * passes, phase)
+        yield Part("logits of sampled tokens", rows * logits, phase)
 
     def _host(self) -> Iterator[Part]:
         if self.config.schedule.policy != "off":
@@ -325,15 +346,17 @@ def packed_numel(shape: ModelShape) -> int:
     return shape.head + sum(w.numel for w in shape.weights if w.part and len(w.shape) > 1)
 
 
-def pass_bytes(shape: ModelShape, element: int) -> float:
-    """Of a token in a pass that keeps nothing: the widest place of a layer, between the MLP's matrices."""
+def pass_bytes(shape: ModelShape, element: int, scores: int = 0) -> float:
+    """Of a token in a pass that keeps nothing: the widest place of a layer, between the MLP's matrices, or its scores
+    where attention writes them down, three times in fp32."""
     inside = 3 if shape.is_gated else 2
-    return element * (inside * shape.mlp + 3 * shape.hidden)
+    attention = 3 * FP32 * shape.heads * scores + element * (2 * shape.heads * shape.head_dim + 2 * shape.kv_width)
+    return max(element * inside * shape.mlp, attention if scores else 0) + element * 3 * shape.hidden
 
 
-def saved_bytes(shape: ModelShape, element: int) -> float:
+def saved_bytes(shape: ModelShape, element: int, scores: int = 0) -> float:
     """Of a token in one layer, what autograd keeps for its backward pass. Transformers' own layers, attention by
-    scaled_dot_product_attention."""
+    scaled_dot_product_attention, or by products that write down so many `scores` of a token."""
     hidden, heads = shape.hidden, shape.heads * shape.head_dim
     if shape.is_gated:  # RMSNorm computes in fp32: its input so, and what it made in the model's dtype
         norms = 2 * (FP32 + element) * hidden
@@ -341,7 +364,8 @@ def saved_bytes(shape: ModelShape, element: int) -> float:
     else:  # LayerNorm keeps its input; an activation's input and output
         norms = 2 * element * hidden
         mlp = (6 if shape.family == "gpt2" else 2) * element * shape.mlp  # gelu_new is made of pieces
-    attention = element * (2 * heads + 2 * shape.kv_width) + FP32 * shape.heads  # q, k, v, the output, its statistics
+    # Queries, keys, values, the output, and its statistics or probabilities.
+    attention = element * (2 * heads + 2 * shape.kv_width) + shape.heads * (element * scores if scores else FP32)
     inputs = 2 * element * hidden  # of the linear layers behind the two norms
     return norms + inputs + attention + mlp
 
@@ -362,6 +386,3 @@ def peak(parts: list[Part], where: str = DEVICE) -> tuple[str, float]:
     found = by_phase(parts, where)
     phase = max(found, key=lambda name: found[name])
     return phase, found[phase]
-
-
-__all__ = ["ZERO_2", "Layout", "Memory", "Part", "by_phase", "pass_bytes", "peak", "saved_bytes"]

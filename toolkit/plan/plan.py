@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from toolkit.plan.layout import RESIDENT, SHARDED
 from toolkit.plan.machine import GIB, Machine
-from toolkit.plan.memory import DEVICE, HOST, Layout, Memory, Part, by_phase, peak
-from toolkit.plan.roofline import Time, limit, step_seconds, times
+from toolkit.plan.memory import HOST, Layout, Memory, Part, peak
+from toolkit.plan.roofline import Time, exposed_seconds, limit, step_seconds, times
 from toolkit.plan.shape import ModelShape
 from toolkit.plan.traffic import Collective, collectives
 from toolkit.plan.work import Work
@@ -25,7 +25,8 @@ FASTER = 0.99
 
 
 class Advice(NamedTuple):
-    """A change that was planned. saved: bytes at the peak; seconds: of a step with it. fits: it is enough by itself."""
+    """A change that was planned. saved: bytes at the peak; seconds: of a step with it, where nothing overlaps. fits: it
+    is enough by itself."""
 
     change: str
     costs: str
@@ -39,7 +40,8 @@ class Plan:
     """What a run takes on each rank, how long a step is, and how its models are held.
 
     student, teacher: "resident" or "sharded" ("" without a teacher). gather: "always" or "never". why: one line.
-    together: changes of `advice` that make a plan fit in which none does by itself; None where it fits, or none do.
+    exposed_seconds: of a step where collectives and ZeRO-3's hooks hide behind nothing. together: settings that make a
+    plan fit in which no change does by itself; None where it fits, or where none were found.
     """
 
     config: RunConfig
@@ -51,6 +53,7 @@ class Plan:
     parts: tuple[Part, ...]
     moved: tuple[Collective, ...]
     times: tuple[Time, ...]
+    exposed_seconds: float
     why: str = ""
     advice: tuple[Advice, ...] = ()
     together: tuple[str, ...] | None = None
@@ -82,7 +85,9 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a rank has room for it, where its models are and in the node's memory."""
+        """Whether a rank has room for it, where its models are and in the node's memory; on a CPU both are one."""
+        if self.machine.kind.is_cpu:
+            return self.peak[1] + self.host_bytes <= self.machine.room
         return self.peak[1] <= self.machine.room and self.host_bytes <= self.machine.host_bytes
 
     @property
@@ -121,8 +126,7 @@ class Plan:
         return to_json(self)
 
     def refusal(self) -> str | None:
-        """Why a run cannot be made so, with the table; None where it fits. What is planned on a CPU is only said, never
-        refused, since a step's rows are seldom as long as they may be and the system can swap."""
+        """Why a run cannot be made so, with the table; None where it fits."""
         if self.fits:
             return None
         return f"this run does not fit: {self.why}\n\n{self.table()}"
@@ -132,7 +136,8 @@ def plan_run(
     config: RunConfig, machine: Machine, teacher: ModelShape | None, student: ModelShape, *, advises: bool = True
 ) -> Plan:
     """Settles `auto` for teacher, student and rollout.gather together: of the layouts that the settings allow and that
-    fit, the one with the fastest step, of equal ones that with the least memory. Where none fits, the smallest.
+    fit, the one with the fastest step where collectives and hooks hide behind nothing, of equal ones that with more
+    models resident. Where none fits, the smallest.
 
     teacher: None where none is loaded. advises: what to change is planned too, where it does not fit. Raises ValueError
     for a DeepSpeed file that cannot be read, and for a batch that does not divide among the ranks.
@@ -140,14 +145,15 @@ def plan_run(
     work, element = Work.of(config, machine.world), element_bytes(config, machine)
     plans = [
         _planned(Memory(config, machine, teacher, student, layout, work, element))
-        for layout in layouts(config, machine, teacher)
+        for layout in layouts(config, teacher)
     ]
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         best = min(plans, key=lambda plan: plan.peak[1] + max(0, plan.host_bytes - machine.host_bytes))
     else:
-        fastest = min(plan.seconds for plan in fitting)
-        best = min((p for p in fitting if p.seconds * FASTER <= fastest), key=lambda plan: plan.peak[1])
+        fastest = min(plan.exposed_seconds for plan in fitting)
+        equal = [plan for plan in fitting if plan.exposed_seconds * FASTER <= fastest]
+        best = max(equal, key=lambda plan: plan.layout.count(RESIDENT))
     best = dataclasses.replace(best, why=_why(best, plans))
     if best.fits or not advises:
         return best
@@ -176,17 +182,24 @@ def element_bytes(config: RunConfig, machine: Machine) -> int:
     return 2 if cpu_has_bf16_products() else 4
 
 
-def layouts(config: RunConfig, machine: Machine, teacher: ModelShape | None) -> Iterator[Layout]:
+def layouts(config: RunConfig, teacher: ModelShape | None) -> Iterator[Layout]:
     """Those that the settings allow."""
-    of_student, of_teacher = _allowed(config.student, machine), [SHARDED]
+    of_student, of_teacher = _allowed(config.student), [SHARDED]
     if teacher is not None:
-        of_teacher = _allowed(config.teacher, machine)
-    gathers = ["always", "never"] if config.rollout.gather == AUTO else [config.rollout.gather]
-    for student, held, gather in itertools.product(of_student, of_teacher, gathers):
-        yield Layout(student, held, gather)
+        of_teacher = _allowed(config.teacher)
+    for student, held in itertools.product(of_student, of_teacher):
+        # Where nothing is partitioned, or nothing generates, there is nothing to gather.
+        is_partitioned = student == SHARDED or (teacher is not None and held == SHARDED)
+        gathers = ["always"]
+        if config.rollout.gather != AUTO:
+            gathers = [config.rollout.gather]
+        elif is_partitioned and config.generates:
+            gathers = ["always", "never"]
+        for gather in gathers:
+            yield Layout(student, held, gather)
 
 
-def _allowed(model: ModelConfig, machine: Machine) -> list[str]:
+def _allowed(model: ModelConfig) -> list[str]:
     """A file by which its user has decided how weights are kept is obeyed."""
     chosen = sharding_of_file(model.ds_config) if model.sharding == AUTO else model.sharding
     return [RESIDENT, SHARDED] if chosen is None else [chosen]
@@ -194,10 +207,11 @@ def _allowed(model: ModelConfig, machine: Machine) -> list[str]:
 
 def _planned(memory: Memory) -> Plan:
     moved = collectives(memory)
+    found = times(memory, moved)
     return Plan(
         config=memory.config, machine=memory.machine, teacher_shape=memory.teacher, student_shape=memory.student,
         layout=memory.layout, work=memory.work, parts=tuple(memory.parts()), moved=tuple(moved),
-        times=tuple(times(memory, moved)),
+        times=tuple(found), exposed_seconds=exposed_seconds(memory, found),
     )  # fmt: skip
 
 
@@ -210,25 +224,23 @@ def _why(best: Plan, plans: list[Plan]) -> str:
         held += f", teacher {best.teacher}"
     if best.config.generates:
         held += f", rollout.gather {best.gather}"
-    at = f"{bytes_ / GIB:.2f} of {room / GIB:.2f} GiB of a rank at the peak ({phase})"
+    at = f"{bytes_ / GIB:.3g} of {room / GIB:.3g} GiB of a rank at the peak ({phase})"
     if not best.fits:
         least = "the least of all layouts" if len(plans) > 1 else "the only layout that the settings allow"
         host = f", and {best.host_bytes / GIB:.2f} GiB of the node's memory where it may take "
         host += f"{machine.host_bytes / GIB:.2f}"
         return f"{held} takes {at}{host if best.host_bytes > machine.host_bytes else ''}, {least}"
-    others = [plan for plan in plans if plan is not best and plan.layout[:2] != best.layout[:2]]
-    if not others:
-        return f"{held}: {at}, as the settings say"
-    faster = [plan for plan in others if plan.seconds < best.seconds * FASTER and not plan.fits]
-    if faster:
-        other = min(faster, key=lambda plan: plan.peak[1])
-        return (
-            f"{held}: {at}; student {other.student} and teacher {other.teacher or 'none'} would take "
-            f"{other.peak[1] / GIB:.2f} GiB"
-        )
-    other = min(others, key=lambda plan: plan.seconds)
-    return f"{held}: {at}; the fastest of {len(plans)} layouts, a step {other.seconds / best.seconds:.2f} times as fast as the next"
+    # What each choice takes and gives, beside the layout in which it alone is made the other way.
+    told = []
+    for role in best.layout._fields:
+        turned = [plan for plan in plans if _differs_in(plan.layout, best.layout) == [role]]
+        if turned and getattr(best, role) and (role != "gather" or best.config.generates):
+            other = turned[0]
+            more, slower = (other.peak[1] - bytes_) / GIB, other.exposed_seconds - best.exposed_seconds
+            no_room = "" if other.fits else ", which does not fit"
+            told.append(f"{role} {getattr(other.layout, role)}: {more:+.2f} GiB{no_room}, {slower:+.3g} s a step")
+    return f"{held}: {at}" + (f" ({'; '.join(told)})" if told else ", as the settings say")
 
 
-Planner = Callable[[RunConfig, Machine], Plan]
-__all__ = ["DEVICE", "Advice", "Plan", "Planner", "by_phase", "plan_of", "plan_run"]
+def _differs_in(one: Layout, other: Layout) -> list[str]:
+    return [name for name, a, b in zip(Layout._fields, one, other, strict=True) if a != b]

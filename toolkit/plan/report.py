@@ -55,13 +55,13 @@ def _traffic(plan: Plan) -> str:
     rows: list[list[Any]] = []
     for one in plan.moved:
         inside, between = one.received(plan.machine)
-        rows.append([one.name, one.kind, one.phase, one.payload / MB, inside / MB, between / MB])
-    titles = ["collectives of a step", "kind", "phase", "tensors, MB", "received in the node, MB", "from other nodes, MB"]
+        rows.append([one.name, one.kind, one.phase, one.payload / MB, (inside + between) / MB, between / MB])
+    titles = ["collectives of a step", "kind", "phase", "tensors, MB", "received, MB", "from other nodes, MB"]
     return format_table(titles, rows)
 
 
 def _time(plan: Plan) -> str:
-    rows = [[t.phase, t.arithmetic, t.memory, t.in_node, t.between_nodes, t.seconds, t.limit, t.share] for t in plan.times]
+    rows: list[list[Any]] = [[*time[:5], time.seconds, time.limit, time.share] for time in plan.times]
     titles = ["seconds of a step", "arithmetic", "memory", "in the node", "between nodes", "the longest", "limited by"]
     return format_table([*titles, "share of steps"], rows)
 
@@ -80,7 +80,13 @@ def _summary(plan: Plan) -> str:
 
 def _advice(plan: Plan) -> str:
     rows = [
-        [one.change, one.saved / GIB, f"{one.seconds / plan.seconds - 1:+.0%}", "yes" if one.fits else "no", one.costs]
+        [
+            one.change,
+            one.saved / GIB,
+            f"{one.seconds / plan.exposed_seconds - 1:+.0%}",
+            "yes" if one.fits else "no",
+            one.costs,
+        ]
         for one in plan.advice
     ]
     text = format_table(["to change, the cheapest first", "saves GiB", "time of a step", "then it fits", "costs"], rows)
@@ -93,7 +99,7 @@ def _advice(plan: Plan) -> str:
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Bytes of a rank, bytes of collectives, seconds."""
-    machine = plan.machine
+    machine, received = plan.machine, ("received_in_node", "received_between_nodes")
     return {
         "run": plan.config.name,
         "machine": {
@@ -109,7 +115,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "bytes_by_phase": by_phase(list(plan.parts)),
         "parts": [part._asdict() for part in plan.parts],
         "collectives": [
-            one._asdict() | dict(zip(("received_in_node", "received_between_nodes"), one.received(machine), strict=True))
+            one._asdict() | dict(zip(received, one.received(machine), strict=True))
             for one in plan.moved
         ],
         "times": [time._asdict() | {"seconds": time.seconds, "limit": time.limit} for time in plan.times],
@@ -141,7 +147,8 @@ def plot(plan: Plan, file: Path) -> None:
         bottom = {phase: below + height for (phase, below), height in zip(bottom.items(), heights, strict=True)}
     axes.axhline(plan.machine.room / GIB, color="black", linestyle="--", linewidth=1, label="room for a plan")
     axes.set_ylabel("GiB of a rank")
-    axes.set_title(f"{plan.config.name}: student {plan.student}, teacher {plan.teacher or 'none'}, {plan.machine.world} ranks")
+    held = f"student {plan.student}, teacher {plan.teacher or 'none'}"
+    axes.set_title(f"{plan.config.name}: {held}, {plan.machine.world} ranks")
     axes.tick_params(axis="x", labelrotation=20)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(file, dpi=150)

@@ -4,6 +4,8 @@ its collectives, which overlap at best.
 What is reached of a peak is stated below, not measured on the machine at hand: 45 % of the products' FLOP/s (what well
 tuned training of dense models reports), 75 % of memory bandwidth, 70 % of links. A pass over one token of each row
 reads all weights, and takes at least the time in which its kernels are launched.
+
+Layouts are chosen by a less kind figure, `exposed_seconds`: collectives and the hooks of ZeRO-3 hide behind nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from toolkit.plan.traffic import Collective
 
 FLOPS_REACHED, MEMORY_REACHED, LINKS_REACHED = 0.45, 0.75, 0.70
 KERNELS_OF_A_LAYER = 14  # of a pass of one token a row, transformers' own layers
+#: host time of ZeRO-3's hooks around one module in one pass, and the modules of a layer that have weights
+HOOKS_S, MODULES_OF_A_LAYER = 5e-5, 9
 #: bytes of a trained weight in an optimizer's step: read gradient, master and two states, write three and the weight
 STEP_BYTES = 30
 STUDENT = "student"
@@ -53,7 +57,11 @@ def times(memory: Memory, moved: list[Collective]) -> list[Time]:
     if teacher is not None and memory.asks_teacher:
         flops = forward_flops(teacher, work.teacher_tokens, work.length) + 2 * work.window * teacher.head
         bytes_ = memory.element * teacher.parameters * work.passes
-        found.append(_time(machine, TEACHER, flops, bytes_, moved))
+        time = _time(machine, TEACHER, flops, bytes_, moved)
+        if memory.teacher_is_partitioned and memory.of_teacher.parameters_offloaded:
+            read = bytes_ / machine.world / (machine.kind.host_rate * LINKS_REACHED)
+            time = time._replace(in_node=time.in_node + read)
+        found.append(time)
     # Forward and backward pass are three times the forward one, and once more where activations are made again.
     factor = 4 if memory.config.student.gradient_checkpointing else 3
     flops = factor * forward_flops(student, work.step_tokens, work.length) + 6 * work.step_responses * student.head
@@ -99,6 +107,18 @@ def _time(machine: Machine, phase: str, flops: float, bytes_: float, moved: list
 def step_seconds(found: list[Time]) -> float:
     """Of a step on average over the run."""
     return sum(time.seconds * time.share for time in found)
+
+
+def exposed_seconds(memory: Memory, found: list[Time]) -> float:
+    """Of a step on average, where nothing overlaps."""
+    work, passes = memory.work, 0
+    if memory.teacher is not None and memory.teacher_is_partitioned and memory.asks_teacher:
+        passes += memory.teacher.all_layers * work.passes  # its layers are gathered whole, with one hook
+    if memory.student_is_partitioned:
+        of_one = 3 if memory.config.student.gradient_checkpointing else 2
+        passes += MODULES_OF_A_LAYER * memory.student.all_layers * of_one * work.micro_batches
+    computed = sum(max(t.arithmetic, t.memory) * t.share for t in found)
+    return computed + HOOKS_S * passes + sum((t.in_node + t.between_nodes) * t.share for t in found)
 
 
 def limit(found: list[Time]) -> str:

@@ -1,7 +1,8 @@
 """The shape of a model from its configuration alone: how many weights it has, in which tensors and layers.
 
-LLaMA's tensors, and those of families built like it, are written down here, since importing a family's code takes longer
-than the whole plan may. Any other family is built by transformers on the meta device, where tensors have no numbers.
+The tensors of LLaMA, of families built like it, of GPT-2 and OPT are written down here: importing a family's code takes
+longer than all the rest of a plan. Any other family is built by transformers on the meta device, where tensors have no
+numbers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
                   num_attention_heads=32, num_key_value_heads=32),
     "qwen3": dict(vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32,
                   num_attention_heads=32, num_key_value_heads=32, head_dim=128),
+    "gpt2": dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12, tie_word_embeddings=True),
+    "opt": dict(vocab_size=50272, max_position_embeddings=2048, hidden_size=768, num_hidden_layers=12, ffn_dim=3072,
+                num_attention_heads=12, tie_word_embeddings=True),
 }  # fmt: skip
+#: fields of OPT with which its layers are built otherwise
+USUAL = {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "enable_bias": True,
+         "layer_norm_elementwise_affine": True}  # fmt: skip
 #: what a size is called by the families, the first that a configuration has
 NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),
@@ -140,10 +147,8 @@ class ModelShape:
 
 def settings_configuration(model: ModelConfig, init: InitConfig | None = None) -> dict[str, Any]:
     """The configuration that a model of these settings has. Raises ValueError as `read_configuration` does."""
-    if model.random_weights and model.shape:
-        config = dict(model.shape)
-    else:
-        config = read_configuration(model.path)
+    is_given = model.random_weights and model.shape
+    config = dict(model.shape) if is_given else read_configuration(model.path)
     if model.num_layers is not None:
         config = resized(config, InitConfig(layers=model.num_layers))
     if model.drop_layers:
@@ -234,11 +239,9 @@ def _size(config: Mapping[str, Any], size: str, default: int) -> int:
 
 def _shape(config: dict[str, Any], trust_remote_code: bool, path: str) -> ModelShape:
     family = config.get("model_type", "")
-    if family in LLAMA_LIKE:
+    if family in DEFAULTS and not any(config.get(name, usual) != usual for name, usual in USUAL.items()):
         config = {**DEFAULTS[family], **config}
-        if (size := config.get("head_dim")) is None:
-            config["head_dim"] = size = config["hidden_size"] // config["num_attention_heads"]
-        is_tied, weights = bool(config.get("tie_word_embeddings", False)), tuple(_llama_weights(config))
+        is_tied, weights = bool(config.get("tie_word_embeddings", False)), tuple(_written_down(config))
     else:
         config, weights = _by_transformers(config, trust_remote_code, path)
         is_tied = not any(_is_head(weight.name) for weight in weights)
@@ -258,34 +261,80 @@ def _shape(config: dict[str, Any], trust_remote_code: bool, path: str) -> ModelS
     )  # fmt: skip
 
 
-def _llama_weights(config: Mapping[str, Any]) -> Iterator[Weight]:
-    hidden, mlp, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    query = config["num_attention_heads"] * size
-    key = (config.get("num_key_value_heads") or config["num_attention_heads"]) * size
-    biased, has_norms = LLAMA_LIKE[config["model_type"]]
-    biased = biased or bool(config.get("attention_bias"))
-    yield Weight("model.embed_tokens.weight", (config["vocab_size"], hidden))
-    for layer in range(config["num_hidden_layers"]):
-        shapes: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj.weight": (query, hidden), "self_attn.k_proj.weight": (key, hidden),
-            "self_attn.v_proj.weight": (key, hidden), "self_attn.o_proj.weight": (hidden, query),
-            "mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden),
-            "mlp.down_proj.weight": (hidden, mlp),
-            "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
-        }  # fmt: skip
-        if biased:
-            shapes |= {f"self_attn.{name}_proj.bias": (size,) for name, size in zip("qkv", (query, key, key))}
-            if config["model_type"] != "qwen2" and config.get("attention_bias"):
-                shapes["self_attn.o_proj.bias"] = (hidden,)
-        if config.get("mlp_bias"):
-            shapes |= {"mlp.gate_proj.bias": (mlp,), "mlp.up_proj.bias": (mlp,), "mlp.down_proj.bias": (hidden,)}
-        if has_norms:
-            shapes |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
+def _written_down(config: Mapping[str, Any]) -> Iterator[Weight]:
+    """The tensors of a family of DEFAULTS, in the order of the model."""
+    family, vocabulary, hidden = config["model_type"], config["vocab_size"], _size(config, "hidden", 0)
+    layers, mlp = _size(config, "layers", 0), _size(config, "mlp", 4 * hidden)
+    if family == "gpt2":
+        yield Weight("wte.weight", (vocabulary, hidden))
+        yield Weight("wpe.weight", (config["n_positions"], hidden))
+        shapes, prefix, norm, has_bias = _gpt2_layer(hidden, mlp), "h", "ln_f", True
+    elif family == "opt":
+        width = config.get("word_embed_proj_dim") or hidden
+        yield Weight("embed_tokens.weight", (vocabulary, width))
+        yield Weight("embed_positions.weight", (config["max_position_embeddings"] + 2, hidden))  # as OPT counts them
+        if width != hidden:
+            yield Weight("project_out.weight", (width, hidden))
+            yield Weight("project_in.weight", (hidden, width))
+        shapes, prefix, norm, has_bias = _opt_layer(hidden, mlp), "layers", "final_layer_norm", True
+    else:
+        yield Weight("embed_tokens.weight", (vocabulary, hidden))
+        shapes, prefix, norm, has_bias = _llama_layer(config), "layers", "norm", False
+    for layer in range(layers):
         for name, shape in shapes.items():
-            yield Weight(f"model.layers.{layer}.{name}", shape, f"model.layers.{layer}")
-    yield Weight("model.norm.weight", (hidden,))
+            yield Weight(f"{prefix}.{layer}.{name}", shape, f"{prefix}.{layer}")
+    yield Weight(f"{norm}.weight", (hidden,))
+    if has_bias:
+        yield Weight(f"{norm}.bias", (hidden,))
     if not config.get("tie_word_embeddings", False):
-        yield Weight("lm_head.weight", (config["vocab_size"], hidden))
+        yield Weight("lm_head.weight", (vocabulary, hidden))
+
+
+def _llama_layer(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    query, key = heads * size, (config.get("num_key_value_heads") or heads) * size
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj.weight": (query, hidden), "self_attn.k_proj.weight": (key, hidden),
+        "self_attn.v_proj.weight": (key, hidden), "self_attn.o_proj.weight": (hidden, query),
+        "mlp.gate_proj.weight": (mlp, hidden), "mlp.up_proj.weight": (mlp, hidden),
+        "mlp.down_proj.weight": (hidden, mlp),
+        "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
+    }  # fmt: skip
+    biased, has_norms = LLAMA_LIKE[config["model_type"]]
+    of_settings = bool(config.get("attention_bias")) and config["model_type"] != "qwen2"
+    if biased or of_settings:
+        sizes = {"q": query, "k": key, "v": key} | ({"o": hidden} if of_settings else {})
+        shapes |= {f"self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
+    if config.get("mlp_bias"):
+        shapes |= {"mlp.gate_proj.bias": (mlp,), "mlp.up_proj.bias": (mlp,), "mlp.down_proj.bias": (hidden,)}
+    if has_norms:
+        shapes |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
+    return shapes
+
+
+def _gpt2_layer(hidden: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    linear = {"attn.c_attn": (hidden, 3 * hidden), "attn.c_proj": (hidden, hidden), "mlp.c_fc": (hidden, mlp),
+              "mlp.c_proj": (mlp, hidden)}  # fmt: skip
+    return _with_biases(linear, ("ln_1", "ln_2"), hidden, outputs=1)
+
+
+def _opt_layer(hidden: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    linear = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
+    linear |= {"fc1": (mlp, hidden), "fc2": (hidden, mlp)}
+    return _with_biases(linear, ("self_attn_layer_norm", "final_layer_norm"), hidden, outputs=0)
+
+
+def _with_biases(
+    linear: Mapping[str, tuple[int, int]], norms: tuple[str, ...], hidden: int, outputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Weights and biases of these linear layers and norms; outputs: which axis counts a linear layer's outputs."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": (shape[outputs],)}
+    for name in norms:
+        shapes |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+    return shapes
 
 
 def _is_head(name: str) -> bool:
@@ -308,7 +357,7 @@ def _by_transformers(
             full = AutoConfig.for_model(family, **given)
         with torch.device("meta"), meta_device_safe_creation_ops():
             if family in ENCODER_DECODERS:
-                kind = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}[family]
+                kind: Any = {"t5": T5ForConditionalGeneration, "mt5": MT5ForConditionalGeneration}[family]
                 model: Any = kind._from_config(full)
             else:
                 model = AutoModelForCausalLM.from_config(full, trust_remote_code=trust_remote_code)
@@ -316,16 +365,22 @@ def _by_transformers(
         raise ValueError(f"transformers cannot build the {family!r} model of {path or config!r}: {error}") from error
     weights = []
     for name, parameter in model.named_parameters():
-        if _is_head(name) and family in ENCODER_DECODERS and config.get("tie_word_embeddings", True):
+        if _is_head(name) and family in ENCODER_DECODERS and not _has_own_head(config):
             continue
         weights.append(_weight(name, parameter))
     has_head = any(_is_head(weight.name) for weight in weights)
-    if family in ENCODER_DECODERS and config.get("tie_word_embeddings") is False and not has_head:
-        # transformers 5 ties every T5. The project gives those that say otherwise a head of their own.
+    if family in ENCODER_DECODERS and _has_own_head(config) and not has_head:
+        # transformers 5 ties every T5. The project gives a head of their own to those that have one.
         weights.append(Weight("lm_head.weight", (full.vocab_size, full.d_model)))
     text = full.get_text_config()
     sizes = {NAMES[size][0]: value for size, value in _text_sizes(text).items() if value is not None}
     return {**text.to_dict(), **sizes, "vocab_size": text.vocab_size}, tuple(weights)
+
+
+def _has_own_head(config: Mapping[str, Any]) -> bool:
+    """Of T5 1.1 and mT5. transformers 5 writes of every T5 that it is tied, and scales what a tied decoder says."""
+    is_tied = config.get("tie_word_embeddings", True) and config.get("scale_decoder_outputs") is not False
+    return not is_tied or config["model_type"] == "mt5"
 
 
 def _text_sizes(text: Any) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def _all(memory: Memory) -> Iterator[Collective]:
     element, work, world = memory.element, memory.work, memory.machine.world
     if memory.teacher is not None and memory.asks_teacher and memory.teacher_is_partitioned:
         shape, file = memory.teacher, memory.of_teacher
+        # Its passes end with hidden states: a head that is no embedding too is gathered by itself, for the loss.
         sharded = _gathered(shape, set(file.persistent(shape)), world)
+        sharded -= 0 if shape.is_tied else _padded(shape.head, world)
         in_node = file.secondary > 1
         payload = element * sharded * work.passes
         yield Collective("teacher's layers", GATHER, TEACHER, payload, in_node)
@@ -76,6 +78,10 @@ def _of_generation(memory: Memory) -> Iterator[Collective]:
     # In step with the others each token is a pass, and each pass gathers all layers.
     passes = 1 if memory.layout.gather == "always" else 1 + memory.work.new_tokens
     yield Collective("student, to generate", GATHER, GENERATION, memory.element * whole * passes)
+    if memory.layout.gather == "always":
+        # Hooks are put back afterwards, and forget what is used again soon: the next micro-batch keeps nothing.
+        kept = min(whole, kept_for_backward(shape, memory.of_student.reuse))
+        yield Collective("student's weights, backward after it", GATHER, GENERATION, memory.element * kept)
 
 
 def _gathered(shape: ModelShape, persistent: set[Weight], world: int) -> int:
@@ -85,5 +91,3 @@ def _gathered(shape: ModelShape, persistent: set[Weight], world: int) -> int:
 
 def _padded(numel: int, world: int) -> int:
     return -(-numel // world) * world
-
-

@@ -127,4 +127,5 @@ def keep_freed_memory() -> bool:
         return False
     # M_MMAP_MAX: no block is mapped by itself. M_TRIM_THRESHOLD: the heap's end is not given back (2 GiB is its most).
     settings = ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20))
-    return all([mallopt(name, value) for name, value in settings])
+    taken = [mallopt(name, value) for name, value in settings]
+    return all(taken)

@@ -1,7 +1,6 @@
 """`python -m toolkit cache-teacher`: a teacher's answers to a recipe's data, for `teacher.cache=DIR` of that recipe."""
 
 import dataclasses
-import runpy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,12 @@ from toolkit.ranks.output import say
 from toolkit.ranks.signals import GoOnLater, StopSignals
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.run.inputs import load_inputs
-from toolkit.run.recipe import Recipe, chosen
+from toolkit.run.recipe import chosen, read_recipe
 from toolkit.settings import RunConfig
 from toolkit.settings.ds_files import read_ds_config
 from toolkit.teachers.cache import Form, TeacherCache, build, identity_of, plan
 from toolkit.teachers.cache.build import refuse_existing
 from toolkit.teachers.live import build_teacher
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def cache_teacher(
@@ -94,7 +91,7 @@ def _run(
 
 
 def _config(recipe: str, settings: Sequence[str], shard_tokens: int) -> RunConfig:
-    config = chosen(_recipe(recipe), list(settings)).with_overrides(["teacher.cache="])
+    config = chosen(read_recipe(recipe), list(settings)).with_overrides(["teacher.cache="])
     if shard_tokens < 1:
         raise ValueError(f"--shard-tokens {shard_tokens}; it has to be at least 1")
     if config.data.responses != "data":
@@ -103,21 +100,6 @@ def _config(recipe: str, settings: Sequence[str], shard_tokens: int) -> RunConfi
     config.teacher.validate("teacher")
     read_ds_config(config.teacher.ds_config)
     return config
-
-
-def _recipe(name: str) -> Recipe:
-    """RECIPE or RECIPES of the file. It is code of the user's, and is run."""
-    given = Path(name).expanduser()
-    places = (given, ROOT / given, ROOT / "recipes" / given.with_suffix(".py").name)
-    path = next((place for place in places if place.suffix == ".py" and place.is_file()), None)
-    if path is None:
-        known = sorted(file.stem for file in (ROOT / "recipes").glob("[!_]*.py"))
-        raise ValueError(f"no recipe {name!r}; give its file, or one of {', '.join(known)}")
-    found = runpy.run_path(str(path), run_name=f"recipe_{path.stem}")
-    for constant in ("RECIPE", "RECIPES"):
-        if constant in found:
-            return found[constant]
-    raise ValueError(f"{path} has neither RECIPE nor RECIPES; a recipe names its RunConfig so")
 
 
 def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -1,27 +1,29 @@
-"""What a recipe calls: its command line, the choice among its runs, its stages one after another."""
+"""What a recipe calls: its command line, the choice among its runs, its stages one after another.
+
+What a run needs is imported where it begins: a recipe is also read by commands that only want its settings.
+"""
+
+from __future__ import annotations
 
 import os
+import runpy
 import sys
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from toolkit.models import default_cache_dir
-from toolkit.models.identity import file_hashes
-from toolkit.pruning.made import materialize
-from toolkit.ranks import collectives, launch
+from toolkit.ranks import collectives
 from toolkit.ranks.output import say
-from toolkit.ranks.signals import StopSignals
-from toolkit.ranks.watchdog import Watchdog
-from toolkit.run.build import checked
-from toolkit.run.distill import distill_as, ready
-from toolkit.run.run import run
 from toolkit.run.stages import INIT, Stages, stages_table
 from toolkit.settings import RunConfig
 from toolkit.settings.methods import METHODS, expanded
 from toolkit.settings.overrides import unknown
 from toolkit.settings.page import help_page
-from toolkit.storage.lock import sole_use
 
+if TYPE_CHECKING:
+    from toolkit.ranks.watchdog import Watchdog
+
+ROOT = Path(__file__).resolve().parents[2]
 Recipe = RunConfig | Mapping[str, RunConfig] | Stages
 
 
@@ -32,6 +34,9 @@ def main(recipe: Recipe, arguments: list[str] | None = None) -> Mapping[str, Any
     Returns the summary (of stages, one for each). Wrong input ends every rank with exit code 2 and one message; a run
     that a signal stopped ends with EXIT_LATER, and the same command goes on with it.
     """
+    from toolkit.ranks import launch
+    from toolkit.run.distill import distill_as, ready
+
     given = sys.argv[1:] if arguments is None else arguments
     overrides = [text for text in given if not text.startswith("--local_rank")]  # the deepspeed launcher's own
     with launch.one_message():
@@ -50,6 +55,11 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
     A stage whose result is there is skipped, one that was stopped goes on. Each frees its engines before the next one
     begins. Raises as `run` does.
     """
+    from toolkit.ranks.signals import StopSignals
+    from toolkit.run.build import checked
+    from toolkit.run.run import run
+    from toolkit.storage.lock import sole_use
+
     only_cut = arguments[:1] == [INIT]
 
     def read() -> tuple[Stages, dict[str, RunConfig]]:
@@ -89,6 +99,10 @@ def run_stages(recipe: Stages, arguments: list[str], watchdog: Watchdog) -> dict
 def _cut(stages: Stages, has_teacher: bool) -> dict[str, Any]:
     """The summary of the first student, made where it is not there. Runs from stored answers alone (not `has_teacher`)
     need no teacher once it is. Collective."""
+    from toolkit.models import default_cache_dir
+    from toolkit.models.identity import file_hashes
+    from toolkit.pruning.made import materialize
+
     teacher, cache_dir, path = stages.first.teacher, default_cache_dir(stages.first.cache_dir), ""
     if not has_teacher and collectives.everywhere(stages.is_made):
         return collectives.main_rank_first(lambda: stages.cut(path, None))
@@ -115,6 +129,22 @@ def chosen(recipe: Recipe, arguments: list[str]) -> RunConfig:
     if isinstance(recipe, Stages):
         return recipe.with_overrides(rest).alone(name)
     return recipe[name].with_overrides(rest)
+
+
+def read_recipe(name: str) -> Recipe:
+    """RECIPE or RECIPES of a file, or of the file of that name in recipes/. It is code of the user's, and is run.
+    Raises ValueError where there is none."""
+    given = Path(name).expanduser()
+    places = (given, ROOT / given, ROOT / "recipes" / given.with_suffix(".py").name)
+    path = next((place for place in places if place.suffix == ".py" and place.is_file()), None)
+    if path is None:
+        known = sorted(file.stem for file in (ROOT / "recipes").glob("[!_]*.py"))
+        raise ValueError(f"no recipe {name!r}; give its file, or one of {', '.join(known)}")
+    found = runpy.run_path(str(path), run_name=f"recipe_{path.stem}")
+    for constant in ("RECIPE", "RECIPES"):
+        if constant in found:
+            return found[constant]
+    raise ValueError(f"{path} has neither RECIPE nor RECIPES; a recipe names its RunConfig so")
 
 
 def _help(recipe: Recipe, arguments: list[str]) -> dict[str, Any]:

@@ -59,4 +59,4 @@ def measured_machine() -> Machine:
     least = [-collectives.max_over_ranks(-int(size)) for size in (free_bytes(), node)]
     name = torch.cuda.get_device_name().lower() if is_gpu else "cpu"
     device = next((known for known in DEVICES if known in name), "a100" if is_gpu else "cpu")
-    return Machine(max(1, collectives.world() // local), local, *least, device)
+    return Machine(max(1, collectives.world() // local), local, least[0], least[1], device)

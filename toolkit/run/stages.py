@@ -10,13 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from toolkit.models.load import load_model
-from toolkit.models.portable import make_portable
-from toolkit.models.tokenizer import load_tokenizer
-from toolkit.pruning.made import calibration_data, prune_model
 from toolkit.run.summary import STUDENT, SUMMARY
 from toolkit.settings import DataConfig, InitConfig, ModelConfig, RunConfig
 from toolkit.settings.overrides import unknown
@@ -155,6 +150,9 @@ class Stages:
         hashes nothing is asked about the teacher of a student that is there. Raises ValueError for sizes that cannot
         be, and where the student that is there was made with other settings.
         """
+        # Here, as recipes are read by commands that make no model.
+        from toolkit.pruning.made import calibration_data, prune_model
+
         # The settings that the student depends on are written beside it.
         config, data = self.first, calibration_data(self.first.data, self.init)
         settings = {
@@ -225,6 +223,12 @@ def _identity(teacher: ModelConfig, seed: int, hashes: Mapping[str, str]) -> dic
 
 
 def _write_random(teacher: ModelConfig, seed: int, folder: Path) -> None:
+    import torch
+
+    from toolkit.models.load import load_model
+    from toolkit.models.portable import make_portable
+    from toolkit.models.tokenizer import load_tokenizer
+
     load_model(teacher, teacher.path, None, torch.bfloat16, seed).save_pretrained(folder)
     load_tokenizer(teacher, teacher.path).save_pretrained(folder)
     make_portable(folder)

@@ -1,15 +1,18 @@
 """What a finished run says of itself: summary.json."""
 
-from typing import Any, TypedDict
+from __future__ import annotations
 
-from toolkit.data import Data
-from toolkit.models.identity import RunIdentity
-from toolkit.plan import Plan
+from typing import TYPE_CHECKING, Any, TypedDict
+
 from toolkit.ranks import collectives
-from toolkit.ranks.memory import peak_rss_gib
-from toolkit.run.held_out import Answers, HeldOutPrompts
-from toolkit.run.state import LoopState
 from toolkit.settings import RunConfig
+
+if TYPE_CHECKING:  # recipes import this file, and are imported by commands that need no model
+    from toolkit.data import Data
+    from toolkit.models.identity import RunIdentity
+    from toolkit.plan import Plan
+    from toolkit.run.held_out import Answers, HeldOutPrompts
+    from toolkit.run.state import LoopState
 
 SUMMARY = "summary.json"
 STUDENT, BEST = "student", "best"  # folders of a run: the student after its last step, and after its best validation
@@ -50,6 +53,8 @@ def summarize(
 
     wall_time_s: of all starts of the run.
     """
+    from toolkit.ranks.memory import peak_rss_gib
+
     # Time that was spent in no phase counts as "other".
     phases = {name: state.seconds.get(name, 0.0) for name in (*TRAINING_PHASES, *OTHER_PHASES)}
     train_time_s = sum(state.seconds.values()) - sum(phases[name] for name in OTHER_PHASES)

@@ -42,8 +42,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
 
 
 def sharding_of_file(path: str) -> str | None:
-    """What the DeepSpeed file at `path` itself wants for the weights: "resident" (ZeRO stages 0 to 2), "sharded" where it
-    tunes how ZeRO-3 shards, or None, which leaves the choice to the memory plan."""
+    """What the DeepSpeed file at `path` itself wants for the weights: "resident" (ZeRO stages 0 to 2), "sharded" where
+    it tunes how ZeRO-3 shards, or None, which leaves the choice to the memory plan."""
     zero = _zero(path)
     if zero.get("stage", 0) < 3:
         return "resident"
