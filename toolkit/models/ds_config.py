@@ -25,8 +25,8 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
     if config.student.sharding == "resident" and sharding["stage"] == 3:
         # Gradients and optimizer state stay sharded. What else the file says of ZeRO-3 is about sharded weights.
         kept = {name: value for name, value in sharding.items() if name in OF_GRADIENTS}
-        # Without reduce_scatter a bucket is reduced where it is. With it, DeepSpeed 0.19.8 makes the same all-reduce of a
-        # copy, and copies the result back.
+        # Without reduce_scatter a bucket is reduced where it is. With it, DeepSpeed 0.19.8 makes the same all-reduce of
+        # a copy, and copies the result back.
         given = given | {"zero_optimization": {"stage": 2, "reduce_scatter": False, **kept}}
     rows, accumulation = config.train.rows_per_step + config.text_rows, config.accumulation(world)
     adds_up = accumulation > 1 or config.train.tokens_per_micro_batch is not None

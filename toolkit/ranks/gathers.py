@@ -1,4 +1,5 @@
-"""All-gathers on gloo as broadcasts: DeepSpeed gathers weights in every step, and gloo's own way takes three times as long.
+"""All-gathers on gloo as broadcasts: DeepSpeed gathers weights in every step, and gloo's own way takes three times as
+long.
 
 Beside `toolkit/models/zero.py` and `toolkit/ranks/builds.py` this is the only file that relies on DeepSpeed's insides.
 """
