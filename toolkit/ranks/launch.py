@@ -48,9 +48,10 @@ def start(hang_s: float = 1800.0) -> None:
     builds.outlive_killed_builds()
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=min(hang_s, 1e8) + 600))
     if torch.distributed.get_backend() == "gloo":
-        from toolkit.ranks.gathers import gather_by_broadcasts  # imports deepspeed
+        from toolkit.ranks.cpus import gather_by_broadcasts, give_shared_memory_back  # import deepspeed
 
         gather_by_broadcasts()
+        give_shared_memory_back()
 
 
 @contextmanager
