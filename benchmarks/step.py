@@ -12,9 +12,9 @@ and TRL 1.16's GKD trainer at lambda 0, 0.5 and 1, where it is installed (benchm
 Every row trains the same two models on the same token ids, with the same batch, micro-batch, lengths and precision; the
 settings after the options are those of a run. The toolkit's models are held as the memory plan chooses, here whole on
 every rank (sharding=auto). TRL's are whole on every rank (DDP), without gradient checkpointing, in fp32 with autocast
-where the precision is bf16: its fastest way, and with torch's own attention and glibc's own use of memory, both of
-which the toolkit changes in its processes. The first --warmup steps of each row are left out. Tokens are those of prompts and responses, padding not
-counted. `adaptive` is measured at a fixed phi: no validation moves it; which sources its steps really had is in the
+where the precision is bf16: its fastest way, and with torch's own attention and glibc's use of memory, both of which
+the toolkit changes in its processes. The first --warmup steps of each row are left out. Tokens are those of prompts and
+responses, padding not counted. `adaptive` is measured at a fixed phi: no validation moves it; which sources its steps really had is in the
 last column, and few steps may be far from the shares that phi means. A step includes generation, but neither validation
 nor checkpoints.
 """

@@ -126,6 +126,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     # M_MMAP_MAX: no block is mapped by itself. M_TRIM_THRESHOLD: the heap's end is not given back (2 GiB is its most).
-    settings = ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20))
+    # M_TOP_PAD: it grows by so much at once. M_ARENA_MAX: threads have no heaps of their own, which are given back.
+    settings = ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20), (-8, 1))
     taken = [mallopt(name, value) for name, value in settings]
     return all(taken)
