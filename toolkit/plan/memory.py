@@ -196,10 +196,7 @@ class Memory:
             yield Part("student's activations", left * self.activation_bytes(), phase)
 
     def left_when_sending(self) -> float:
-        """Share of the layers that the backward pass has still before it when the first full bucket is sent, and under
-        ZeRO-2 when it ends."""
-        if not self.student_is_partitioned:
-            return 0.0
+        """Share of the layers that the backward pass has still before it when the first full bucket is sent."""
         in_layers = sum(weight.numel for weight in self.trained if weight.part)
         before = min(self.student.head, self.of_student.reduce_bucket)  # the head's gradient comes first
         sent = max(0, bucket_fill(self.trained, self.of_student.reduce_bucket) - before)
@@ -277,18 +274,27 @@ class Memory:
     def _optimizer(self) -> Iterator[Part]:
         """The backward pass sends gradients from buckets; the optimizer's step makes an fp32 copy of a rank's share."""
         element, own, file, world = self.element, self.trained_share, self.of_student, self.machine.world
-        bucket = element * self._bucket()
+        bucket, fill = element * self._bucket(), element * bucket_fill(self.trained, file.reduce_bucket)
         if self.student_is_partitioned:
-            if world > 1:
-                yield Part("bucket of gradients, as it is sent", bucket, SENDING)
+            yield Part("bucket of gradients, as it is sent", fill, SENDING)
+            if self.accumulator > element:
+                yield Part("the rank's part of it, in fp32", self.accumulator * fill / element / world, SENDING)
         else:
             # Buckets, and room for the rank's share of this micro-batch, are made where the backward pass begins. On a
-            # CPU they take memory as they are filled, and activations have gone until then.
-            makes = (SENDING,) if self.is_cpu else (BACKWARD, SENDING)
-            for phase in makes:
+            # CPU they take memory as they are filled.
+            filled = 1 - self.left_when_sending() if self.is_cpu else 1
+            for phase in (SENDING,) if self.is_cpu else (BACKWARD, SENDING):
                 yield Part("buckets of gradients", (2 if file.overlaps and not self.is_cpu else 1) * bucket, phase)
                 if self.accumulator == element:
-                    yield Part("gradients of this micro-batch", element * own, phase)
+                    yield Part("gradients of this micro-batch", filled * element * own, phase)
+            # What is sent is flattened first, and what is summed up in fp32 widened, one parameter at a time.
+            sent = [weight.numel for weight in self.trained if weight.numel <= file.reduce_bucket]
+            yield Part(
+                "bucket of gradients, as it is sent", element * bucket_fill(self.trained, file.reduce_bucket), SENDING
+            )
+            if self.accumulator > element:
+                widest = min(own, max(sent, default=0))
+                yield Part("a gradient in fp32", self.accumulator * widest, SENDING)
             summed = (FORWARD, BACKWARD, SENDING, STEP) if self.work.micro_batches > 1 else (STEP,)
             for phase in summed:
                 yield Part("gradients, summed up", self.accumulator * own, phase)
