@@ -771,6 +771,7 @@ def main() -> None:
         if device == "cuda" and shape == LONG:
             print("\nLiger publishes 60.7 ms and 11.1 GB against 213 ms and 68.9 GB for full logits at this shape.")
         sys.stdout.flush()
+        write(arguments.json, record)  # as far as it goes: a run that is stopped leaves the shapes before
 
     if "growth" in parts:
         growth(bench, shapes[0], divergences[0], goals, record)
@@ -783,8 +784,12 @@ def main() -> None:
     record["goals"] = goals.rows
     if bench.notes[told:]:
         print("\n" + "\n".join(f"- {note}" for note in bench.notes[told:]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1))
+    write(arguments.json, record)
+
+
+def write(file: Path | None, record: dict) -> None:
+    if file:
+        file.write_text(json.dumps(record, indent=1))
 
 
 def nested(cells: dict) -> dict:

@@ -115,6 +115,14 @@ def save_rows(path, count=40):
     return str(path)
 
 
+#: how a student and its teacher may be held on the ranks -> settings
+HELD = {
+    "sharded": {"student.ds_config": "tests/student_sharded.json"},
+    "resident": {"student.sharding": "resident", "teacher.sharding": "resident"},
+    "zero2": {"student.ds_config": "ds_configs/student_zero2.json"},
+}
+
+
 def ds_file(name):
     """A DeepSpeed file of ds_configs/, or one of tests/ that shards also what is as small as these models."""
     return f"{'tests' if name.endswith('_sharded') else 'ds_configs'}/{name}.json"

@@ -65,12 +65,13 @@ class Loss(nn.Module):
         return self.model(hidden).sum()
 
 
-def settings(stage, dtype=torch.float32, **more):
+def settings(stage, dtype=torch.float32, accumulates=None, **more):
     sharding = {"stage": stage} | ({"stage3_param_persistence_threshold": SMALL} if stage == 3 else {})
     return {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4, "gradient_clipping": 0.0,
         "zero_optimization": sharding | more, "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True}, "steps_per_print": 10**9,
+        "data_types": {"grad_accum_dtype": accumulates},
     }  # fmt: skip
 
 
@@ -251,7 +252,7 @@ def step(engine, micro_batches, poisoned_rank=None):
         is_last = index == micro_batches - 1
         before = weights_of(engine)
         zero.begin_micro_batch(engine, is_last=is_last)
-        loss = engine(row(10 * index + rank)) * zero.loss_divisor(engine)
+        loss = engine(row(10 * index + rank).to(engine.module.model.dtype)) * zero.loss_divisor(engine)
         engine.backward(loss * float("nan") if is_last and rank == poisoned_rank else loss)
         engine.step()
     return before
@@ -278,6 +279,26 @@ def check_a_step(stage, **more):
         step(engine, 2, poisoned_rank=collectives.world() - 1)
         assert not zero.was_step_taken(engine) and zero.gradient_norm(engine) == float("inf")
         torch.testing.assert_close(weights_of(engine), weights, rtol=0, atol=0)
+
+
+def check_sums_in_fp32(stage):
+    """64 gradients in bf16: their sum in fp32 is off by what each was rounded, in bf16 by what the sum was too."""
+    count, errors = 64, {}
+    for dtype in ("fp32", "bf16"):
+        engine, weights = started(stage, dtype=torch.bfloat16, accumulates=dtype)
+        with released(engine):
+            pieces = [(piece, piece.flat.detach().clone()) for piece in zero.owned(engine)]
+            step(engine, count)
+            wanted = descended({name: weight.bfloat16().float() for name, weight in weights.items()}, count)
+            parts = []
+            for piece, before in pieces:
+                name, end = piece.name.removeprefix("model."), piece.start + piece.numel
+                exact = (weights[name].bfloat16().float() - wanted[name]).flatten()[piece.start : end]
+                found = (before - piece.flat).narrow(0, piece.at, piece.numel)
+                parts.append([(found - exact).square().sum().item(), exact.square().sum().item()])
+            off, whole = collectives.sum_over_ranks([sum(part[i] for part in parts) for i in (0, 1)])
+            errors[dtype] = (off / whole) ** 0.5
+    assert errors["fp32"] < 0.004 < 0.008 < errors["bf16"], errors
 
 
 def write(engine, weights):
@@ -387,6 +408,12 @@ def test_a_step_of_any_number_of_micro_batches_follows_plain_torch(ranks2, stage
 
 
 @pytest.mark.multiprocess
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_of_many_micro_batches_add_up_in_fp32(ranks2, stage):
+    ranks2.run(check_sums_in_fp32, stage)
+
+
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_each_element_has_one_owner_and_is_computed_with_once_written(ranks2, stage):
     ranks2.run(check_owned_pieces, stage)
@@ -410,7 +437,7 @@ def test_the_version_that_was_read_is_the_one_that_is_installed():
 
 
 #: files that may know DeepSpeed's insides
-INSIDERS = ("models/zero.py", "ranks/builds.py")
+INSIDERS = ("models/zero.py", "ranks/builds.py", "ranks/gathers.py")
 #: what all others may use of DeepSpeed: documented names
 DOCUMENTED = {
     "deepspeed.DeepSpeedEngine", "deepspeed.accelerator.get_accelerator", "deepspeed.comm.destroy_process_group",

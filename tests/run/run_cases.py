@@ -8,7 +8,9 @@ from unittest import mock
 
 import torch
 
+from toolkit.models import build
 from toolkit.ranks import collectives, launch
+from toolkit.run import sharding
 from toolkit.run.loop import DistillationLoop
 from toolkit.run.recipe import main
 from toolkit.settings import RunConfig
@@ -50,6 +52,17 @@ def run_saying(overrides, recipe=None):
     with contextlib.redirect_stdout(out):
         code, err = run_expecting_exit(overrides, recipe)
     return code, out.getvalue(), err
+
+
+def run_with_free(overrides, free_bytes):
+    """As `run_saying`, on ranks that have so much free memory; a run that is refused has read no weights."""
+    with (
+        mock.patch.object(sharding, "free_bytes", lambda: free_bytes),
+        mock.patch.object(build, "load_model", side_effect=build.load_model) as loaded,
+    ):
+        code, out, err = run_saying(overrides)
+    assert loaded.called == (code == 0)
+    return code, out, err
 
 
 def run_until(overrides, stop_after, number, ranks=(0,), recipe=None):

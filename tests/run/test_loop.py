@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.run import loop_cases, run_cases
-from tests.tiny import tiny_overrides
+from tests.tiny import HELD, tiny_overrides
 from toolkit.batch import Example, TokenBatch
 from toolkit.data import DataConfig, PromptDataset, load_data
 
@@ -37,12 +37,14 @@ def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
         "2 ranks x1": (ranks2, 1),
     }
     layouts |= {"tokens": (ranks1, None), "2 ranks tokens": (ranks2, None)}
+    layouts |= {"resident": (ranks1, 4), "2 ranks resident": (ranks2, 2)}
     for name, (ranks, micro_rows) in layouts.items():
         own = (
             {"train.rows_per_micro_batch": micro_rows}
             if micro_rows
             else {"train.tokens_per_micro_batch": 128, "train.rows_per_micro_batch": 5}
         )
+        own |= HELD["resident"] if "resident" in name else {}
         ranks.run(run_cases.run_tiny, tiny_overrides(
             tiny, name=f"{student} {name}", student__path=f"{tiny}/{student}", loss__cross_entropy_weight=0.3, **own,
         ))  # fmt: skip
@@ -57,13 +59,14 @@ def test_layout_does_not_change_the_weights(tiny, ranks1, ranks2, student):
 
 
 @pytest.mark.parametrize("divergence", ["skl", "srkl"])
-@pytest.mark.parametrize("stage", [3, 2])
-def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, stage, divergence):
-    config = {3: "tests/student_sharded.json", 2: "ds_configs/student_zero2.json"}[stage]
-    name = f"dense {stage} {divergence}"
-    ranks2.run(run_cases.run_tiny, tiny_overrides(
-        tiny, name=name, student__ds_config=config, train__steps=4, train__rows_per_micro_batch=2,
-        loss__divergence=divergence))  # fmt: skip
+@pytest.mark.parametrize("held", HELD)
+def test_two_ranks_follow_a_dense_float64_reference(tiny, ranks2, held, divergence):
+    name = f"dense {held} {divergence}"
+    summary = ranks2.run(run_cases.run_tiny, tiny_overrides(
+        tiny, name=name, train__steps=4, train__rows_per_micro_batch=2, loss__divergence=divergence, **HELD[held],
+    ))[0]  # fmt: skip
+    assert summary["sharding"]["student"] == ("sharded" if held == "sharded" else "resident")
+    assert summary["sharding"]["teacher"] == ("resident" if held == "resident" else "sharded")
     assert_close(weights(tiny, name), dense_reference(tiny, steps=4, divergence=divergence), 1e-5)
 
 
@@ -185,22 +188,21 @@ def train_dense(tiny, student, steps, divergence, rows=8, lr=0.5, min_lr=1e-7, a
 
 
 @pytest.mark.parametrize("micro", [{"train.rows_per_micro_batch": 2}, {"train.tokens_per_micro_batch": 96}])
-@pytest.mark.parametrize("stage", [3, 2])
-def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, stage, micro):
+@pytest.mark.parametrize("held", HELD)
+def test_plain_text_beside_the_distillation_follows_the_reference(tiny, ranks2, held, micro):
     """Each kind is divided by its own tokens, one backward for each micro-batch."""
-    name = f"text {stage} {next(iter(micro))}"
-    config = {3: "tests/student_sharded.json", 2: "ds_configs/student_zero2.json"}[stage]
+    name = f"text {held} {next(iter(micro))}"
     ranks2.run(
         run_cases.run_tiny,
         tiny_overrides(
             tiny,
             name=name,
-            student__ds_config=config,
             train__steps=4,
             loss__divergence="skl",
             text__source=f"{tiny}/rows.jsonl",
             **TEXT,
             **micro,
+            **HELD[held],
         ),
     )
     reference = dense_reference(tiny, steps=4, divergence="skl", text_weight=0.7)
@@ -416,14 +418,13 @@ def test_a_run_may_go_on_from_the_student_in_its_own_folder(tiny, ranks2):
     assert second["final"] != second["initial"]
 
 
-@pytest.mark.parametrize("stage", [3, 2])
-def test_weight_decay_is_for_matrices(tiny, ranks2, stage):
+@pytest.mark.parametrize("held", HELD)
+def test_weight_decay_is_for_matrices(tiny, ranks2, held):
     """The student is its teacher: there is nothing else to learn."""
-    config = {3: "tests/student_sharded.json", 2: "ds_configs/student_zero2.json"}[stage]
-    name = f"decay {stage}"
+    name = f"decay {held}"
     ranks2.run(run_cases.run_tiny, tiny_overrides(
-        tiny, name=name, student__path=f"{tiny}/teacher", student__ds_config=config, train__steps=1,
-        optimizer__weight_decay=0.1))  # fmt: skip
+        tiny, name=name, student__path=f"{tiny}/teacher", train__steps=1, optimizer__weight_decay=0.1,
+        **HELD[held]))  # fmt: skip
     before, after = load_file(tiny / "teacher" / "model.safetensors"), weights(tiny, name)
     assert any(tensor.dim() == 1 for tensor in before.values())
     for key, tensor in before.items():

@@ -1,8 +1,8 @@
 """Attention on a CPU by bf16 matrix products, in the place of torch's fused kernel for it.
 
-torch 2.13's CPU kernel of scaled_dot_product_attention takes 2 to 7 times as long for the short rows of a training step,
-forward and backward, most of it in its backward pass (`benchmarks/attention.py`). Longer rows, fp32 and GPUs keep
-torch's: it does not write scores to memory.
+torch 2.13's CPU kernel of scaled_dot_product_attention takes 2 to 7 times as long for the short rows of a training
+step, most of it in its backward pass (`benchmarks/attention.py`). Longer rows, fp32 and GPUs keep torch's, which writes
+no scores to memory.
 
 Shapes: B rows, G heads of queries, K heads of keys and values, S queries, T keys, D numbers of a head.
 """

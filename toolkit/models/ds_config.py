@@ -14,7 +14,7 @@ OF_GRADIENTS = ("overlap_comm", "contiguous_gradients", "reduce_bucket_size", "r
 
 def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[str, Any]:
     """The student's file, with batch, precision and clipping from `config`; of a resident student with ZeRO-2 in the
-    place of ZeRO-3."""
+    place of ZeRO-3. Gradients of several micro-batches add up in fp32, unless the file says otherwise."""
     given = read_ds_config(config.student.ds_config)
     sharding = given.get("zero_optimization", {})
     if sharding.get("stage") not in (1, 2, 3) or sharding.get("offload_optimizer", {}).get("device") == "nvme":
@@ -25,8 +25,14 @@ def student_ds_config(config: RunConfig, dtype_name: str, world: int) -> dict[st
     if config.student.sharding == "resident" and sharding["stage"] == 3:
         # Gradients and optimizer state stay sharded. What else the file says of ZeRO-3 is about sharded weights.
         kept = {name: value for name, value in sharding.items() if name in OF_GRADIENTS}
-        given = given | {"zero_optimization": {"stage": 2, **kept}}
+        # Without reduce_scatter a bucket is reduced where it is. With it, DeepSpeed 0.19.8 makes the same all-reduce of
+        # a copy, and copies the result back.
+        given = given | {"zero_optimization": {"stage": 2, "reduce_scatter": False, **kept}}
     rows, accumulation = config.train.rows_per_step + config.text_rows, config.accumulation(world)
+    adds_up = accumulation > 1 or config.train.tokens_per_micro_batch is not None
+    # Of ZeRO-1 DeepSpeed 0.19.8 makes another optimizer for it, whose states checkpoints cannot read.
+    if adds_up and dtype_name == "bf16" and given["zero_optimization"]["stage"] > 1:
+        given = given | {"data_types": {"grad_accum_dtype": "fp32"} | given.get("data_types", {})}
     return {
         **{key: value for key, value in given.items() if key not in MONITOR_SECTIONS},
         "train_micro_batch_size_per_gpu": rows // (accumulation * world),

@@ -1,8 +1,8 @@
 """DeepSpeed's insides: what the project relies on beyond DeepSpeed's documented calls stands here and nowhere else.
 
 Every function says which behaviour of DeepSpeed 0.19.8 it relies on. `tests/models/test_zero.py` tries each of them on
-real engines, so that a version which behaves otherwise fails a test by that function's name. One such place lies
-outside of this file: `toolkit/ranks/builds.py`, which is imported before any model is.
+real engines, so that a version which behaves otherwise fails a test by that function's name. Two such places lie
+outside of this file, `toolkit/ranks/builds.py` and `gathers.py`, as ranks start before any model is there.
 
 "Partitioned" is a parameter of which ZeRO-3 keeps one part on each rank; its `data` is then an empty tensor.
 """
@@ -132,7 +132,18 @@ def initialize(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(ds_config))
     for parameter, data in kept:
         parameter.data = data.to(parameter.device)
+    if hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+        _leave_out_passes(engine.optimizer)
     return engine
+
+
+def _leave_out_passes(optimizer: Any) -> None:
+    """Two passes over all gradients of a ZeRO-1 or 2 step that say or do what another one does anyway."""
+    # 0.19.8: a step looks at each gradient for what is not finite, and then computes their norm, which is not finite
+    # either where one of them is not; both leave the step out, by `overflow`.
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    # 0.19.8: gradients are divided by the number of ranks, in a pass of its own. `loss_divisor` leaves that out.
+    optimizer.gradient_average = False
 
 
 def gather_at_once(model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -186,8 +197,9 @@ def release(engines: Iterable[deepspeed.DeepSpeedEngine]) -> None:
 def loss_divisor(engine: deepspeed.DeepSpeedEngine) -> int:
     """What a sum of losses over all micro-batches and ranks is divided by on its way to the gradient."""
     # 0.19.8: `backward` divides each loss by the configuration's number of micro-batches, however many there are, and
-    # gradients are averaged over ranks.
-    return engine.gradient_accumulation_steps() * collectives.world()
+    # gradients are averaged over ranks, unless `initialize` has turned that off.
+    averages = getattr(engine.optimizer, "gradient_average", True)
+    return engine.gradient_accumulation_steps() * (collectives.world() if averages else 1)
 
 
 def begin_micro_batch(engine: deepspeed.DeepSpeedEngine, *, is_last: bool) -> None:

@@ -1,7 +1,7 @@
 """DeepSpeed's C++ operators, compiled at first use: a build that was killed does not hold up later starts.
 
-Beside `toolkit/models/zero.py` this is the only file that relies on DeepSpeed's insides. It stands here because ranks
-start before any model is imported.
+Beside `toolkit/models/zero.py` and `gathers.py` this is the only file that relies on DeepSpeed's insides. It stands
+here because ranks start before any model is imported.
 """
 
 import fcntl

@@ -47,6 +47,10 @@ def start(hang_s: float = 1800.0) -> None:
         os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
     builds.outlive_killed_builds()
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=min(hang_s, 1e8) + 600))
+    if torch.distributed.get_backend() == "gloo":
+        from toolkit.ranks.gathers import gather_by_broadcasts  # imports deepspeed
+
+        gather_by_broadcasts()
 
 
 @contextmanager

@@ -41,13 +41,15 @@ def settle_sharding(config: RunConfig, teacher_path: str, student_path: str) -> 
 
 
 def as_before(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
-    """`config` with the layout of a run that it goes on with, where it leaves that open. saved: settings of that run,
-    which had sharded models if it was of a version that knew of nothing else."""
+    """`config` with the layout of the run that it goes on with, where it and its DeepSpeed files leave that open.
+
+    saved: settings of that run, which had sharded models if it was of a version that knew of nothing else.
+    """
     changes = []
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         was = saved.get(role, {})
         before = was.get("sharding") or sharding_of_file(was.get("ds_config") or model.ds_config) or "sharded"
-        if model.sharding == "auto" and before != "auto":
+        if model.sharding == "auto" and sharding_of_file(model.ds_config) is None:
             changes.append(f"{role}.sharding={before}")
     return config.with_overrides(changes)
 
