@@ -20,6 +20,7 @@ makes and takes, over the last step. The plan's figure is the same sum.
 import argparse
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -277,6 +278,7 @@ def main() -> None:
             config = config_of(case, folder, tokenizer).with_overrides(options.settings)
             machine = Machine(1, case.ranks, 2**40, 2**40, "cpu")
             plan, found = plan_of(config, machine), measured(case, config, folder, options.keep_freed)
+            shutil.rmtree(folder / "runs")  # a gigabyte of students
             rows.append(row_of(case, plan, found))
             kept[case.name] = {"measured": found, "plan": plan.to_json()}
             print(*rows[-1], flush=True)

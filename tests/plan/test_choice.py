@@ -23,13 +23,16 @@ def test_models_that_fit_are_resident(tmp_path):
 
 def test_with_less_memory_fewer_are_and_with_the_least_none(tmp_path):
     """Of models whose weights are more than their activations."""
-    config, wide = run_config(tmp_path), dict(model_type="llama", num_attention_heads=8, vocab_size=2000)
+    config, wide = (
+        run_config(tmp_path, stage3_max_reuse_distance=1),
+        dict(model_type="llama", num_attention_heads=8, vocab_size=2000),
+    )
     sizes = {"teacher": dict(hidden_size=1024, num_hidden_layers=12), "student": dict(hidden_size=512)}
     teacher, student = (ModelShape.of(wide | {"intermediate_size": 2048} | size) for size in sizes.values())
 
     def of(student_held, teacher_held, memory_bytes=2**40):
         settings = [f"student.sharding={student_held}", f"teacher.sharding={teacher_held}"]
-        return plan_run(config.with_overrides(settings), machine(4, memory_bytes), teacher, student)
+        return plan_run(config.with_overrides(settings), machine(16, memory_bytes), teacher, student)
 
     both = ("resident", "sharded")
     peaks = {(one, other): of(one, other).peak[1] for one in both for other in both}

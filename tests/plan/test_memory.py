@@ -64,6 +64,31 @@ def test_one_micro_batch_pays_for_no_sum_in_fp32(tmp_path):
     assert named(plan, "gradients") == 2 * STUDENT_NUMEL / 2
 
 
+def test_a_bucket_is_copied_where_it_is_sent_and_widened_where_gradients_add_up_in_fp32(tmp_path):
+    """From the head on, 512 + 8 + 2 x 8 + 3 x 128 + 64 = 984 of 1,000 gradients; the next would be 64 more."""
+    sharded = planned(run_config(tmp_path, *SHARDED, **EVERY_WEIGHT), machine(4))
+    assert named(sharded, "bucket of gradients, as it is sent", "gradients sent") == 2 * 984
+    assert named(sharded, "gradients in fp32", "gradients sent") == 4 * 984 / 4
+    resident = planned(run_config(tmp_path, *RESIDENT), machine(4))
+    assert named(resident, "bucket of gradients, as it is sent", "gradients sent") == 2 * 984
+    assert named(resident, "gradients in fp32", "gradients sent") == 4 * 512
+    assert named(resident, "a gradient in double precision", "optimizer") == 8 * 512
+    assert named(resident, "gradients, summed up", "gradients sent") == 4 * STUDENT_NUMEL / 4
+    one = planned(run_config(tmp_path, *RESIDENT, "train.rows_per_micro_batch=8"), machine(2))
+    assert not named(one, "gradients in fp32", "gradients sent")
+    assert named(one, "gradients, flat and in fp32", "optimizer") == (2 + 4) * STUDENT_NUMEL / 2
+    assert named(one, "gradients of this micro-batch", "gradients sent") == 2 * STUDENT_NUMEL / 2
+
+
+def test_a_gradient_that_is_larger_than_the_bucket_is_sent_by_itself(tmp_path):
+    resident = planned(run_config(tmp_path, *RESIDENT, reduce_bucket_size=500), machine(4))
+    assert named(resident, "large gradient, as it is sent", "backward") == 2 * 512
+    assert named(resident, "gradients in fp32", "backward") == 4 * 512
+    sharded = planned(run_config(tmp_path, *SHARDED, reduce_bucket_size=500, **EVERY_WEIGHT), machine(4))
+    assert named(sharded, "gradients in fp32", "backward") == 4 * 512 / 4
+    assert not named(sharded, "large gradient, as it is sent", "backward")
+
+
 def test_sgd_has_no_states_and_adapters_are_all_that_is_trained(tmp_path):
     plan = planned(run_config(tmp_path, *SHARDED, "optimizer.name=sgd", **EVERY_WEIGHT), machine(2))
     assert not named(plan, "optimizer's states")

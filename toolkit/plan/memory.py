@@ -25,7 +25,7 @@ GENERATION, ANSWERS = "generation", "teacher's answers"
 PHASES = (TEACHER, FORWARD, BACKWARD, SENDING, STEP, GENERATION, ANSWERS)
 DEVICE, HOST = "device", "host"
 MIB = 2**20
-FP32 = 4
+FP32, DOUBLE = 4, 8
 TOKEN_BYTES = 4  # of a token in the replay buffer
 ALL_PROMPTS = 10**9  # of a data set, whose size settings do not say
 #: scores of a CPU's attention up to this size are written to memory (toolkit/models/attention.py)
@@ -196,10 +196,7 @@ class Memory:
             yield Part("student's activations", left * self.activation_bytes(), phase)
 
     def left_when_sending(self) -> float:
-        """Share of the layers that the backward pass has still before it when the first full bucket is sent, and under
-        ZeRO-2 when it ends."""
-        if not self.student_is_partitioned:
-            return 0.0
+        """Share of the layers that the backward pass has still before it when the first full bucket is sent."""
         in_layers = sum(weight.numel for weight in self.trained if weight.part)
         before = min(self.student.head, self.of_student.reduce_bucket)  # the head's gradient comes first
         sent = max(0, bucket_fill(self.trained, self.of_student.reduce_bucket) - before)
@@ -274,28 +271,50 @@ class Memory:
         tile = plan.tile_rows * padded(plan.tile_columns) * (models * logit + gradient)
         return tile + (0 if is_single else plan.block_bytes * int(self.is_cpu and self.element < FP32)), is_single
 
-    def _optimizer(self) -> Iterator[Part]:
-        """The backward pass sends gradients from buckets; the optimizer's step makes an fp32 copy of a rank's share."""
+    def _sent(self) -> Iterator[Part]:
+        """What the backward pass needs to send gradients: copies of what a bucket holds, and of a gradient too large
+        for one, which for the most is the head's; and both in fp32 where they add up so."""
         element, own, file, world = self.element, self.trained_share, self.of_student, self.machine.world
-        bucket = element * self._bucket()
-        if self.student_is_partitioned:
-            if world > 1:
-                yield Part("bucket of gradients, as it is sent", bucket, SENDING)
-        else:
+        sizes = [weight.numel for weight in self.trained]
+        fill = bucket_fill(self.trained, file.reduce_bucket)
+        large = max((size for size in sizes if size > file.reduce_bucket), default=0)
+        widest = max((size for size in sizes if size <= file.reduce_bucket), default=0)
+        # ZeRO-3 widens the rank's part of what was sent, ZeRO-2 one parameter at a time, of those that are the rank's.
+        of_bucket, of_large = fill / world, large / world
+        if not self.student_is_partitioned:
+            of_bucket, of_large = min(own, widest), min(own, large)
+            yield Part("large gradient, as it is sent", element * large, BACKWARD)
+        yield Part("bucket of gradients, as it is sent", element * fill, SENDING)
+        if self.accumulator > element:
+            yield Part("gradients in fp32", self.accumulator * of_large, BACKWARD)
+            yield Part("gradients in fp32", self.accumulator * of_bucket, SENDING)
+
+    def _optimizer(self) -> Iterator[Part]:
+        """Buckets and gradients of a resident student, and the fp32 copy that the optimizer's step makes of a rank's
+        share."""
+        element, own, file = self.element, self.trained_share, self.of_student
+        adds_fp32 = self.accumulator > element
+        yield from self._sent()
+        if not self.student_is_partitioned:
             # Buckets, and room for the rank's share of this micro-batch, are made where the backward pass begins. On a
-            # CPU they take memory as they are filled, and activations have gone until then.
-            makes = (SENDING,) if self.is_cpu else (BACKWARD, SENDING)
-            for phase in makes:
-                yield Part("buckets of gradients", (2 if file.overlaps and not self.is_cpu else 1) * bucket, phase)
-                if self.accumulator == element:
-                    yield Part("gradients of this micro-batch", element * own, phase)
-            summed = (FORWARD, BACKWARD, SENDING, STEP) if self.work.micro_batches > 1 else (STEP,)
-            for phase in summed:
+            # CPU they take memory as they are filled.
+            filled = 1 - self.left_when_sending() if self.is_cpu else 1
+            buckets = 2 if file.overlaps and not self.is_cpu else 1
+            for phase in (SENDING,) if self.is_cpu else (BACKWARD, SENDING):
+                yield Part("buckets of gradients", buckets * element * self._bucket(), phase)
+                if not adds_fp32:
+                    yield Part("gradients of this micro-batch", filled * element * own, phase)
+            for phase in (FORWARD, BACKWARD, SENDING, STEP) if self.work.micro_batches > 1 else (STEP,):
                 yield Part("gradients, summed up", self.accumulator * own, phase)
-        if not file.optimizer_offloaded:
-            # Flattened in the dtype in which they were summed up, then in fp32.
-            again = self.accumulator if self.accumulator == FP32 else self.accumulator + FP32
-            yield Part("gradients, flat and in fp32", again * own, STEP)
+        if file.optimizer_offloaded:
+            return
+        if adds_fp32 and not self.student_is_partitioned:
+            # They are flat already. Their norm is taken in double precision, one parameter at a time.
+            yield Part("a gradient in double precision", DOUBLE * min(own, max(w.numel for w in self.trained)), STEP)
+            return
+        # Flattened in the dtype in which they were summed up, then in fp32.
+        again = self.accumulator if self.accumulator == FP32 else self.accumulator + FP32
+        yield Part("gradients, flat and in fp32", again * own, STEP)
 
     def _generation(self, always: float) -> Iterator[Part]:
         """Of the student's text for training and of both models' answers in a validation. always: bytes beside it."""
