@@ -14,9 +14,9 @@ settings after the options are those of a run. The toolkit's models are held as 
 every rank (sharding=auto). TRL's are whole on every rank (DDP), without gradient checkpointing, in fp32 with autocast
 where the precision is bf16: its fastest way, and with torch's own attention and glibc's use of memory, both of which
 the toolkit changes in its processes. The first --warmup steps of each row are left out. Tokens are those of prompts and
-responses, padding not counted. `adaptive` is measured at a fixed phi: no validation moves it; which sources its steps really had is in the
-last column, and few steps may be far from the shares that phi means. A step includes generation, but neither validation
-nor checkpoints.
+responses, padding not counted. `adaptive` is measured at a fixed phi: no validation moves it; which sources its steps
+really had is in the last column, and few steps may be far from the shares that phi means. A step includes generation,
+but neither validation nor checkpoints.
 """
 
 import argparse
