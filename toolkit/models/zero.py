@@ -138,12 +138,33 @@ def initialize(
 
 
 def _leave_out_passes(optimizer: Any) -> None:
-    """Two passes over all gradients of a ZeRO-1 or 2 step that say or do what another one does anyway."""
+    """Passes over all gradients of a ZeRO-1 or 2 step that say or do what another one does anyway."""
     # 0.19.8: a step looks at each gradient for what is not finite, and then computes their norm, which is not finite
     # either where one of them is not; both leave the step out, by `overflow`.
     optimizer.check_overflow = lambda partition_gradients=True: None
     # 0.19.8: gradients are divided by the number of ranks, in a pass of its own. `loss_divisor` leaves that out.
     optimizer.gradient_average = False
+    # 0.19.8: each gradient is made float64 for its norm. Torch's norm adds up in fp32 whatever it reads.
+    # With offload the norms are taken as gradients are sent, and stay as they are.
+    if not optimizer.cpu_offload:
+        optimizer.scaled_global_norm = functools.partial(_norm_of_gradients, optimizer)
+    # 0.19.8: gradients are multiplied by the clipping's factor also where that is 1.
+    multiply = optimizer.unscale_and_clip_grads
+
+    def clip(gradients: list[Tensor], norm: Tensor | None) -> None:
+        if norm is None or optimizer.loss_scale != 1 or not 0 <= norm <= optimizer.clip_grad:
+            multiply(gradients, norm)
+
+    optimizer.unscale_and_clip_grads = clip
+
+
+def _norm_of_gradients(optimizer: Any, norm_type: int = 2) -> Tensor:
+    """The norm of the gradient over all ranks; -1, as DeepSpeed says it, where it is not finite. Collective."""
+    gradients = [part for parts in optimizer.averaged_gradients.values() for part in parts]
+    squares = [torch.linalg.vector_norm(part, dtype=torch.float32).square() for part in gradients]
+    total = torch.stack(squares).sum()
+    torch.distributed.all_reduce(total, group=optimizer.dp_process_group)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)
 
 
 def gather_at_once(model: nn.Module, layers: Iterable[nn.Module]) -> None:
