@@ -83,7 +83,7 @@ def test_it_stands_aside_where_torch_has_the_better_or_only_way(change, named):
         by_products.attention(Layer(1), *inputs(2, 2, **change), None, **named)
         one_query = [tensor[:, :, :1].detach() for tensor in inputs(2, 2)]
         by_products.attention(Layer(1), *one_query, None)
-        with mock.patch.object(by_products, "MOST_SCORE_BYTES", 4 * ROWS * 2 * QUERIES * QUERIES - 1):
+        with mock.patch.object(by_products, "MOST_SCORE_BYTES", 2 * ROWS * 2 * QUERIES * QUERIES - 1):
             by_products.attention(Layer(1), *inputs(2, 2), None)
         with by_products.as_transformers_does():
             by_products.attention(Layer(1), *inputs(2, 2), None)

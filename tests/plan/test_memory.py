@@ -225,7 +225,7 @@ def test_a_cpu_s_attention_writes_scores_down_up_to_the_size_that_the_models_kno
         long = config.with_overrides([f"data.max_length={length}"])
         return named(planned(long, machine(2, device=on)), "student's activations", "forward and loss")
 
-    # 4 x 4 rows x 2 heads x length^2 reach 64 MiB at a length of 1,448
+    # 2 x 4 rows x 2 heads x length^2 reach 32 MiB at a length of 1,448
     assert of(1448, "cpu") - of(1448, "h100") == 4 * 1448 * 2 * 2 * (2 * 1448 - 4)
     assert of(1456, "cpu") == of(1456, "h100")
 

@@ -73,6 +73,9 @@ def test_what_cannot_fit_is_refused_with_the_table_before_weights_are_read(tiny,
     code, _, told = run(tiny, ranks2, "impossible", 100 * 2**10)
     assert code == 2 and "this run does not fit" in told and "GiB" in told and "train.rows_per_micro_batch" in told
     assert not (tiny / "runs" / "impossible" / "metrics.jsonl").exists()
+    asked = {"teacher.sharding": "resident", "student.sharding": "resident"}
+    code, out, _ = run(tiny, ranks2, "all the same", 100 * 2**10, **asked)
+    assert code == 0 and "warning: this run may not fit: student resident, teacher resident" in out
 
 
 def test_a_file_that_tunes_sharding_is_obeyed_and_one_that_cannot_is_refused(tiny, ranks2):

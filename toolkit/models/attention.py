@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-#: scores of more than this, in fp32, are torch's
-MOST_SCORE_BYTES = 64 * 2**20
+#: scores of more than this, in bf16, are torch's
+MOST_SCORE_BYTES = 32 * 2**20
 #: fewer queries than this are a step of generation, which makes one row of scores
 LEAST_QUERIES = 16
 #: what a score becomes where a query may not look: exp of it is 0, and rows without any key have no NaN
-HIDDEN = torch.finfo(torch.float32).min
+HIDDEN = torch.finfo(torch.bfloat16).min
 
 _is_on = True
 
@@ -72,7 +72,7 @@ def _is_taken(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
         and query.device.type == "cpu"
         and query.dtype == torch.bfloat16 == key.dtype == value.dtype
         and queries >= LEAST_QUERIES
-        and 4 * rows * heads * queries * key.shape[2] <= MOST_SCORE_BYTES
+        and 2 * rows * heads * queries * key.shape[2] <= MOST_SCORE_BYTES
         and heads % key.shape[1] == 0
         and size == value.shape[-1]
         and (mask is not None or queries == key.shape[2])
@@ -81,18 +81,21 @@ def _is_taken(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 
 class _ByProducts(torch.autograd.Function):
-    """softmax(scale q k^T) v with probabilities in bf16, as they are multiplied, and everything between in fp32. The
-    query heads that share a head of keys are rows of one product, so that keys and values are never repeated."""
+    """softmax(scale q k^T) v, with scores and probabilities in bf16, as they are multiplied; torch's softmax of bf16
+    computes in fp32. The query heads that share a head of keys are rows of one product, so that keys and values are
+    never repeated."""
 
     @staticmethod
     def forward(ctx: Any, q_BGSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         rows, heads, queries, size = q_BGSD.shape
         keys, pairs = k_BKTD.shape[2], rows * k_BKTD.shape[1]
-        q, k, v = q_BGSD.reshape(pairs, -1, size), k_BKTD.reshape(pairs, keys, size), v_BKTD.reshape(pairs, keys, size)
-        scores_BGST = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, queries, keys).float().mul_(scale)
+        # Queries take the scale: they are fewer than scores, and of most head sizes it is a power of 2, which is exact.
+        q = (q_BGSD * scale).reshape(pairs, -1, size)
+        k, v = k_BKTD.reshape(pairs, keys, size), v_BKTD.reshape(pairs, keys, size)
+        scores_BGST = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, queries, keys)
         if mask is not None:
-            scores_BGST = torch.where(mask, scores_BGST, HIDDEN)
-        p = scores_BGST.softmax(-1).to(q.dtype).view(pairs, -1, keys)
+            scores_BGST.masked_fill_(~mask, HIDDEN)
+        p = scores_BGST.softmax(-1).view(pairs, -1, keys)
         ctx.save_for_backward(q, k, v, p)
         ctx.scale, ctx.shapes = scale, (q_BGSD.shape, k_BKTD.shape)
         return torch.bmm(p, v).view(q_BGSD.shape)
@@ -103,8 +106,7 @@ class _ByProducts(torch.autograd.Function):
         of_queries, of_keys = ctx.shapes
         grad = grads[0].reshape(q.shape)
         # Where a mask hides a key its probability is 0, and so is the gradient of its score.
-        grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
-        grad_scores = torch._softmax_backward_data(grad_p, p.float(), -1, torch.float32).mul_(ctx.scale).to(q.dtype)
-        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
-        grad_v = torch.bmm(p.transpose(1, 2), grad)
+        grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale)
+        grad_k, grad_v = torch.bmm(grad_scores.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), grad)
         return grad_q.view(of_queries), grad_k.view(of_keys), grad_v.view(of_keys), None, None

@@ -29,7 +29,7 @@ FP32, DOUBLE = 4, 8
 TOKEN_BYTES = 4  # of a token in the replay buffer
 ALL_PROMPTS = 10**9  # of a data set, whose size settings do not say
 #: scores of a CPU's attention up to this size are written to memory (toolkit/models/attention.py)
-MOST_SCORE_BYTES = 64 * MIB
+MOST_SCORE_BYTES = 32 * MIB
 SAMPLED = 3  # tiles of fp32 logits that sampling of a token needs at once
 ADAM, SGD = 2, 0  # numbers that the optimizer keeps for each weight
 
@@ -223,7 +223,7 @@ class Memory:
     def written_scores(self, shape: ModelShape, rows: int) -> int:
         """How many scores of a token each head writes down: all of its row's on a CPU in bf16, where they are few."""
         length = self.work.length
-        is_written = self.is_cpu and self.element < FP32 and FP32 * rows * shape.heads * length**2 <= MOST_SCORE_BYTES
+        is_written = self.is_cpu and self.element < FP32 and self.element * rows * shape.heads * length**2 <= MOST_SCORE_BYTES
         return length if is_written else 0
 
     def activation_bytes(self) -> float:
@@ -367,9 +367,9 @@ def packed_numel(shape: ModelShape) -> int:
 
 def pass_bytes(shape: ModelShape, element: int, scores: int = 0) -> float:
     """Of a token in a pass that keeps nothing: the widest place of a layer, between the MLP's matrices, or its scores
-    where attention writes them down, three times in fp32."""
+    where attention writes them down, twice."""
     inside = 3 if shape.is_gated else 2
-    attention = 3 * FP32 * shape.heads * scores + element * (2 * shape.heads * shape.head_dim + 2 * shape.kv_width)
+    attention = 2 * element * shape.heads * scores + element * (2 * shape.heads * shape.head_dim + 2 * shape.kv_width)
     return max(element * inside * shape.mlp, attention if scores else 0) + element * 3 * shape.hidden
 
 

@@ -1,5 +1,6 @@
 """How the models of a run are held on its ranks, chosen from the memory plan before any weight is read."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ def settle_sharding(config: RunConfig, teacher_path: str, student_path: str) -> 
     it; and the plan. Alike on all ranks. Collective.
 
     teacher_path, student_path: what `materialize` returned. Raises ValueError, with the plan's table, where the ranks
-    have no room for any layout that the settings allow.
+    have no room for any layout that the settings allow, unless these say for each model how it is held.
     """
     machine = measured_machine()
 
@@ -32,8 +33,11 @@ def settle_sharding(config: RunConfig, teacher_path: str, student_path: str) -> 
         return plan_run(config, machine, teacher, shape(config.student, student_path))
 
     plan = collectives.together(planned)
-    if refusal := plan.refusal():
-        raise ValueError(refusal)
+    refusal, of_all = plan.refusal(), [config.student, *([config.teacher] if config.has_teacher else [])]
+    if refusal and any(model.sharding == "auto" for model in of_all):
+        raise ValueError(f"{refusal}\n\nTo try it all the same set student.sharding and teacher.sharding.")
+    if refusal:
+        plan = dataclasses.replace(plan, why=f"warning: this run may not fit: {plan.why}")
     held = [f"student.sharding={plan.student}", f"rollout.gather={plan.gather}"]
     if plan.teacher:
         held.append(f"teacher.sharding={plan.teacher}")
