@@ -223,7 +223,8 @@ class Memory:
     def written_scores(self, shape: ModelShape, rows: int) -> int:
         """How many scores of a token each head writes down: all of its row's on a CPU in bf16, where they are few."""
         length = self.work.length
-        is_written = self.is_cpu and self.element < FP32 and self.element * rows * shape.heads * length**2 <= MOST_SCORE_BYTES
+        written = self.element * rows * shape.heads * length**2
+        is_written = self.is_cpu and self.element < FP32 and written <= MOST_SCORE_BYTES
         return length if is_written else 0
 
     def activation_bytes(self) -> float:
