@@ -3,7 +3,7 @@ model FLOPs utilisation, peak memory, and a profile of where the time goes.
 
     python benchmarks/gpu_steps.py --layout resident|sharded [--device cpu] [--tiny] [--json FILE]
 
-resident: both models are whole on the GPU, as ds_configs/student_zero2.json and a teacher of stage 0 have them.
+resident: both models are whole on the GPU, and nothing gathers or releases them.
 sharded: both as the ZeRO-3 files say; one rank gathers from itself, and hooks, buckets and copies are those of many.
 
 A step is `DistillationLoop.step` on the data's rows, half prompt and half response: skl, AdamW, no gradient
@@ -100,15 +100,9 @@ def make_config(layout: str, device: str, folder: Path, tiny: bool) -> RunConfig
     largest = (TINY_SIZES if tiny else SIZES)[-1]
     where = "zero3" if device == "cuda" else "cpu"
     files = [f"ds_configs/teacher_{where}.json", f"ds_configs/student_{where}.json"]
-    settings: list[dict] = [{}, {}]
-    if "sharding" in ModelConfig.__dataclass_fields__:
-        settings = [{"sharding": layout}] * 2
-    elif layout == "resident":
-        files = [str(folder / "teacher_whole.json"), "ds_configs/student_zero2.json"]
-        Path(files[0]).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     teacher, student = (
-        ModelConfig(random_weights=True, shape=shape, ds_config=file, **more)
-        for shape, file, more in zip(shapes(tiny), files, settings, strict=True)
+        ModelConfig(random_weights=True, shape=shape, ds_config=file, sharding=layout)
+        for shape, file in zip(shapes(tiny), files, strict=True)
     )
     return RunConfig(
         name=layout, output_dir=str(folder), cache_dir=str(folder / "cache"), teacher=teacher, student=student,

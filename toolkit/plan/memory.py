@@ -25,7 +25,7 @@ GENERATION, ANSWERS = "generation", "teacher's answers"
 PHASES = (TEACHER, FORWARD, BACKWARD, SENDING, STEP, GENERATION, ANSWERS)
 DEVICE, HOST = "device", "host"
 MIB = 2**20
-FP32, DOUBLE = 4, 8
+FP32 = 4
 TOKEN_BYTES = 4  # of a token in the replay buffer
 ALL_PROMPTS = 10**9  # of a data set, whose size settings do not say
 #: scores of a CPU's attention up to this size are written to memory (toolkit/models/attention.py)
@@ -310,9 +310,7 @@ class Memory:
         if file.optimizer_offloaded:
             return
         if adds_fp32 and not self.student_is_partitioned:
-            # They are flat already. Their norm is taken in double precision, one parameter at a time.
-            yield Part("a gradient in double precision", DOUBLE * min(own, max(w.numel for w in self.trained)), STEP)
-            return
+            return  # they are flat already, and what their norm reads is fp32
         # Flattened in the dtype in which they were summed up, then in fp32.
         again = self.accumulator if self.accumulator == FP32 else self.accumulator + FP32
         yield Part("gradients, flat and in fp32", again * own, STEP)
