@@ -135,7 +135,10 @@ class Memory:
         """All of them; none is empty."""
         found = [*self._teacher(), *self._student(), *self._passes(), *self._loss(), *self._optimizer()]
         always = sum(part.bytes for part in found if part.when == ALWAYS and part.where == DEVICE)
-        found += [*self._generation(always), *self._host()]
+        host = list(self._host())
+        if self.is_cpu:  # one memory for both
+            always += sum(part.bytes for part in host)
+        found += [*self._generation(always), *host]
         return [part for part in found if part.bytes > 0]
 
     def _teacher(self) -> Iterator[Part]:
@@ -333,17 +336,18 @@ class Memory:
     ) -> Iterator[Part]:
         """Weights, cache and logits while a model generates."""
         work, element, settings = self.work, self.element, self.config.rollout
-        weights, is_whole = 0, not is_partitioned or self.layout.gather == "always"
+        weights, packed, is_whole = 0, 0, not is_partitioned or self.layout.gather == "always"
         if is_partitioned and self.machine.world > 1:  # one rank has all parts, and copies none
             weights = element * (shape.parameters if is_whole else self.gathered_at_once(shape))
             yield Part("whole model, gathered" if is_whole else "gathered layers", weights, phase)
         if self.is_cpu and is_whole:  # `packed_weights`: linear layers again, in another order
-            yield Part("weights, packed for products of few rows", element * packed_numel(shape), phase)
+            packed = element * packed_numel(shape)
+            yield Part("weights, packed for products of few rows", packed, phase)
         # As many rows as the cache may have bytes for, which is half of what is free unless settings say it; and where
         # memory runs out, generation halves them.
         row = max(1, element * 2 * shape.kv_width * shape.layers * work.row_tokens)
         passes, logits = work.prompt_tokens * pass_bytes(shape, element), SAMPLED * FP32 * shape.vocabulary
-        free = self.machine.memory_bytes - always - weights
+        free = self.machine.memory_bytes - always - weights - packed
         budget = settings.cache_mib * MIB if settings.cache_mib else free / 2
         fit = min(budget / row, (free - self.machine.memory_bytes + self.machine.room) / (row + passes + logits))
         rows = min(rows, settings.rows_at_once or rows, max(1, int(fit)))
