@@ -111,7 +111,10 @@ def make_config(layout: str, device: str, folder: Path, tiny: bool) -> RunConfig
             steps=1000, rows_per_step=largest.rows, rows_per_micro_batch=largest.rows_per_micro_batch
         ),
         schedule=ScheduleConfig(policy="off"), resume="never",
-    ).with_overrides(["validation.scored_rows=0", "validation.samples=0"])  # fmt: skip
+    ).with_overrides([
+        "validation.scored_rows=0", "validation.samples=0", f"data.max_length={largest.row_tokens}",
+        f"data.max_prompt_length={largest.row_tokens // 2}",
+    ])  # fmt: skip
 
 
 def make_inputs(config: RunConfig, folder: Path) -> RunInputs:
