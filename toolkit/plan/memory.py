@@ -242,7 +242,7 @@ class Memory:
 
     def _loss(self) -> Iterator[Part]:
         """Tiles, the head and its gradient, and the gradient of hidden states: all are there when the loss ends."""
-        student, teacher, n, element = self.student, self.teacher, self.work.micro_responses, self.element
+        student, n, element = self.student, self.work.micro_responses, self.element
         yield Part("student's hidden states and their gradient", (2 * element + FP32) * n * student.hidden, FORWARD)
         tiles, is_single = self.tiles()
         yield Part("loss: tiles of logits", tiles, FORWARD)
@@ -252,8 +252,6 @@ class Memory:
             # Its scaled copy, in the head's dtype. On a CPU the factor is known to be 1, and there is none.
             more = 0 if self.is_cpu and gradient == element else element
             yield Part("gradient of the head", (gradient + more) * student.head, BACKWARD)
-        if teacher is None:
-            return
 
     def tiles(self) -> tuple[float, bool]:
         """(Bytes of the tiles, whether one holds all tokens of a micro-batch), as divergences/plan.py divides them."""

@@ -8,7 +8,6 @@ numbers.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from toolkit.plan import gguf_header
 from toolkit.settings import InitConfig, ModelConfig
+from toolkit.settings.packages import PACKAGE, gguf_of_package
 
 #: model_type -> (the query, key and value projections have biases, queries and keys have a norm for each head)
 LLAMA_LIKE = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
@@ -185,8 +185,8 @@ def resized(config: Mapping[str, Any], cut: InitConfig) -> dict[str, Any]:
 def read_configuration(path: str) -> dict[str, Any]:
     """config.json of a folder or of the hub's model, or the header of a .gguf file. Raises ValueError where there is
     none."""
-    if path.startswith("package:"):
-        path = _file_in_package(path)
+    if path.startswith(PACKAGE):
+        path = gguf_of_package(path)
     where = Path(path).expanduser()
     if where.suffix == ".gguf":
         return gguf_header.configuration(where)
@@ -198,15 +198,6 @@ def read_configuration(path: str) -> dict[str, Any]:
         return found
     except (OSError, ValueError) as error:
         raise ValueError(f"no model's configuration at {path!r}: {error}") from error
-
-
-def _file_in_package(path: str) -> str:
-    package = path.removeprefix("package:")
-    spec = importlib.util.find_spec(package)
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
-    if len(files) != 1:
-        raise ValueError(f"{path}: there is no package {package} with a single .gguf file; it has {len(files)}")
-    return str(files[0])
 
 
 def _fetched(path: str) -> Path:

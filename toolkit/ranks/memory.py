@@ -58,8 +58,17 @@ def free_bytes() -> int:
     """Free memory where this rank's parameters are; on a CPU, its share of what the node and its cgroup have."""
     if torch.cuda.is_available() and collectives.device().type == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free = min(psutil.virtual_memory().available, cgroup_free_bytes())
-    return int(free // int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world())))
+    return node_free_bytes()
+
+
+def ranks_of_node() -> int:
+    """Ranks on this rank's node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world()))
+
+
+def node_free_bytes() -> int:
+    """This rank's share of the free memory that its node and its cgroup have."""
+    return int(min(psutil.virtual_memory().available, cgroup_free_bytes()) // ranks_of_node())
 
 
 def cgroup_free_bytes(mount: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

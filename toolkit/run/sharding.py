@@ -1,17 +1,15 @@
 """How the models of a run are held on its ranks, chosen from the memory plan before any weight is read."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import psutil
 import torch
 
 from toolkit.models.load import configuration
 from toolkit.plan import DEVICES, Machine, ModelShape, Plan, plan_run
 from toolkit.ranks import collectives
-from toolkit.ranks.memory import cgroup_free_bytes, free_bytes
+from toolkit.ranks.memory import free_bytes, node_free_bytes, ranks_of_node
 from toolkit.settings import ModelConfig, RunConfig
 from toolkit.settings.ds_files import sharding_of_file
 
@@ -60,9 +58,8 @@ def as_before(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
 
 def measured_machine() -> Machine:
     """The ranks' own machine, by the least that one of them has free. Collective."""
-    is_gpu, local = collectives.device().type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", collectives.world()))
-    node = min(psutil.virtual_memory().available, cgroup_free_bytes()) // local
-    least = [-collectives.max_over_ranks(-int(size)) for size in (free_bytes(), node)]
+    is_gpu, local = collectives.device().type == "cuda", ranks_of_node()
+    least = [-collectives.max_over_ranks(-size) for size in (free_bytes(), node_free_bytes())]
     name = torch.cuda.get_device_name().lower() if is_gpu else "cpu"
     device = next((known for known in DEVICES if known in name), "a100" if is_gpu else "cpu")
     return Machine(max(1, collectives.world() // local), local, least[0], least[1], device)
